@@ -1,0 +1,115 @@
+"""What is usual for prompts that are not memorized: the threshold and the activation statistics."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
+from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.errors import OutputError, PromptError
+from nemo_prune.scoring import memorization_score, noise_difference
+from nemo_prune.settings import MIN_CALIBRATION_PROMPTS
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ordinary prompts look like to a model.
+
+    Attributes:
+        similarity_mean: mean pairwise similarity of the seeds over ordinary prompts (all pairs).
+        similarity_std: its standard deviation.
+        num_std: standard deviations above the mean at which the threshold lies.
+        statistics: usual activation of every neuron.
+    """
+
+    similarity_mean: float
+    similarity_std: float
+    num_std: float
+    statistics: ActivationStatistics
+
+    @property
+    def threshold(self) -> float:
+        """Tau: the similarity above which seeds agree more than ordinary prompts' do (Sec. 3.1)."""
+        return self.similarity_mean + self.num_std * self.similarity_std
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        tensors = {f"mean.{name}": mean for name, mean in self.statistics.mean.items()}
+        tensors |= {f"std.{name}": std for name, std in self.statistics.std.items()}
+        facts = {
+            "similarity_mean": self.similarity_mean,
+            "similarity_std": self.similarity_std,
+            "num_std": self.num_std,
+            "num_prompts": self.statistics.num_prompts,
+            "layers": list(self.statistics.mean),
+        }
+        save_file(tensors, path, metadata={"calibration": json.dumps(facts, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OutputError: the file is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["calibration"])
+                mean = {name: file.get_tensor(f"mean.{name}") for name in facts["layers"]}
+                std = {name: file.get_tensor(f"std.{name}") for name in facts["layers"]}
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise OutputError(f"{path} is no calibration: {error}. Delete it to calibrate again.") from error
+        return cls(
+            facts["similarity_mean"],
+            facts["similarity_std"],
+            facts["num_std"],
+            ActivationStatistics(mean, std, facts["num_prompts"]),
+        )
+
+
+def calibrate(
+    predictor: NoisePredictor, texts: Sequence[str], progress: Progress = lambda done, total: None
+) -> Calibration:
+    """Measure threshold and activation statistics on prompts that are not memorized (Sec. 3.1, 3.2).
+
+    The noise is predicted exactly as the detection does: same latents, timestep and no guidance.
+
+    Args:
+        predictor: the model.
+        texts: at least 50 different ordinary prompts.
+        progress: called with the prompts done and their number.
+
+    Raises:
+        PromptError: there are too few prompts.
+    """
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < MIN_CALIBRATION_PROMPTS:
+        raise PromptError(
+            f"Calibration needs at least {MIN_CALIBRATION_PROMPTS} different ordinary prompts, got "
+            f"{len(texts)}. Give more with --calibration-prompts; hundreds are better."
+        )
+    settings = predictor.settings
+    latents = predictor.initial_latents()
+    fitter = ActivationStatisticsFitter()
+    pairs = []
+    for done, text in enumerate(texts, start=1):
+        prompt_embeds = predictor.encode([text])
+        fitter.update(neuron_activations(predictor.layers, prompt_embeds))
+        noise_pred = predictor.predict_noise(latents, prompt_embeds[0])[0]
+        delta = noise_difference(noise_pred, latents.to(noise_pred.device))
+        pairs.append(memorization_score(delta, settings.ssim_betas).values)
+        progress(done, len(texts))
+    similarities = torch.cat(pairs).double()
+    return Calibration(
+        similarity_mean=float(similarities.mean()),
+        similarity_std=float(similarities.std()),
+        num_std=settings.threshold_num_std,
+        statistics=fitter.statistics,
+    )

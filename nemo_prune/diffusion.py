@@ -1,0 +1,156 @@
+"""Predict a model's noise for a text, with any number of masks at once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from nemo_prune.layers import find_text_projections, layer_sizes
+from nemo_prune.mask import NeuronMask
+from nemo_prune.settings import LocalizationSettings
+
+
+@contextmanager
+def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Make neurons output 0 while the context lasts.
+
+    Args:
+        layers: dotted module name -> projection.
+        gates: dotted module name -> bool [batch or 1, out_features], True = output 0. A batch of 1
+            holds for every sample.
+    """
+
+    def hook(gate: Tensor):
+        # Filling instead of multiplying gives +0 as a zeroed row does, and stops NaN as well.
+        return lambda module, inputs, output: output.masked_fill(gate[:, None, :], 0.0)
+
+    handles = []
+    try:
+        for name, gate in gates.items():
+            if gate.any():
+                device = layers[name].weight.device
+                handles.append(layers[name].register_forward_hook(hook(gate.to(device))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask) -> Iterator[None]:
+    """Suppress a mask's neurons in a live pipeline while the context lasts; nothing is written.
+
+    Raises:
+        MaskError: the mask was made for a model with other layers.
+    """
+    layers = dict(find_text_projections(pipe.unet))
+    mask.check(layer_sizes(layers))
+    with suppress(layers, {name: pruned[None] for name, pruned in mask.layers.items()}):
+        yield
+
+
+class NoisePredictor:
+    """Predicts the noise of the first steps, conditional and without guidance, as the paper scores it.
+
+    The schedule is always DDIM's on the checkpoint's own scheduler settings. The model may predict
+    the noise, the velocity (v) or the sample: the noise is derived from what it predicts.
+
+    Args:
+        pipe: a Stable Diffusion pipeline in evaluation mode.
+        settings: number of samples, seed, schedule and timestep.
+        batch_size: latents that go through the U-Net at once, at most.
+
+    Attributes:
+        layers: dotted module name -> value projection, in the order of execution.
+        sizes: dotted module name -> number of neurons.
+        sample_passes: latents that went through the U-Net so far.
+    """
+
+    def __init__(
+        self, pipe: StableDiffusionPipeline, settings: LocalizationSettings, batch_size: int = 64
+    ) -> None:
+        self.pipe = pipe
+        self.settings = settings
+        self.batch_size = batch_size
+        self.layers = find_text_projections(pipe.unet)
+        self.sizes = layer_sizes(self.layers)
+        self.sample_passes = 0
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(settings.num_inference_steps)
+        self.timestep = int(scheduler.timesteps[settings.timestep_index])
+        self._alpha_cumprod = float(scheduler.alphas_cumprod[self.timestep])
+        self._prediction_type = scheduler.config.prediction_type
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Text embeddings of prompts, [batch, positions, width], padded to the encoder's length."""
+        embeds, _ = self.pipe.encode_prompt(
+            list(texts), self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return embeds
+
+    def initial_latents(self, seed: int | None = None, num_samples: int | None = None) -> Tensor:
+        """Initial latents [S, channels, height, width], float32, drawn by one generator on the CPU.
+
+        Args:
+            seed: seed of the generator; that of the settings unless given.
+            num_samples: S; that of the settings unless given.
+        """
+        config = self.pipe.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        generator = torch.Generator("cpu").manual_seed(self.settings.seed if seed is None else seed)
+        shape = (num_samples or self.settings.num_samples, config.in_channels, height, width)
+        return torch.randn(shape, generator=generator)
+
+    @torch.no_grad()
+    def predict_noise(
+        self, latents: Tensor, prompt_embeds: Tensor, masks: Sequence[NeuronMask | None] = (None,)
+    ) -> Tensor:
+        """Predict the noise of every latent under every mask.
+
+        Args:
+            latents: initial latents [S, channels, height, width].
+            prompt_embeds: text embeddings of one prompt, [positions, width].
+            masks: M masks; None suppresses nothing.
+
+        Returns:
+            Predicted noise [M, S, channels, height, width], float32, on the model's device.
+
+        Raises:
+            MaskError: a mask was made for a model with other layers.
+        """
+        for mask in masks:
+            if mask is not None:
+                mask.check(self.sizes)
+        unet = self.pipe.unet
+        num_masks, num_samples = len(masks), len(latents)
+        latents = latents.to(unet.device)
+        gates = self._gates(masks)
+        rows = [(m, s) for m in range(num_masks) for s in range(num_samples)]
+        predicted = []
+        for start in range(0, len(rows), self.batch_size):
+            which_mask, which_sample = (list(part) for part in zip(*rows[start : start + self.batch_size]))
+            batch = latents[which_sample]
+            text = prompt_embeds.expand(len(batch), -1, -1).to(unet.dtype)
+            with suppress(self.layers, {name: gate[which_mask] for name, gate in gates.items()}):
+                output = unet(batch.to(unet.dtype), self.timestep, encoder_hidden_states=text).sample
+            predicted.append(self._to_noise(output.float(), batch))
+            self.sample_passes += len(batch)
+        return torch.cat(predicted).unflatten(0, (num_masks, num_samples))
+
+    def _gates(self, masks: Sequence[NeuronMask | None]) -> dict[str, Tensor]:
+        nothing = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
+        layers = [nothing if mask is None else {**nothing, **mask.layers} for mask in masks]
+        return {name: torch.stack([each[name] for each in layers]) for name in self.sizes}
+
+    def _to_noise(self, output: Tensor, latents: Tensor) -> Tensor:
+        """What the model predicts, as noise (the identities of arXiv 2202.00512, App. D)."""
+        signal, noise = self._alpha_cumprod**0.5, (1 - self._alpha_cumprod) ** 0.5
+        if self._prediction_type == "v_prediction":
+            return signal * output + noise * latents
+        if self._prediction_type == "sample":
+            return (latents - signal * output) / noise
+        return output

@@ -1,0 +1,25 @@
+"""The errors that a user can cause and mend. Everything else stays a traceback."""
+
+
+class NemoPruneError(Exception):
+    """An error whose message says what was wrong, what was expected and how to mend it."""
+
+
+class SettingsError(NemoPruneError):
+    """A setting has a value that makes no sense."""
+
+
+class ModelError(NemoPruneError):
+    """The model can't be found, loaded or used."""
+
+
+class PromptError(NemoPruneError):
+    """A prompts file can't be read or holds too little."""
+
+
+class MaskError(NemoPruneError):
+    """A mask is malformed or does not belong to the model."""
+
+
+class OutputError(NemoPruneError):
+    """The output or work folder can't be used."""

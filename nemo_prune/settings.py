@@ -1,0 +1,101 @@
+"""The numbers of the method, in one place; the command line takes its defaults from here."""
+
+from dataclasses import dataclass, replace
+
+from nemo_prune.errors import SettingsError
+
+MIN_CALIBRATION_PROMPTS = 50
+
+
+@dataclass(frozen=True)
+class LocalizationSettings:
+    """The values of the paper's four algorithms (arXiv 2406.02366, Sec. 3 and App. A).
+
+    Attributes:
+        num_samples: initial latents S that a prompt is scored on.
+        seed: seed of the CPU generator that draws them.
+        num_inference_steps: DDIM steps of the schedule that the timestep is taken from.
+        timestep_index: position in that schedule, 0 being the noisiest. The paper predicts at the
+            first timestep; the released code returns in the second turn of its loop, so at 1.
+        theta: first cut on |z| of the activations (Alg. 3).
+        theta_step: how much the cut falls per turn, while k grows by one.
+        theta_min: the last cut that is tried; a prompt that needs a lower one is unresolved.
+        threshold: tau, the similarity above which a prompt counts as memorized; None calibrates
+            it as mean + ``threshold_num_std`` standard deviations over ordinary prompts.
+        threshold_num_std: standard deviations above the mean in that calibration.
+        ssim_betas: exponents of the multi-scale SSIM, one per scale.
+        layers_backwards: whether the refinement tests the layers from the mid block back to the
+            first down block, as the released code does, or in the order of execution.
+    """
+
+    num_samples: int = 10
+    seed: int = 1
+    num_inference_steps: int = 50
+    timestep_index: int = 1
+    theta: float = 5.0
+    theta_step: float = 0.25
+    theta_min: float = 1.25
+    threshold: float | None = None
+    threshold_num_std: float = 1.0
+    ssim_betas: tuple[float, ...] = (0.33, 0.33, 0.33)
+    layers_backwards: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.num_samples >= 2, "num_samples", self.num_samples, "at least 2 (pairs)")
+        _require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "at least 1")
+        in_schedule = 0 <= self.timestep_index < self.num_inference_steps
+        _require(in_schedule, "timestep_index", self.timestep_index, "below num_inference_steps")
+        _require(self.theta_step > 0, "theta_step", self.theta_step, "above 0")
+        _require(self.theta >= self.theta_min > 0, "theta_min", self.theta_min, "above 0, up to theta")
+        in_range = self.threshold is None or 0 < self.threshold < 1
+        _require(in_range, "threshold", self.threshold, "between 0 and 1 (it is a similarity)")
+
+    @classmethod
+    def preset(cls, name: str, **changes: object) -> "LocalizationSettings":
+        """Settings of a preset, with some values changed.
+
+        Args:
+            name: ``released-code`` (the published numbers come from it) or ``paper`` (the text).
+            changes: values to set; those that are None are left as the preset has them.
+
+        Raises:
+            SettingsError: there is no such preset, or a value makes no sense.
+        """
+        if name not in PRESETS:
+            raise SettingsError(f"There is no preset `{name}`. Use one of: {', '.join(PRESETS)}.")
+        given = {key: value for key, value in changes.items() if value is not None}
+        return replace(PRESETS[name], **given)
+
+
+@dataclass(frozen=True)
+class VerificationSettings:
+    """What is measured on images and fresh latents, before and after pruning.
+
+    Attributes:
+        seed: seed of the latents that images are drawn from; the released code uses 2.
+        score_seed: seed of fresh latents for the memorization score, other than those of detection.
+        images_per_prompt: images drawn for a prompt.
+        max_prompts: memorized prompts that images are drawn for, the first of the corpus.
+        num_inference_steps: DDIM steps per image.
+        guidance_scale: classifier-free guidance of the images.
+        replication_cut: image similarity (SSIM at 64 pixels) from which an image counts as a copy.
+    """
+
+    seed: int = 2
+    score_seed: int = 1001
+    images_per_prompt: int = 4
+    max_prompts: int = 32
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.0
+    replication_cut: float = 0.5
+
+
+PRESETS = {
+    "released-code": LocalizationSettings(),
+    "paper": LocalizationSettings(timestep_index=0, layers_backwards=False),
+}
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise SettingsError(f"`{name}` is {value}, expected: {expected}.")
