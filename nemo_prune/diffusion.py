@@ -68,9 +68,7 @@ class NoisePredictor:
         sample_passes: latents that went through the U-Net so far.
     """
 
-    def __init__(
-        self, pipe: StableDiffusionPipeline, settings: LocalizationSettings, batch_size: int = 64
-    ) -> None:
+    def __init__(self, pipe: StableDiffusionPipeline, settings: LocalizationSettings, batch_size: int = 64) -> None:
         self.pipe = pipe
         self.settings = settings
         self.batch_size = batch_size
@@ -129,13 +127,13 @@ class NoisePredictor:
         num_masks, num_samples = len(masks), len(latents)
         latents = latents.to(unet.device)
         gates = self._gates(masks)
-        rows = [(m, s) for m in range(num_masks) for s in range(num_samples)]
+        which_mask = torch.arange(num_masks).repeat_interleave(num_samples).split(self.batch_size)
+        which_sample = torch.arange(num_samples).repeat(num_masks).split(self.batch_size)
         predicted = []
-        for start in range(0, len(rows), self.batch_size):
-            which_mask, which_sample = (list(part) for part in zip(*rows[start : start + self.batch_size]))
-            batch = latents[which_sample]
+        for of_mask, of_sample in zip(which_mask, which_sample, strict=True):
+            batch = latents[of_sample]
             text = prompt_embeds.expand(len(batch), -1, -1).to(unet.dtype)
-            with suppress(self.layers, {name: gate[which_mask] for name, gate in gates.items()}):
+            with suppress(self.layers, {name: gate[of_mask] for name, gate in gates.items()}):
                 output = unet(batch.to(unet.dtype), self.timestep, encoder_hidden_states=text).sample
             predicted.append(self._to_noise(output.float(), batch))
             self.sample_passes += len(batch)

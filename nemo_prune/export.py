@@ -102,7 +102,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path) -> ExportReport:
     if not weights:
         raise ModelError(
             "The model's U-Net has no safetensors weights. Save it as safetensors first: "
-            '`DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)`, then prune FOLDER.'
+            "`DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)`, then prune FOLDER."
         )
     rows = {
         f"{name}.{part}": pruned.nonzero().flatten().tolist()
@@ -254,9 +254,7 @@ def _check_rows(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTens
                 raise ModelError(f"`{layer}` has the wrong length in {path.as_posix()}. Fetch the file anew.")
 
 
-def _zero_rows(
-    path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]]
-) -> int:
+def _zero_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]]) -> int:
     """Zero rows in place and return their number; zero is all zero bits in every float format."""
     with path.open("r+b") as file:
         for name, indices in rows.items():

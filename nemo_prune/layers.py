@@ -52,7 +52,7 @@ def refuse_altered_projections(unet: nn.Module) -> None:
             "A LoRA is attached to the U-Net. Fuse it into the weights and unload it first: "
             "`pipe.fuse_lora(); pipe.unload_lora_weights()`, then save that model and prune it."
         )
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+    if any(_is_fused(module) for module in unet.modules()):
         raise ModelError(
             "The U-Net's attention projections are fused, so its value rows are not used. "
             "Undo it first: `pipe.unet.unfuse_qkv_projections()`."
@@ -70,6 +70,11 @@ def refuse_altered_projections(unet: nn.Module) -> None:
 def layer_sizes(layers: dict[str, nn.Linear]) -> dict[str, int]:
     """Dotted module name -> number of neurons."""
     return {name: layer.out_features for name, layer in layers.items()}
+
+
+def _is_fused(module: nn.Module) -> bool:
+    # The mark `fused_projections` stays when diffusers unfuses; the processor tells what computes.
+    return type(getattr(module, "processor", None)).__name__.startswith("Fused")
 
 
 def _is_adapter(module: nn.Module) -> bool:

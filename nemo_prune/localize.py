@@ -113,9 +113,7 @@ class PromptScorer:
         self, masks: Sequence[NeuronMask | None], seeds: Sequence[int] | slice = slice(None)
     ) -> Tensor:
         latents = self._latents[seeds]
-        return noise_difference(
-            self._predictor.predict_noise(latents, self._prompt_embeds, masks), latents
-        )
+        return noise_difference(self._predictor.predict_noise(latents, self._prompt_embeds, masks), latents)
 
 
 def select_candidates(
@@ -259,8 +257,6 @@ def localize_prompt(
 def _candidates_of(
     predictor: NoisePredictor, prompt_embeds: Tensor, statistics: ActivationStatistics
 ) -> Callable[[float, int], tuple[Neuron, ...]]:
-    activations = {
-        name: values[0] for name, values in neuron_activations(predictor.layers, prompt_embeds).items()
-    }
+    activations = {name: values[0] for name, values in neuron_activations(predictor.layers, prompt_embeds).items()}
     z_scores = statistics.z_scores(activations)
     return lambda theta, k: select_candidates(activations, z_scores, theta, k)

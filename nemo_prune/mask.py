@@ -77,9 +77,7 @@ class NeuronMask:
     def neurons(self) -> tuple[Neuron, ...]:
         """The pruned neurons, layer by layer, by index."""
         return tuple(
-            Neuron(name, index)
-            for name, pruned in self.layers.items()
-            for index in pruned.nonzero().flatten().tolist()
+            Neuron(name, index) for name, pruned in self.layers.items() for index in pruned.nonzero().flatten().tolist()
         )
 
     @property

@@ -43,9 +43,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     except FileNotFoundError as error:
         raise PromptError(f"There is no prompts file at {path}.") from error
     except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again."
-        ) from error
+        raise PromptError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again.") from error
     except OSError as error:
         raise PromptError(f"The prompts file {path} can't be read: {error.strerror}.") from error
     if path.suffix == ".txt":

@@ -90,12 +90,12 @@ class VerificationSettings:
     replication_cut: float = 0.5
 
 
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise SettingsError(f"`{name}` is {value}, expected: {expected}.")
+
+
 PRESETS = {
     "released-code": LocalizationSettings(),
     "paper": LocalizationSettings(timestep_index=0, layers_backwards=False),
 }
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise SettingsError(f"`{name}` is {value}, expected: {expected}.")

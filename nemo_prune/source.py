@@ -1,7 +1,7 @@
 """Where the model comes from: the demo model, a local folder or a repo of the Hub."""
 
 import json
-import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +84,9 @@ def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> Stabl
     index = json.loads((source.folder / "model_index.json").read_text())
     without_checker = {"safety_checker": None, "requires_safety_checker": False}
     options = without_checker if "safety_checker" in index else {}
-    _quieten_loading()
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            source.folder, torch_dtype=dtype, variant=source.variant, local_files_only=True, **options
+            source.folder, variant=source.variant, local_files_only=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model can't be loaded: {error}") from error
@@ -97,9 +96,10 @@ def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> Stabl
             "(StableDiffusionPipeline with a UNet2DConditionModel)."
         )
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(device, dtype)
     for component in ("unet", "text_encoder"):
         _refuse_nan(getattr(pipe, component), component)
-    return pipe.to(device)
+    return pipe
 
 
 def _refuse_nan(module: torch.nn.Module, component: str) -> None:
@@ -127,9 +127,7 @@ def _check_pipeline(folder: Path, model: str) -> None:
         raise ModelError(f"The model_index.json of {model} is damaged: {error}") from error
     missing = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if part not in index]
     if missing:
-        raise ModelError(
-            f"{model} is no Stable Diffusion pipeline: its model_index.json has no {', '.join(missing)}."
-        )
+        raise ModelError(f"{model} is no Stable Diffusion pipeline: its model_index.json has no {', '.join(missing)}.")
 
 
 def _download(repo_id: str, revision: str | None, variant: str | None) -> ModelSource:
@@ -179,17 +177,5 @@ def _resolve_commit(repo_id: str, revision: str | None) -> str | None:
 
 
 def _fetch_if_there(repo_id: str, name: str, commit: str) -> None:
-    try:
+    with suppress(EntryNotFoundError):
         hf_hub_download(repo_id, name, revision=commit)
-    except EntryNotFoundError:
-        pass
-
-
-def _quieten_loading() -> None:
-    """The missing safety checker and the loaders' own bars are no news to the user."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity(logging.ERROR)

@@ -130,9 +130,7 @@ def check_pruned_equals_suppressed(
             )
 
 
-def draw_images(
-    pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings
-) -> list[Image.Image]:
+def draw_images(pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings) -> list[Image.Image]:
     """Images of one prompt, by the pipeline's own scheduler; the same latents in every call."""
     config = pipe.unet.config
     generator = torch.Generator("cpu").manual_seed(settings.seed)

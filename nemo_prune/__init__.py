@@ -1,0 +1,60 @@
+"""nemo-prune: prune memorization neurons from text-to-image diffusion models before release."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_prune.calibration import Calibration, calibrate
+    from nemo_prune.diffusion import NoisePredictor, apply_mask
+    from nemo_prune.errors import NemoPruneError
+    from nemo_prune.export import ExportReport, export_checkpoint
+    from nemo_prune.localize import PromptLocalization, localize_prompt
+    from nemo_prune.mask import Neuron, NeuronMask
+    from nemo_prune.run import RunOptions, RunResult, prune_model
+    from nemo_prune.settings import LocalizationSettings, VerificationSettings
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Calibration": "calibration",
+    "calibrate": "calibration",
+    "NoisePredictor": "diffusion",
+    "apply_mask": "diffusion",
+    "NemoPruneError": "errors",
+    "ExportReport": "export",
+    "export_checkpoint": "export",
+    "PromptLocalization": "localize",
+    "localize_prompt": "localize",
+    "Neuron": "mask",
+    "NeuronMask": "mask",
+    "RunOptions": "run",
+    "RunResult": "run",
+    "prune_model": "run",
+    "LocalizationSettings": "settings",
+    "VerificationSettings": "settings",
+}
+__all__ = [
+    "Calibration",
+    "ExportReport",
+    "LocalizationSettings",
+    "NemoPruneError",
+    "Neuron",
+    "NeuronMask",
+    "NoisePredictor",
+    "PromptLocalization",
+    "RunOptions",
+    "RunResult",
+    "VerificationSettings",
+    "apply_mask",
+    "calibrate",
+    "export_checkpoint",
+    "localize_prompt",
+    "prune_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Public names load their module on first use, so that `nemo-prune --help` need not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"nemo_prune.{_HOMES[name]}"), name)

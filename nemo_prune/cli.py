@@ -1,0 +1,270 @@
+"""The command line: a thin skin over the library. Heavy imports wait inside the commands."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nemo_prune import __version__
+from nemo_prune.errors import NemoPruneError, PromptError
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
+
+_DEFAULTS = LocalizationSettings()
+_STAGE_NAMES = {"load": "Load the model", "calibrate": "Calibrate", "localize": "Localize",
+                "score again": "Score under the mask", "images before": "Images before", "export": "Export",
+                "images after": "Images after"}  # fmt: skip
+
+app = typer.Typer(
+    help="Find the neurons that make a text-to-image model give training images back, and prune them.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _quieten_libraries() -> None:
+    """Stock loaders chat about optional parts that are none of the user's business here."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+
+    disable_diffusers_bar()
+    disable_transformers_bar()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Find the neurons that make a text-to-image model give training images back, and prune them."""
+
+
+@contextmanager
+def _errors_reported() -> Iterator[None]:
+    """The one place that catches errors: exit code 1 for a named one, 130 when interrupted."""
+    console = Console(stderr=True)
+    try:
+        yield
+    except NemoPruneError as error:
+        console.print("[bold red]Error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as interrupt:
+        console.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(130) from interrupt
+
+
+@contextmanager
+def _progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar on stderr: stage, i of N, time left; off where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("Load the model", total=None)
+        stage_shown = ""
+
+        def update(stage: str, done: int, total: int) -> None:
+            nonlocal stage_shown
+            if stage != stage_shown:
+                stage_shown = stage
+                bar.reset(task, description=_STAGE_NAMES[stage], total=total)
+            bar.update(task, completed=done)
+
+        yield update
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str, typer.Option(help="`demo`, a diffusers folder, or a Hub id such as CompVis/stable-diffusion-v1-4.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of what the run knows; not for publication.  [default: OUT.work]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help=".txt or .csv of the captions to examine; the demo model has its own.")
+    ] = None,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(help=".txt or .csv of ordinary captions; the demo model has its own.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="`released-code` (the published numbers) or `paper` (the text).")
+    ] = "released-code",
+    seed: Annotated[int | None, typer.Option(help=f"Seed of the initial latents.  [default: {_DEFAULTS.seed}]")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help=f"Initial latents per prompt.  [default: {_DEFAULTS.num_samples}]")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Similarity above which a prompt counts as memorized.  [default: calibrated]")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance of the images that are compared; detection uses none.  "
+            f"[default: {VerificationSettings().guidance_scale:g}, demo 3]"
+        ),
+    ] = None,
+    include_unresolved: Annotated[
+        bool, typer.Option("--include-unresolved", help="Also prune the sets of unresolved prompts.")
+    ] = False,
+    publish_examples: Annotated[
+        bool, typer.Option("--publish-examples", help="Put captions and a before/after grid into the card.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repo.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Weights variant, such as fp16.")] = None,
+    device: Annotated[str, typer.Option(help="torch device; `auto` takes a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and discard another run's work folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")] = False,
+) -> None:
+    """Find the memorization neurons, prune them and write a model that stock diffusers loads.
+
+    Example: [bold]nemo-prune run --model demo --out pruned/[/]
+    """
+    with _errors_reported(), _progress_bar(quiet=as_json) as progress:
+        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
+        _quieten_libraries()
+        from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, DEMO_MODEL, PROMPTS_FILE, demo_folder
+        from nemo_prune.prompts import read_prompts
+        from nemo_prune.run import RunOptions, prune_model
+        from nemo_prune.source import resolve_model
+
+        is_demo = model == DEMO_MODEL
+        if is_demo:
+            prompts = prompts or demo_folder() / PROMPTS_FILE
+            calibration_prompts = calibration_prompts or demo_folder() / CALIBRATION_FILE
+        if prompts is None or calibration_prompts is None:
+            raise PromptError(
+                "This model has no prompts of its own. Give the captions to examine with --prompts and "
+                "ordinary ones, hundreds at best, with --calibration-prompts."
+            )
+        examined, ordinary = read_prompts(prompts), read_prompts(calibration_prompts)
+        source = resolve_model(model, revision, variant)
+        guidance = guidance_scale if guidance_scale is not None else DEMO_GUIDANCE_SCALE if is_demo else None
+        result = prune_model(
+            source,
+            examined,
+            [prompt.text for prompt in ordinary],
+            RunOptions(
+                out=out,
+                work=work or out.with_name(f"{out.name}.work"),
+                device=device,
+                dtype=dtype,
+                include_unresolved=include_unresolved,
+                publish_examples=publish_examples,
+                overwrite=overwrite,
+            ),
+            settings,
+            VerificationSettings() if guidance is None else VerificationSettings(guidance_scale=guidance),
+            progress,
+        )
+    if as_json:
+        typer.echo(json.dumps({**result.facts, "out": str(result.out) if result.out else None}, indent=2))
+    else:
+        _show_result(result)
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Write out the demo model with its captions and training images.
+
+    Example: [bold]nemo-prune demo demo-model/[/]
+    """
+    from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, write_demo
+
+    with _errors_reported():
+        write_demo(folder)
+    typer.echo(f"The demo model lies in {folder}. The same run by path:")
+    typer.echo(
+        f"nemo-prune run --model {folder} --prompts {folder / PROMPTS_FILE} "
+        f"--calibration-prompts {folder / CALIBRATION_FILE} --guidance-scale 3 --out pruned/"
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A mask file or a folder that `run` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Show a mask: layers, rows, source and settings.
+
+    Example: [bold]nemo-prune inspect pruned/[/]
+    """
+    with _errors_reported():
+        from nemo_prune.mask import NeuronMask
+        from nemo_prune.run import MASK_FILE
+
+        file = path / MASK_FILE if path.is_dir() else path
+        mask, metadata = NeuronMask.load_with_metadata(file)
+    rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "sizes": mask.sizes, "metadata": metadata}, indent=2))
+        return
+    console = Console()
+    table = Table("layer", "pruned", "of", "rows", title=f"{mask.num_neurons} neurons pruned")
+    for name, indices in rows.items():
+        table.add_row(name, str(len(indices)), str(mask.sizes[name]), ", ".join(map(str, indices)))
+    console.print(table)
+    base = metadata.get("base", {})
+    console.print(f"Base: {base.get('name', 'unknown')}, commit {base.get('commit') or 'none'}", markup=False)
+    for name, value in metadata.get("settings", {}).items():
+        console.print(f"{name}: {value}", markup=False)
+
+
+def _show_result(result: Any) -> None:
+    """Tables on the terminal: what was found, what changed and where to look."""
+    # The card's rows are the terminal's rows: one wording for both.
+    from nemo_prune.card import before_after_rows
+
+    facts, console = result.facts, Console()
+    prompts = facts["prompts"]
+    found = Table("prompts", "number", title="Found")
+    for status in ("localized", "not_memorized", "unresolved"):
+        found.add_row(status.replace("_", " "), str(prompts[status]))
+    layers = Table("layer", "pruned", "of", title="Neurons")
+    for name, count in facts["mask"]["counts"].items():
+        layers.add_row(name, str(count), str(facts["mask"]["sizes"][name]))
+    layers.add_row("all", str(facts["mask"]["num_neurons"]), str(sum(facts["mask"]["sizes"].values())))
+    console.print(found, layers)
+    if result.out is None:
+        console.print("No memorization neuron was found, so there is nothing to prune and no model was written.")
+    else:
+        effect = Table("measured", "before", "after", title="Effect")
+        for row in before_after_rows(facts):
+            effect.add_row(*row)
+        console.print(effect)
+        console.print(f"Pruned model, ready for publication: {result.out}", markup=False, soft_wrap=True)
+    console.print(
+        f"Report with captions and images, not for publication: {result.report}", markup=False, soft_wrap=True
+    )
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,86 @@
+"""Small real pipelines: stock diffusers and transformers classes, random weights, a tiny tokenizer."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TEXT_WIDTH = 16
+
+
+def tiny_unet(**changes: object) -> UNet2DConditionModel:
+    """SD 1.x's three cross-attention down blocks of two attentions and its mid block, tiny."""
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "block_out_channels": (8, 8, 16, 16),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer of single characters."""
+    characters = [c + end for c in string.printable if not c.isspace() for end in ("", "</w>")]
+    vocabulary = [*characters, "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """A StableDiffusionPipeline of random weights."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(folder / "characters")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae, CLIPTextModel(text_config).eval(), tokenizer, tiny_unet(), scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    """A tiny pipeline; tests must leave it as they found it."""
+    return tiny_pipeline(tmp_path_factory.mktemp("pipe"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as a diffusers folder; tests only read it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    pipe.save_pretrained(folder)
+    return folder

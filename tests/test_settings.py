@@ -1,0 +1,34 @@
+import pytest
+
+from nemo_prune.errors import SettingsError
+from nemo_prune.settings import PRESETS, LocalizationSettings
+
+
+def test_released_code_is_the_default_and_paper_predicts_at_the_first_timestep():
+    assert LocalizationSettings.preset("released-code") == LocalizationSettings()
+    assert LocalizationSettings().timestep_index == 1
+    assert LocalizationSettings.preset("paper").timestep_index == 0
+
+
+def test_the_last_cut_is_the_released_codes():
+    settings = LocalizationSettings()
+    assert (settings.theta - settings.theta_min) / settings.theta_step == 15
+
+
+def test_preset_takes_changes_and_ignores_none():
+    settings = LocalizationSettings.preset("paper", seed=7, num_samples=None)
+    assert (settings.seed, settings.num_samples) == (7, PRESETS["paper"].num_samples)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_samples": 1}, {"threshold": 1.5}, {"timestep_index": 50}, {"theta_step": 0.0}, {"theta_min": 6.0}],
+)
+def test_senseless_values_are_refused_by_name(changes):
+    with pytest.raises(SettingsError, match=next(iter(changes))):
+        LocalizationSettings(**changes)
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(SettingsError, match="released-code, paper"):
+        LocalizationSettings.preset("fast")
