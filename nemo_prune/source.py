@@ -25,6 +25,9 @@ from nemo_prune.errors import ModelError
 # diffusers leaves these behind when it downloads a pipeline; the release needs them.
 _BESIDE_THE_MODEL = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE.MD")
 
+# The client's transport differs between its versions; its errors are the bases of the client's own.
+_NO_ANSWER = HfHubHTTPError.__bases__
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -86,7 +89,7 @@ def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> Stabl
     options = without_checker if "safety_checker" in index else {}
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            source.folder, variant=source.variant, local_files_only=True, **options
+            source.folder, dtype=dtype, variant=source.variant, local_files_only=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model can't be loaded: {error}") from error
@@ -96,7 +99,7 @@ def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> Stabl
             "(StableDiffusionPipeline with a UNet2DConditionModel)."
         )
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device, dtype)
+    pipe.to(device)
     for component in ("unet", "text_encoder"):
         _refuse_nan(getattr(pipe, component), component)
     return pipe
@@ -133,13 +136,12 @@ def _check_pipeline(folder: Path, model: str) -> None:
 def _download(repo_id: str, revision: str | None, variant: str | None) -> ModelSource:
     where = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
     try:
-        commit = _resolve_commit(repo_id, revision)
-        # An unknown commit means offline: then only what the cache holds can be used.
-        folder = DiffusionPipeline.download(
-            repo_id, revision=commit or revision, variant=variant, local_files_only=commit is None
+        reachable = _is_reachable(repo_id, revision)
+        folder = Path(
+            DiffusionPipeline.download(repo_id, revision=revision, variant=variant, local_files_only=not reachable)
         )
-        for name in _BESIDE_THE_MODEL if commit else ():
-            _fetch_if_there(repo_id, name, commit)
+        for name in _BESIDE_THE_MODEL if reachable else ():
+            _fetch_if_there(repo_id, name, folder.name)
     except GatedRepoError as error:
         raise ModelError(
             f"{where} is gated. Accept its terms on its page and log in: `hf auth login`, or set HF_TOKEN."
@@ -160,20 +162,19 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> ModelS
         raise ModelError(f"The Hub refused {where}: {error}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{where} can't be downloaded as a pipeline: {error}") from error
-    folder = Path(folder)
-    return ModelSource(folder, repo_id, commit or folder.name, variant)
+    # The cache names a snapshot's folder by its commit.
+    return ModelSource(folder, repo_id, folder.name, variant)
 
 
-def _resolve_commit(repo_id: str, revision: str | None) -> str | None:
-    """The commit of a revision, or None where the Hub can't be reached."""
+def _is_reachable(repo_id: str, revision: str | None) -> bool:
+    """Whether the Hub answers; what it refuses is an error, silence leaves the local cache."""
     try:
-        return HfApi().model_info(repo_id, revision=revision).sha
-    except (OfflineModeIsEnabled, ConnectionError, TimeoutError):
-        return None
-    except OSError as error:
-        if isinstance(error, HfHubHTTPError):
-            raise
-        return None
+        HfApi().model_info(repo_id, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except _NO_ANSWER:
+        return False
+    return True
 
 
 def _fetch_if_there(repo_id: str, name: str, commit: str) -> None:

@@ -1,0 +1,279 @@
+"""The command as a user types it, on a tiny real pipeline; on the demo model in test_demo.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import nemo_prune.localize
+import nemo_prune.run
+from nemo_prune import __version__
+from nemo_prune.cli import app
+
+MARKER = "zanzibarquokka"
+
+
+def nemo_prune_command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def prompt_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "prompts.csv").write_text(f"Caption;type\na {MARKER} cat;VM\n<b>a dog</b> | **x**;VM\n", encoding="utf-8")
+    (folder / "ordinary.txt").write_text("\n".join(f"{MARKER} {i} {i * i}" for i in range(50)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def arguments(model_folder, prompt_files, tmp_path):
+    """A complete command; a test changes what it is about. The tiny model is random: all are unresolved."""
+    return {
+        "--model": model_folder,
+        "--out": tmp_path / "out",
+        "--prompts": prompt_files / "prompts.csv",
+        "--calibration-prompts": prompt_files / "ordinary.txt",
+        "--num-samples": 2,
+        "--threshold": 0.5,
+    }
+
+
+def run(arguments, *flags, **changes):
+    merged = {**arguments, **{f"--{name.replace('_', '-')}": value for name, value in changes.items()}}
+    return nemo_prune_command("run", *[part for item in merged.items() for part in item], *flags)
+
+
+def assert_named_error(result, *words):
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, prompt_files, tmp_path_factory):
+    """A run that pruned the sets of unresolved prompts, with its result and its command."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    command = {
+        "--model": model_folder,
+        "--out": out,
+        "--prompts": prompt_files / "prompts.csv",
+        "--calibration-prompts": prompt_files / "ordinary.txt",
+        "--num-samples": 2,
+        "--threshold": 0.5,
+    }
+    result = run(command, "--include-unresolved", "--json")
+    assert result.exit_code == 0, result.output
+    return out, result, command
+
+
+def test_json_is_one_object_on_stdout_with_what_was_found(finished):
+    out, result, _ = finished
+    facts = json.loads(result.stdout)
+    assert facts["out"] == str(out)
+    assert facts["prompts"]["total"] == facts["prompts"]["unresolved"] == 2
+    assert facts["mask"]["num_neurons"] == sum(facts["mask"]["counts"].values()) > 0
+    assert set(facts["cost"]) == {"mask", "random", "everything"}
+    assert next(iter(facts["seconds"])) == "load"
+
+
+def test_the_output_is_a_complete_folder_that_stock_diffusers_loads(finished):
+    out, _, _ = finished
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "model_index.json", "nemo_prune", "nemo_prune.json", "scheduler", "text_encoder", "tokenizer",
+        "unet", "vae",
+    }  # fmt: skip
+    assert DiffusionPipeline.from_pretrained(out)("a", num_inference_steps=1).images
+
+
+def test_nothing_published_names_a_caption_or_a_path_of_the_machine(finished, model_folder):
+    out, _, command = finished
+    secrets = [MARKER, "a dog", str(out.parent), str(model_folder.parent), str(command["--prompts"].parent)]
+    for path in out.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not path.name.endswith(".png")
+        for secret in secrets:
+            assert secret.encode() not in content, (path, secret)
+
+
+def test_the_work_folder_holds_what_the_run_knows(finished):
+    out, _, _ = finished
+    work = out.with_name("out.work")
+    records = [json.loads(line) for line in (work / "localizations.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == [f"a {MARKER} cat", "<b>a dog</b> | **x**"]
+    assert MARKER in (work / "report.md").read_text()
+    assert json.loads((work / "report.json").read_text())["prompts"][0]["kind"] == "VM"
+    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 16
+
+
+def test_the_card_has_its_metadata_and_limits_and_no_placeholder(finished):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(finished[0] / "README.md")
+    assert card.data.license == "other" and card.data.library_name == "diffusers"
+    assert "It has not forgotten" in card.content and "THIS_FOLDER" in card.content
+    assert "{" not in card.text.replace("@inproceedings{", "").split("## Source")[0].split("```")[0]
+
+
+def test_inspect_shows_the_mask_of_a_folder_and_of_a_file(finished):
+    out, result, _ = finished
+    facts = json.loads(result.stdout)
+    for path in (out, out / "nemo_prune" / "mask.safetensors"):
+        shown = json.loads(nemo_prune_command("inspect", path, "--json").stdout)
+        assert {name: len(rows) for name, rows in shown["rows"].items()} == facts["mask"]["counts"]
+        assert shown["metadata"]["settings"]["theta"] == 5.0
+    table = nemo_prune_command("inspect", out)
+    assert "neurons pruned" in table.stdout and "theta: 5.0" in table.stdout
+    assert_named_error(nemo_prune_command("inspect", out / "vae"), "mask")
+
+
+def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(finished, monkeypatch):
+    out, _, command = finished
+    before = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert_named_error(run(command, "--include-unresolved"), "--overwrite")
+
+    def not_again(*arguments):
+        raise AssertionError("the work folder knows it")
+
+    monkeypatch.setattr(nemo_prune.run, "localize_prompt", not_again)
+    monkeypatch.setattr(nemo_prune.run, "calibrate", not_again)
+    again = run(command, "--include-unresolved", "--overwrite", "--publish-examples")
+    assert again.exit_code == 0, again.output
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    card = (out / "README.md").read_text()
+    assert f"a {MARKER} cat" in card and "before_after.png" in card and "<b>" not in card
+
+
+def test_a_torn_last_line_is_done_again(finished, arguments, tmp_path):
+    out, _, _ = finished
+    work = tmp_path / "work"
+    shutil.copytree(out.with_name("out.work"), work)
+    log = work / "localizations.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0] + lines[1][:50])
+    result = run(arguments, "--include-unresolved", work=work)
+    assert result.exit_code == 0, result.output
+    torn, whole = (json.loads(line) for line in (log.read_bytes().splitlines()[1], lines[1]))
+    assert torn["neurons"] == whole["neurons"]
+
+
+def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finished, arguments):
+    work = finished[0].with_name("out.work")
+    assert_named_error(run(arguments, work=work, seed=5), "settings", "--overwrite")
+    assert (work / "localizations.jsonl").exists()
+
+
+def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkeypatch):
+    original, calls = nemo_prune.localize.localize_prompt, []
+
+    def interrupted(*inner):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(inner)
+        return original(*inner)
+
+    monkeypatch.setattr(nemo_prune.run, "localize_prompt", interrupted)
+    result = run(arguments)
+    assert result.exit_code == 130 and "goes on" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 1
+
+
+def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_path):
+    result = run(arguments)
+    assert result.exit_code == 0, result.output
+    assert "nothing to prune" in result.stdout and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.work" / "report.md").exists()
+
+
+def test_a_threshold_of_ones_own_decides(arguments):
+    result = run(arguments, "--json", threshold=0.999999)
+    assert json.loads(result.stdout)["prompts"]["not_memorized"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "./nowhere"}, ["no model at", "demo"]),
+        ({"model": "a/b/c"}, ["no model at"]),
+        ({"preset": "fast"}, ["released-code"]),
+        ({"num_samples": 1}, ["num_samples"]),
+        ({"threshold": 2}, ["threshold", "between 0 and 1"]),
+        ({"prompts": "nowhere.txt"}, ["no prompts file"]),
+        ({"dtype": "int4"}, ["float16"]),
+        ({"device": "cuda:9"}, ["cuda:9"]),
+    ],
+)
+def test_bad_arguments_are_named_errors(arguments, changes, words):
+    assert_named_error(run(arguments, **changes), *words)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(arguments, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert_named_error(run(arguments, model=tmp_path / "folder"), "model_index.json")
+    (tmp_path / "folder" / "model_index.json").write_text('{"transformer": ["a", "b"]}')
+    assert_named_error(run(arguments, model=tmp_path / "folder"), "no unet")
+
+
+def test_a_model_without_prompts_of_its_own_says_which_options_to_give(model_folder, tmp_path):
+    result = nemo_prune_command("run", "--model", model_folder, "--out", tmp_path / "out")
+    assert_named_error(result, "--prompts", "--calibration-prompts")
+
+
+def test_too_few_calibration_prompts_are_refused(arguments, tmp_path):
+    (tmp_path / "few.txt").write_text("\n".join(f"caption {i}" for i in range(49)))
+    assert_named_error(run(arguments, calibration_prompts=tmp_path / "few.txt"), "at least 50", "got 49")
+
+
+def test_a_target_that_holds_something_is_refused_before_any_work(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert_named_error(run(arguments), "not empty", "--overwrite")
+    assert not (tmp_path / "out.work").exists() and (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_work_inside_the_output_and_output_inside_the_model_are_refused(arguments, model_folder, tmp_path):
+    assert_named_error(run(arguments, work=tmp_path / "out" / "work"), "can be published")
+    assert_named_error(run(arguments, out=model_folder / "out"), "model's own folder")
+
+
+def test_a_full_disk_is_known_before_the_work(arguments, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    assert_named_error(run(arguments), "free", "--out")
+
+
+def test_weights_with_nan_are_refused(arguments, model_folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_folder, damaged)
+    path = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"] = torch.full_like(tensors["conv_in.bias"], float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert_named_error(run(arguments, model=damaged), "conv_in.bias", "NaN")
+
+
+def test_a_training_image_that_can_not_be_read_is_named(arguments, tmp_path):
+    (tmp_path / "prompts.csv").write_text("caption,image\na,nowhere.png\n")
+    assert_named_error(run(arguments, prompts=tmp_path / "prompts.csv"), "nowhere.png", "image")
+
+
+def test_version_and_usage_errors():
+    assert nemo_prune_command("--version").stdout.strip() == __version__
+    assert nemo_prune_command("run", "--out", "x").exit_code == 2
+
+
+def test_help_does_not_wait_for_torch():
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, nemo_prune.cli\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(nemo_prune.cli.app, ['run', '-h']).exit_code == 0\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

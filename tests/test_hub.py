@@ -1,0 +1,76 @@
+"""Models by Hub id, through the official client, from a server on this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RESOLVE = """
+import sys
+from nemo_prune.errors import NemoPruneError
+from nemo_prune.source import load_pipeline, resolve_model
+import torch
+try:
+    source = resolve_model(sys.argv[1], sys.argv[2] or None)
+except NemoPruneError as error:
+    sys.exit(f"named error: {error}")
+load_pipeline(source, "cpu", torch.float32)
+print(source.repo_id, source.commit, (source.folder / "LICENSE.md").exists())
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(model_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    shutil.copytree(model_folder, root / "owner" / "tiny")
+    (root / "owner" / "tiny" / "LICENSE.md").write_text("a licence")
+    shutil.copytree(model_folder, root / "owner" / "gated")
+    (root / "owner" / "gated" / ".gated").touch()
+    program = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root)]
+    server = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def resolve(home, model, revision="", endpoint="http://127.0.0.1:9", **environment):
+    """The client reads its settings once, on import: each call is a process of its own."""
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", RESOLVE, model, revision],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_repo_is_fetched_with_its_licence_and_used_offline_afterwards(hub, tmp_path):
+    online = resolve(tmp_path, "owner/tiny", endpoint=hub)
+    assert online.stdout.split() == ["owner/tiny", "c0ffee" + "0" * 34, "True"], online.stderr
+    offline = resolve(tmp_path, "owner/tiny", endpoint=hub, HF_HUB_OFFLINE="1")
+    assert offline.stdout == online.stdout, offline.stderr
+    unreachable = resolve(tmp_path, "owner/tiny")
+    assert unreachable.stdout == online.stdout, unreachable.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("owner/nowhere", "", "neither a local folder nor a repo"),
+        ("owner/gated", "", "gated"),
+        ("owner/tiny", "no-such-branch", "--revision"),
+    ],
+)
+def test_repos_that_can_not_be_had_are_named_errors(hub, tmp_path, model, revision, message):
+    result = resolve(tmp_path, model, revision, endpoint=hub)
+    assert result.returncode == 1 and "named error" in result.stderr and message in result.stderr
+
+
+def test_offline_without_a_cache_says_what_to_do(tmp_path):
+    result = resolve(tmp_path, "owner/tiny", HF_HUB_OFFLINE="1")
+    assert "named error" in result.stderr and "give a local folder or `demo`" in result.stderr
