@@ -38,7 +38,7 @@ def arguments(model_folder, prompt_files, tmp_path):
         "--prompts": prompt_files / "prompts.csv",
         "--calibration-prompts": prompt_files / "ordinary.txt",
         "--num-samples": 2,
-        "--threshold": 0.5,
+        "--threshold": 0.05,
     }
 
 
@@ -64,7 +64,7 @@ def finished(model_folder, prompt_files, tmp_path_factory):
         "--prompts": prompt_files / "prompts.csv",
         "--calibration-prompts": prompt_files / "ordinary.txt",
         "--num-samples": 2,
-        "--threshold": 0.5,
+        "--threshold": 0.05,
     }
     result = run(command, "--include-unresolved", "--json")
     assert result.exit_code == 0, result.output

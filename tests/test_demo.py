@@ -1,0 +1,168 @@
+"""The effect, on the demo model that really memorizes, each with its negative control."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from nemo_prune.calibration import calibrate
+from nemo_prune.cli import app
+from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, demo_folder, write_demo
+from nemo_prune.diffusion import NoisePredictor, apply_mask
+from nemo_prune.errors import OutputError
+from nemo_prune.localize import PromptScorer, localize_prompt
+from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.prompts import read_prompts
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.source import load_pipeline, resolve_model
+from nemo_prune.verify import draw_images, image_similarities, matched_random_mask
+
+VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE)
+
+
+@pytest.fixture(scope="module")
+def demo_pipe():
+    return load_pipeline(resolve_model("demo"), "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def predictor(demo_pipe):
+    return NoisePredictor(demo_pipe, LocalizationSettings())
+
+
+@pytest.fixture(scope="module")
+def calibration(predictor):
+    texts = [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)]
+    return calibrate(predictor, texts[:60])
+
+
+@pytest.fixture(scope="module")
+def memorized():
+    """A verbatim memorized caption with its training image."""
+    return next(prompt for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "VM")
+
+
+@pytest.fixture(scope="module")
+def localization(predictor, calibration, memorized):
+    return localize_prompt(predictor, memorized.text, calibration, calibration.threshold)
+
+
+@pytest.fixture(scope="module")
+def mask(predictor, localization):
+    return NeuronMask.from_neurons(localization.neurons, predictor.sizes)
+
+
+def copies(pipe, prompt):
+    """How many of four images are copies of the prompt's training image."""
+    images = draw_images(pipe, prompt.text, VERIFICATION)
+    similarities = image_similarities(images, [Image.open(prompt.image)])
+    return int((similarities >= VERIFICATION.replication_cut).sum())
+
+
+def test_the_demo_is_what_its_files_say(demo_pipe, predictor):
+    prompts = read_prompts(demo_folder() / PROMPTS_FILE)
+    kinds = [prompt.kind for prompt in prompts]
+    assert kinds.count("VM") >= 16 and kinds.count("TM") >= 4 and kinds.count("ordinary") >= 4
+    assert all(prompt.image.exists() for prompt in prompts if prompt.kind in ("VM", "TM"))
+    ordinary = {prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)}
+    assert len(ordinary) >= 256 and not ordinary & {prompt.text for prompt in prompts}
+    assert len(predictor.layers) == 7
+    size = sum(path.stat().st_size for path in demo_folder().rglob("*") if path.is_file())
+    assert size < 25e6
+
+
+def test_a_memorized_caption_is_localized_and_its_neurons_are_enough(localization, calibration):
+    assert localization.status == "localized"
+    assert localization.score > calibration.threshold > localization.neurons_score
+    assert set(localization.neurons) <= set(localization.candidates)
+
+
+def test_no_single_neuron_can_be_spared(predictor, calibration, memorized, localization):
+    scorer = PromptScorer(predictor, predictor.encode([memorized.text])[0], predictor.initial_latents())
+    sets = [[other for other in localization.neurons if other != neuron] for neuron in localization.neurons]
+    scores = scorer.score_sets(localization.kept_seeds)([kept for kept in sets if kept] or [[]])
+    assert all(score >= calibration.threshold for score in scores)
+
+
+def test_pruning_stops_the_copies_and_random_neurons_do_not(demo_pipe, calibration, memorized, mask):
+    assert copies(demo_pipe, memorized) == 4
+    with apply_mask(demo_pipe, mask):
+        assert copies(demo_pipe, memorized) == 0
+    with apply_mask(demo_pipe, matched_random_mask(mask, calibration.statistics.mean, seed=0)):
+        assert copies(demo_pipe, memorized) >= 3
+
+
+def test_an_ordinary_caption_is_not_called_memorized(predictor, calibration):
+    ordinary = [prompt for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "ordinary"]
+    scores = [
+        PromptScorer(predictor, predictor.encode([p.text])[0], predictor.initial_latents()).memorization.score
+        for p in ordinary[:8]
+    ]
+    assert max(scores) < 0.9
+
+
+def test_the_random_control_is_as_large_in_the_same_layers_and_outside(predictor, calibration):
+    chosen = [Neuron(layer, index) for layer in predictor.layers for index in (0, 5, 9)]
+    mask = NeuronMask.from_neurons(chosen, predictor.sizes)
+    control = matched_random_mask(mask, calibration.statistics.mean, seed=3)
+    assert control.counts == mask.counts and not set(control.neurons) & set(chosen)
+    again = matched_random_mask(mask, calibration.statistics.mean, seed=3)
+    assert again.neurons == control.neurons
+
+
+def test_demo_writes_a_folder_that_can_be_run_by_path(tmp_path):
+    result = CliRunner().invoke(app, ["demo", str(tmp_path / "demo")])
+    assert result.exit_code == 0 and f"--model {tmp_path / 'demo'}" in result.stdout
+    assert (tmp_path / "demo" / "training_images").is_dir()
+    assert resolve_model(str(tmp_path / "demo")).folder == (tmp_path / "demo").resolve()
+    with pytest.raises(OutputError, match="not empty"):
+        write_demo(tmp_path / "demo")
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_the_demo_model(tmp_path):
+    """The README's command: what it finds, what it removes, and what lies in the folder."""
+    command = [sys.executable, "-m", "nemo_prune.cli", "run", "--model", "demo", "--out", "pruned", "--json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    images = facts["verification"]["images"]
+    assert facts["prompts"]["localized"] >= 0.9 * facts["prompts"]["memorized"]
+    assert images["copies_before"] > 0.5 and images["copies_after"] < 0.05
+    assert facts["cost"]["mask"] < facts["cost"]["everything"]
+    captions = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE)]
+    for path in (tmp_path / "pruned").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not any(caption.encode() in content for caption in captions), path
+        assert path.suffix != ".png" and str(tmp_path).encode() not in content
+
+
+@pytest.mark.slow
+def test_the_demo_loads_alike_under_transformers_4(tmp_path):
+    packages = tmp_path / "packages"
+    requirements = ["transformers>=4.57,<5", "diffusers>=0.35,<0.36"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", packages, *requirements], check=True)
+    program = (
+        "import sys, torch, transformers\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "embeds = pipe.encode_prompt('a red ring', 'cpu', 1, False)[0]\n"
+        "generator = torch.Generator().manual_seed(0)\n"
+        "latents = pipe('a red ring', num_inference_steps=4, generator=generator, output_type='latent').images\n"
+        "torch.save((transformers.__version__, embeds.detach(), latents), sys.argv[2])\n"
+    )
+    results = {}
+    for version, path in (("4", str(packages)), ("5", "")):
+        out = tmp_path / f"{version}.pt"
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-c", program, demo_folder(), out], check=True, env=environment, cwd=tmp_path)
+        results[version] = torch.load(out)
+        assert results[version][0].startswith(f"{version}.")
+    for old, new in zip(results["4"][1:], results["5"][1:], strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-3, atol=1e-4)
