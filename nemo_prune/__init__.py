@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from nemo_prune.export import ExportReport, export_checkpoint
     from nemo_prune.localize import PromptLocalization, localize_prompt
     from nemo_prune.mask import Neuron, NeuronMask
-    from nemo_prune.run import RunOptions, RunResult, prune_model
-    from nemo_prune.settings import LocalizationSettings, VerificationSettings
+    from nemo_prune.run import RunResult, prune_model
+    from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ _HOMES = {
     "localize_prompt": "localize",
     "Neuron": "mask",
     "NeuronMask": "mask",
-    "RunOptions": "run",
+    "RunOptions": "settings",
     "RunResult": "run",
     "prune_model": "run",
     "LocalizationSettings": "settings",

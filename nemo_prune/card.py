@@ -67,7 +67,7 @@ def model_card(facts: Mapping, licence: Mapping[str, str], examples: Sequence[st
         f"---\n{data.to_yaml()}\n---",
         "# Pruned against memorization",
         f"The weights of {_base(facts)} with **{facts['mask']['num_neurons']} memorization neurons zeroed** by "
-        f"[nemo-prune](https://arxiv.org/abs/2406.02366) {facts['versions']['nemo_prune']}. "
+        f"[nemo-prune](https://arxiv.org/abs/2406.02366) {facts['versions']['nemo-prune']}. "
         "It loads with stock diffusers.",
         f"> **Notice: files were changed.** {_changed_files(facts)} No other weight differs from the base.",
         "## What is not claimed",
@@ -127,45 +127,41 @@ def before_after_table(facts: Mapping) -> str:
 
 def before_after_rows(facts: Mapping) -> list[tuple[str, str, str]]:
     """What was measured before and after pruning, as text: name, before, after."""
-    scores, images, cost = facts["verification"]["scores"], facts["verification"]["images"], facts["cost"]
-    found = facts["prompts"]["memorized"]
+    scores, images, cost = facts["scores"], facts["images"], facts["cost"]
+    memorized, ordinary = images["memorized"], images["ordinary"]
     rows = [
         (
-            f"memorized prompts ({found}) above the threshold on fresh seeds",
-            str(scores["above_threshold_before"]), str(scores["above_threshold_after"]),
+            f"memorized prompts ({facts['prompts']['memorized']}) above the threshold on fresh seeds",
+            str(scores["above_threshold_before"]),
+            str(scores["above_threshold_after"]),
         ),
         (
             "their memorization score on fresh seeds, median",
-            _number(scores["median_before"]), _number(scores["median_after"]),
+            _number(scores["median_before"]),
+            _number(scores["median_after"]),
         ),
         (
             "their noise prediction against the unpruned one, highest similarity, median",
-            "1.000", _number(scores["median_suppressed_similarity"]),
+            "1.000",
+            _number(scores["median_suppressed_similarity"]),
         ),
-    ]  # fmt: skip
-    if images["copies_before"] is not None:
+    ]
+    if memorized["copies_before"] is not None:
+        name = f"images of {memorized['num_prompts']} memorized prompts that copy any training image"
+        cut = f" (SSIM at least {images['cut']:.2f})"
+        rows.append((name + cut, _share(memorized["copies_before"]), _share(memorized["copies_after"])))
+    if memorized["num_prompts"]:
+        between = _number(memorized["between_seeds_before"]), _number(memorized["between_seeds_after"])
+        rows.append(("similarity of a memorized prompt's images between seeds (SSIM), mean", *between))
         rows.append(
-            (
-                f"images of {images['num_prompts']} memorized prompts that are copies of any training image "
-                f"(SSIM at least {images['cut']:.2f})",
-                _share(images["copies_before"]), _share(images["copies_after"]),
-            )
-        )  # fmt: skip
-    if images["num_prompts"]:
-        rows += [
-            (
-                "similarity of a memorized prompt's images between seeds (SSIM), mean",
-                _number(images["between_seeds_before"]), _number(images["between_seeds_after"]),
-            ),
-            ("similarity of its images to the unpruned model's (SSIM), mean", "1.000", _number(images["to_unpruned"])),
-        ]  # fmt: skip
-    rows.append(
-        (
-            "change of the noise prediction on ordinary prompts (as many random neurons: "
-            f"{_share(cost['random'])}; everything suppressed: {_share(cost['everything'])})",
-            "0%", _share(cost["mask"]),
+            ("their similarity to the unpruned model's images, mean", "1.000", _number(memorized["to_unpruned"]))
         )
-    )  # fmt: skip
+    if ordinary["num_prompts"]:
+        name = f"similarity of {ordinary['num_prompts']} ordinary prompts' images to the unpruned model's, mean"
+        rows.append((f"{name} (between seeds: {ordinary['between_seeds_before']:.3f})", "1.000",
+                     _number(ordinary["to_unpruned"])))  # fmt: skip
+    controls = f"as many random neurons: {_share(cost['random'])}; everything suppressed: {_share(cost['everything'])}"
+    rows.append((f"change of the noise prediction on ordinary prompts ({controls})", "0%", _share(cost["mask"])))
     return rows
 
 

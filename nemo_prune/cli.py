@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nemo_prune import __version__
 from nemo_prune.errors import NemoPruneError, PromptError
-from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 
 _DEFAULTS = LocalizationSettings()
 _STAGE_NAMES = {"load": "Load the model", "calibrate": "Calibrate", "localize": "Localize",
@@ -148,7 +148,7 @@ def run(
         _quieten_libraries()
         from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, DEMO_MODEL, PROMPTS_FILE, demo_folder
         from nemo_prune.prompts import read_prompts
-        from nemo_prune.run import RunOptions, prune_model
+        from nemo_prune.run import prune_model
         from nemo_prune.source import resolve_model
 
         is_demo = model == DEMO_MODEL
@@ -214,7 +214,7 @@ def inspect(
     """
     with _errors_reported():
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.run import MASK_FILE
+        from nemo_prune.release import MASK_FILE
 
         file = path / MASK_FILE if path.is_dir() else path
         mask, metadata = NeuronMask.load_with_metadata(file)

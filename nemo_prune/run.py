@@ -1,41 +1,29 @@
 """The whole way, from a model and prompts to a pruned release."""
 
 import dataclasses
-import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 
 from nemo_prune.calibration import Calibration, calibrate
-from nemo_prune.card import licence_fields, model_card, run_report
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError, SettingsError
-from nemo_prune.export import (
-    ExportReport,
-    check_target,
-    export_checkpoint,
-    export_size,
-    file_hash,
-    files_to_export,
-    staged_folder,
-)
+from nemo_prune.export import check_target, export_checkpoint, export_size, file_hash, files_to_export, staged_folder
 from nemo_prune.localize import PromptLocalization, localize_prompt
 from nemo_prune.mask import NeuronMask
 from nemo_prune.prompts import Prompt
-from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.record import Findings
+from nemo_prune.release import save_images, write_release, write_report
+from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
 from nemo_prune.verify import (
-    ImageEvidence,
     PromptVerification,
     check_pruned_equals_suppressed,
     compare_images,
@@ -43,40 +31,14 @@ from nemo_prune.verify import (
     full_mask,
     matched_random_mask,
     noise_change,
-    save_grid,
     verify_prompt,
 )
-from nemo_prune.work import WorkFolder, write_atomically
+from nemo_prune.work import WorkFolder
 
 Progress = Callable[[str, int, int], None]
 
-RECORD_FILE = "nemo_prune.json"
-MASK_FILE = "nemo_prune/mask.safetensors"
 _NUM_COST_PROMPTS = 16
 _NUM_ORDINARY_IMAGES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What to do, apart from the numbers of the method.
-
-    Attributes:
-        out: folder of the pruned model; it can be published.
-        work: folder of what the run knows; it is not for publication.
-        device: torch device, or ``auto``.
-        dtype: weights' dtype: ``float32``, ``float16`` or ``bfloat16``.
-        include_unresolved: whether sets of unresolved prompts enter the mask.
-        publish_examples: whether captions and a before/after grid go into the card.
-        overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
-    """
-
-    out: Path
-    work: Path
-    device: str = "auto"
-    dtype: str = "float32"
-    include_unresolved: bool = False
-    publish_examples: bool = False
-    overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +113,14 @@ def prune_model(
     with stages.stage("score again") as report_progress:
         verified = _verify_all(predictor, localizations, mask, verification, report_progress)
         cost = _cost(predictor, calibration_texts, mask, calibration)
-    facts = _facts(source, options, settings, verification, calibration, threshold, localizations, mask, verified, cost)
+    findings = Findings(
+        source, options, settings, verification, calibration, threshold, localizations, mask, verified, cost
+    )
     if not mask.num_neurons:
-        facts["seconds"] = stages.seconds
-        report = _write_report(work, facts, prompts, localizations, verified, [])
-        return RunResult(facts, None, report)
+        facts = findings.facts(stages.seconds)
+        return RunResult(facts, None, write_report(work.path, findings, facts, prompts))
 
-    shown = _prompts_to_draw(localizations, verification)
+    shown = _prompts_to_draw(findings)
     with stages.stage("images before") as report_progress:
         before = _draw_all(pipe, shown, verification, report_progress)
     with staged_folder(options.out, options.overwrite) as folder:
@@ -167,20 +130,13 @@ def prune_model(
             pruned_pipe = load_pipeline(dataclasses.replace(source, folder=folder), device, _dtype(options.dtype))
             check_pruned_equals_suppressed(predictor, pruned_pipe, mask, calibration_texts[:2])
             after = _draw_all(pruned_pipe, shown, verification, report_progress)
-        memorized = {each.prompt for each in localizations if each.status != "not_memorized"}
-        evidence = [
-            compare_images(
-                text, before[text], after[text], list(training_images.values()), verification.replication_cut
-            )
-            for text in shown
-            if text in memorized
-        ]
-        facts["verification"]["images"] = _image_facts(evidence, verification)
-        facts["files"] = _file_facts(exported)
-        facts["seconds"] = stages.seconds
-        grid = _save_images(work.path, shown, memorized, training_images, before, after)
-        report = _write_report(work, facts, prompts, localizations, verified, evidence)
-        _write_release(folder, source, facts, mask, options, [e.prompt for e in evidence], grid)
+        known, cut = list(training_images.values()), verification.replication_cut
+        evidence = [compare_images(text, before[text], after[text], known, cut) for text in shown]
+        findings = dataclasses.replace(findings, evidence=evidence, exported=exported)
+        facts = findings.facts(stages.seconds)
+        grid = save_images(work.path, findings.memorized, training_images, before, after)
+        report = write_report(work.path, findings, facts, prompts)
+        write_release(folder, findings, facts, grid)
     return RunResult(facts, options.out, report)
 
 
@@ -316,10 +272,9 @@ def _cost(
     return noise_change(predictor, calibration_texts[:_NUM_COST_PROMPTS], masks)
 
 
-def _prompts_to_draw(localizations: Sequence[PromptLocalization], verification: VerificationSettings) -> list[str]:
-    memorized = [each.prompt for each in localizations if each.status != "not_memorized"]
-    ordinary = [each.prompt for each in localizations if each.status == "not_memorized"]
-    return memorized[: verification.max_prompts] + ordinary[:_NUM_ORDINARY_IMAGES]
+def _prompts_to_draw(findings: Findings) -> list[str]:
+    ordinary = [each.prompt for each in findings.localizations if each.status == "not_memorized"]
+    return findings.memorized[: findings.verification.max_prompts] + ordinary[:_NUM_ORDINARY_IMAGES]
 
 
 def _draw_all(
@@ -333,159 +288,3 @@ def _draw_all(
         images[text] = draw_images(pipe, text, verification)
         progress(done, len(texts))
     return images
-
-
-def _facts(
-    source: ModelSource,
-    options: RunOptions,
-    settings: LocalizationSettings,
-    verification: VerificationSettings,
-    calibration: Calibration,
-    threshold: float,
-    localizations: Sequence[PromptLocalization],
-    mask: NeuronMask,
-    verified: Sequence[PromptVerification],
-    cost: dict[str, float],
-) -> dict:
-    statuses = [each.status for each in localizations]
-    memorized = [v for each, v in zip(localizations, verified, strict=True) if each.status != "not_memorized"]
-    return {
-        "versions": _versions(),
-        "base": {"name": source.public_name, "repo_id": source.repo_id, "commit": source.commit,
-                 "variant": source.variant},
-        "settings": dataclasses.asdict(settings),
-        "verification_settings": dataclasses.asdict(verification),
-        "dtype": options.dtype,
-        "calibration": {
-            "threshold": threshold,
-            "similarity_mean": calibration.similarity_mean,
-            "similarity_std": calibration.similarity_std,
-            "num_prompts": calibration.statistics.num_prompts,
-        },
-        "prompts": {
-            "total": len(localizations),
-            "memorized": len(memorized),
-            **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
-            "unresolved_included": options.include_unresolved,
-            "sample_passes": sum(each.sample_passes for each in localizations),
-        },
-        "mask": {"num_neurons": mask.num_neurons, "counts": mask.counts, "sizes": mask.sizes},
-        "verification": {"scores": _score_facts(memorized, threshold), "images": _image_facts([], verification)},
-        "cost": cost,
-    }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    packages = ("nemo-prune", "torch", "diffusers", "transformers", "safetensors", "torchmetrics")
-    return {"python": platform.python_version(), **{name.replace("-", "_"): version(name) for name in packages}}
-
-
-def _score_facts(memorized: Sequence[PromptVerification], threshold: float) -> dict:
-    before, after = [v.score_before for v in memorized], [v.score_after for v in memorized]
-    similarities = [v.suppressed_similarity for v in memorized]
-    return {
-        "above_threshold_before": sum(score > threshold for score in before),
-        "above_threshold_after": sum(score > threshold for score in after),
-        "suppressed_above_threshold": sum(similarity > threshold for similarity in similarities),
-        "median_before": _median(before),
-        "median_after": _median(after),
-        "median_suppressed_similarity": _median(similarities),
-    }
-
-
-def _image_facts(evidence: Sequence[ImageEvidence], verification: VerificationSettings) -> dict:
-    def average(field: str) -> float | None:
-        values = [value for each in evidence if (value := getattr(each, field)) is not None]
-        return mean(values) if values else None
-
-    fields = [f.name for f in dataclasses.fields(ImageEvidence) if f.name != "prompt"]
-    return {
-        "num_prompts": len(evidence),
-        "images_per_prompt": verification.images_per_prompt,
-        "cut": verification.replication_cut,
-        **{field: average(field) for field in fields},
-    }
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
-
-
-def _file_facts(exported: ExportReport) -> dict:
-    return {
-        "sha256": exported.hashes,
-        "base_sha256": exported.base_hashes,
-        "rows_zeroed": exported.rows_zeroed,
-        "left_out": exported.left_out,
-    }
-
-
-def _save_images(
-    work: Path,
-    shown: Sequence[str],
-    memorized: set[str],
-    training_images: dict[str, Image.Image],
-    before: dict[str, list[Image.Image]],
-    after: dict[str, list[Image.Image]],
-) -> Path:
-    """Every image and two grids (training image, before, after); returns the memorized prompts' grid."""
-    for folder in (work / "images", work / "grids"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    for position, text in enumerate(shown):
-        for when, images in (("before", before[text]), ("after", after[text])):
-            for seed, image in enumerate(images):
-                image.save(work / "images" / f"{position:03d}_{when}_{seed}.png")
-    grid = work / "grids" / "memorized.png"
-    for path, texts in (
-        (grid, [text for text in shown if text in memorized]),
-        (work / "grids" / "ordinary.png", [text for text in shown if text not in memorized]),
-    ):
-        if texts:
-            save_grid(path, [[training_images.get(t), *before[t], None, *after[t]] for t in texts])
-    return grid
-
-
-def _write_report(
-    work: WorkFolder,
-    facts: dict,
-    prompts: Sequence[Prompt],
-    localizations: Sequence[PromptLocalization],
-    verified: Sequence[PromptVerification],
-    evidence: Sequence[ImageEvidence],
-) -> Path:
-    images = {each.prompt: dataclasses.asdict(each) for each in evidence}
-    records = [
-        {
-            "kind": prompt.kind,
-            **dataclasses.asdict(localization),
-            **dataclasses.asdict(verification),
-            **images.get(prompt.text, {}),
-        }
-        for prompt, localization, verification in zip(prompts, localizations, verified, strict=True)
-    ]
-    write_atomically(work.path / "report.json", json.dumps({"facts": facts, "prompts": records}, indent=2))
-    report = work.path / "report.md"
-    write_atomically(report, run_report(facts, records))
-    return report
-
-
-def _write_release(
-    folder: Path,
-    source: ModelSource,
-    facts: dict,
-    mask: NeuronMask,
-    options: RunOptions,
-    examples: Sequence[str],
-    grid: Path,
-) -> None:
-    (folder / MASK_FILE).parent.mkdir()
-    described = {key: facts[key] for key in ("base", "settings", "prompts", "files", "versions")}
-    mask.save(folder / MASK_FILE, described)
-    (folder / RECORD_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    published: Sequence[str] = ()
-    if options.publish_examples:
-        published = examples
-        shutil.copyfile(grid, folder / "nemo_prune" / "before_after.png")
-    card = model_card(facts, licence_fields(source.folder), published, "nemo_prune/before_after.png")
-    (folder / "README.md").write_text(card, encoding="utf-8")

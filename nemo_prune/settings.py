@@ -1,6 +1,7 @@
 """The numbers of the method, in one place; the command line takes its defaults from here."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nemo_prune.errors import SettingsError
 
@@ -88,6 +89,29 @@ class VerificationSettings:
     num_inference_steps: int = 25
     guidance_scale: float = 7.0
     replication_cut: float = 0.5
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to do, apart from the numbers of the method.
+
+    Attributes:
+        out: folder of the pruned model; it can be published.
+        work: folder of what the run knows; it is not for publication.
+        device: torch device, or ``auto``.
+        dtype: weights' dtype: ``float32``, ``float16`` or ``bfloat16``.
+        include_unresolved: whether sets of unresolved prompts enter the mask.
+        publish_examples: whether captions and a before/after grid go into the card.
+        overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
+    """
+
+    out: Path
+    work: Path
+    device: str = "auto"
+    dtype: str = "float32"
+    include_unresolved: bool = False
+    publish_examples: bool = False
+    overwrite: bool = False
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

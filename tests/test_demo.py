@@ -132,7 +132,7 @@ def test_the_whole_way_on_the_demo_model(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    images = facts["verification"]["images"]
+    images = facts["images"]["memorized"]
     assert facts["prompts"]["localized"] >= 0.9 * facts["prompts"]["memorized"]
     assert images["copies_before"] > 0.5 and images["copies_after"] < 0.05
     assert facts["cost"]["mask"] < facts["cost"]["everything"]

@@ -1,0 +1,121 @@
+"""From what a run found to the facts that its card, its report and its record are made of."""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from statistics import mean, median
+
+from nemo_prune.calibration import Calibration
+from nemo_prune.export import ExportReport
+from nemo_prune.localize import PromptLocalization
+from nemo_prune.mask import NeuronMask
+from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
+from nemo_prune.source import ModelSource
+from nemo_prune.verify import ImageEvidence, PromptVerification
+
+_PACKAGES = ("nemo-prune", "torch", "diffusers", "transformers", "safetensors", "torchmetrics")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a run found, with captions; :meth:`facts` leaves them out.
+
+    Attributes:
+        localizations: one a prompt, in the order of the corpus.
+        verified: the same prompts under the final mask.
+        cost: relative change of the noise prediction on ordinary prompts under ``mask``, under as
+            many ``random`` neurons, and with ``everything`` suppressed.
+        evidence: images of some prompts before and after; empty where nothing was pruned.
+        exported: what was written; None where nothing was pruned.
+    """
+
+    source: ModelSource
+    options: RunOptions
+    settings: LocalizationSettings
+    verification: VerificationSettings
+    calibration: Calibration
+    threshold: float
+    localizations: Sequence[PromptLocalization]
+    mask: NeuronMask
+    verified: Sequence[PromptVerification]
+    cost: dict[str, float]
+    evidence: Sequence[ImageEvidence] = ()
+    exported: ExportReport = field(default_factory=ExportReport)
+
+    @property
+    def memorized(self) -> list[str]:
+        """Prompts that were found to be memorized, whether resolved or not."""
+        return [each.prompt for each in self.localizations if each.status != "not_memorized"]
+
+    def facts(self, seconds: dict[str, float]) -> dict:
+        """The record of the run as JSON values, without any caption or path of the machine.
+
+        Args:
+            seconds: wall time per stage.
+        """
+        source, statuses = self.source, [each.status for each in self.localizations]
+        memorized = set(self.memorized)
+        return {
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            "base": {
+                "name": source.public_name,
+                "repo_id": source.repo_id,
+                "commit": source.commit,
+                "variant": source.variant,
+            },
+            "settings": dataclasses.asdict(self.settings),
+            "verification_settings": dataclasses.asdict(self.verification),
+            "dtype": self.options.dtype,
+            "calibration": {
+                "threshold": self.threshold,
+                "similarity_mean": self.calibration.similarity_mean,
+                "similarity_std": self.calibration.similarity_std,
+                "num_prompts": self.calibration.statistics.num_prompts,
+            },
+            "prompts": {
+                "total": len(statuses),
+                "memorized": len(memorized),
+                **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
+                "unresolved_included": self.options.include_unresolved,
+                "sample_passes": sum(each.sample_passes for each in self.localizations),
+            },
+            "mask": {"num_neurons": self.mask.num_neurons, "counts": self.mask.counts, "sizes": self.mask.sizes},
+            "scores": self._scores([each for each in self.verified if each.prompt in memorized]),
+            "images": {
+                "per_prompt": self.verification.images_per_prompt,
+                "cut": self.verification.replication_cut,
+                "memorized": _averages([each for each in self.evidence if each.prompt in memorized]),
+                "ordinary": _averages([each for each in self.evidence if each.prompt not in memorized]),
+            },
+            "cost": self.cost,
+            "files": {
+                "sha256": self.exported.hashes,
+                "base_sha256": self.exported.base_hashes,
+                "rows_zeroed": self.exported.rows_zeroed,
+                "left_out": self.exported.left_out,
+            },
+            "seconds": seconds,
+        }
+
+    def _scores(self, memorized: Sequence[PromptVerification]) -> dict:
+        before, after = [each.score_before for each in memorized], [each.score_after for each in memorized]
+        suppressed = [each.suppressed_similarity for each in memorized]
+        return {
+            "above_threshold_before": sum(score > self.threshold for score in before),
+            "above_threshold_after": sum(score > self.threshold for score in after),
+            "suppressed_above_threshold": sum(score > self.threshold for score in suppressed),
+            "median_before": median(before) if before else None,
+            "median_after": median(after) if after else None,
+            "median_suppressed_similarity": median(suppressed) if suppressed else None,
+        }
+
+
+def _averages(evidence: Sequence[ImageEvidence]) -> dict[str, float | None]:
+    """Number of prompts, and the mean of every measure over those that have it."""
+    averages: dict[str, float | None] = {"num_prompts": len(evidence)}
+    for measure in dataclasses.fields(ImageEvidence)[1:]:
+        values = [value for each in evidence if (value := getattr(each, measure.name)) is not None]
+        averages[measure.name] = mean(values) if values else None
+    return averages
