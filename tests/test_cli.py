@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -183,6 +186,21 @@ def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkey
     assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(finished, arguments, tmp_path):
+    command = [sys.executable, "-m", "nemo_prune.cli", "run", "--include-unresolved"]
+    command += [str(part) for item in arguments.items() for part in item]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out.work" / "localizations.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert log.exists() and not (tmp_path / "out").exists()
+    assert run(arguments, "--include-unresolved").exit_code == 0
+    for name in ("unet/diffusion_pytorch_model.safetensors", "nemo_prune/mask.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
 def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_path):
     result = run(arguments)
     assert result.exit_code == 0, result.output
@@ -267,9 +285,6 @@ def test_version_and_usage_errors():
 
 
 def test_help_does_not_wait_for_torch():
-    import subprocess
-    import sys
-
     program = (
         "import sys, nemo_prune.cli\n"
         "from typer.testing import CliRunner\n"

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
 
+from conftest import tiny_pipeline
 from nemo_prune.diffusion import NoisePredictor, apply_mask, suppress
 from nemo_prune.errors import MaskError
 from nemo_prune.mask import NeuronMask

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import TEXT_WIDTH, tiny_unet
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from conftest import TEXT_WIDTH, tiny_unet
 from nemo_prune.errors import ModelError
 from nemo_prune.layers import find_text_projections
 
