@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from nemo_prune.calibration import calibrate
-from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE
+from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE
 from nemo_prune.diffusion import NoisePredictor, apply_mask
-from nemo_prune.localize import PromptLocalization, localize_prompt
+from nemo_prune.localize import PromptLocalization, PromptScorer, localize_prompt
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.prompts import Prompt, read_prompts
 from nemo_prune.run import merge_localizations
@@ -81,9 +81,9 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
         num_inference_steps=num_inference_steps,
         guidance_scale=DEMO_GUIDANCE_SCALE,
     )
-    memorized = [prompt for prompt in prompts if prompt.kind in ("VM", "TM")]
-    ordinary = [prompt for prompt in prompts if prompt.kind not in ("VM", "TM")][:NUM_ORDINARY_DRAWN]
-    shown = memorized + ordinary
+    test = read_prompts(folder / TEST_FILE)
+    ordinary = test[:NUM_ORDINARY_DRAWN]
+    shown = prompts + ordinary
 
     def drawn(name: str, context: AbstractContextManager) -> Images:
         with context:
@@ -92,23 +92,23 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     before = drawn("images before", nullcontext())
     after = drawn("images under the mask", apply_mask(pipe, mask))
     controlled = drawn("images under random neurons", apply_mask(pipe, random_masks[0]))
-    training = {prompt.text: Image.open(prompt.image) for prompt in memorized if prompt.image}
+    training = {prompt.text: Image.open(prompt.image) for prompt in prompts if prompt.image}
     save_grid(
         out / "memorized.png",
         [
             [training.get(p.text), *before[p.text][:4], None, *after[p.text][:4], None, *controlled[p.text][:2]]
-            for p in memorized
+            for p in prompts
         ],
     )
     save_grid(out / "ordinary.png", [[*before[p.text][:4], None, *after[p.text][:4]] for p in ordinary])
 
-    verbatim = [training[prompt.text] for prompt in memorized if prompt.kind == "VM"]
+    verbatim = [training[prompt.text] for prompt in prompts if prompt.kind == "VM"]
     conditions = {"before": before, "after": after, "random": controlled}
     return {
-        "score": _score_figures(prompts, localizations, calibration.threshold),
+        "score": _score_figures(predictor, prompts, localizations, test, calibration.threshold),
         "localization": _localization_figures(predictor, prompts, localizations, mask, calibration.threshold),
         "replication": {
-            name: _replication_figures(memorized, images, verbatim, verification.replication_cut)
+            name: _replication_figures(prompts, images, verbatim, verification.replication_cut)
             for name, images in conditions.items()
         },
         "ordinary": _ordinary_figures(ordinary, before, after, verbatim),
@@ -125,15 +125,27 @@ def _draw(pipe, prompt: Prompt, verification: VerificationSettings, name: str) -
 
 
 def _score_figures(
-    prompts: Sequence[Prompt], localizations: Sequence[PromptLocalization], threshold: float
+    predictor: NoisePredictor,
+    prompts: Sequence[Prompt],
+    localizations: Sequence[PromptLocalization],
+    test: Sequence[Prompt],
+    threshold: float,
 ) -> dict[str, float]:
-    scores: dict[str, list[float]] = {}
+    """How well the memorization score tells memorized captions from ordinary ones."""
+    latents = predictor.initial_latents()
+    scores: dict[str, list[float]] = {"VM": [], "TM": [], "ordinary": []}
     for prompt, localization in zip(prompts, localizations, strict=True):
-        scores.setdefault(prompt.kind or "ordinary", []).append(localization.score)
-    figures = {"threshold": threshold}
-    for kind in ("VM", "TM"):
-        figures[f"auroc_{kind}"] = _auroc(scores[kind], scores["ordinary"])
-    return figures | {f"median_{kind}": median(values) for kind, values in scores.items()}
+        scores[prompt.kind].append(localization.score)
+    for prompt in test:
+        scorer = PromptScorer(predictor, predictor.encode([prompt.text])[0], latents)
+        scores["ordinary"].append(scorer.memorization.score)
+    return {
+        "threshold": threshold,
+        "auroc_VM": _auroc(scores["VM"], scores["ordinary"]),
+        "auroc_TM": _auroc(scores["TM"], scores["ordinary"]),
+        "ordinary_above_the_threshold": mean(score > threshold for score in scores["ordinary"]),
+        **{f"median_{kind}": median(values) for kind, values in scores.items()},
+    }
 
 
 def _localization_figures(
@@ -145,7 +157,7 @@ def _localization_figures(
 ) -> dict:
     found = {
         kind: [each for prompt, each in zip(prompts, localizations, strict=True) if prompt.kind == kind]
-        for kind in ("VM", "TM", "ordinary")
+        for kind in ("VM", "TM")
     }
     memorized = found["VM"] + found["TM"]
     localized = [each for each in memorized if each.status == "localized"]
@@ -174,11 +186,11 @@ def _localization_figures(
 
 
 def _replication_figures(
-    memorized: Sequence[Prompt], images: Images, verbatim: Sequence[Image.Image], cut: float
+    prompts: Sequence[Prompt], images: Images, verbatim: Sequence[Image.Image], cut: float
 ) -> dict[str, float]:
     """How many of the verbatim captions give copies back, judged against every verbatim training image."""
     similarities = [
-        image_similarities(images[prompt.text], verbatim).amax(dim=1) for prompt in memorized if prompt.kind == "VM"
+        image_similarities(images[prompt.text], verbatim).amax(dim=1) for prompt in prompts if prompt.kind == "VM"
     ]
     shares = [float((values >= cut).float().mean()) for values in similarities]
     return {
@@ -255,8 +267,6 @@ def _caption_figures(
 ) -> list[dict]:
     rows = []
     for prompt, localization in zip(prompts, localizations, strict=True):
-        if prompt.kind not in ("VM", "TM"):
-            continue
         own = [training[prompt.text]]
         rows.append(
             {

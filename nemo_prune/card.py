@@ -161,7 +161,7 @@ def before_after_rows(facts: Mapping) -> list[tuple[str, str, str]]:
         rows.append((f"{name} (between seeds: {ordinary['between_seeds_before']:.3f})", "1.000",
                      _number(ordinary["to_unpruned"])))  # fmt: skip
     controls = f"as many random neurons: {_share(cost['random'])}; everything suppressed: {_share(cost['everything'])}"
-    rows.append((f"change of the noise prediction on ordinary prompts ({controls})", "0%", _share(cost["mask"])))
+    rows.append((f"change of the noise prediction on ordinary prompts ({controls})", "0.0%", _share(cost["mask"])))
     return rows
 
 
@@ -217,4 +217,4 @@ def _number(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+    return "" if value is None else f"{value:.1%}"

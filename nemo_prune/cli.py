@@ -151,6 +151,7 @@ def run(
         from nemo_prune.run import prune_model
         from nemo_prune.source import resolve_model
 
+        out = out.absolute()
         is_demo = model == DEMO_MODEL
         if is_demo:
             prompts = prompts or demo_folder() / PROMPTS_FILE
@@ -169,7 +170,7 @@ def run(
             [prompt.text for prompt in ordinary],
             RunOptions(
                 out=out,
-                work=work or out.with_name(f"{out.name}.work"),
+                work=work or out.parent / f"{out.name}.work",
                 device=device,
                 dtype=dtype,
                 include_unresolved=include_unresolved,

@@ -9,6 +9,7 @@ DEMO_MODEL = "demo"
 DEMO_GUIDANCE_SCALE = 3.0
 PROMPTS_FILE = "prompts.csv"
 CALIBRATION_FILE = "calibration.csv"
+TEST_FILE = "test.csv"
 
 
 def demo_folder() -> Path:

@@ -120,7 +120,7 @@ def prune_model(
         facts = findings.facts(stages.seconds)
         return RunResult(facts, None, write_report(work.path, findings, facts, prompts))
 
-    shown = _prompts_to_draw(findings)
+    shown = findings.memorized[: verification.max_prompts] + list(calibration_texts[:_NUM_ORDINARY_IMAGES])
     with stages.stage("images before") as report_progress:
         before = _draw_all(pipe, shown, verification, report_progress)
     with staged_folder(options.out, options.overwrite) as folder:
@@ -270,11 +270,6 @@ def _cost(
         "everything": full_mask(predictor.sizes),
     }
     return noise_change(predictor, calibration_texts[:_NUM_COST_PROMPTS], masks)
-
-
-def _prompts_to_draw(findings: Findings) -> list[str]:
-    ordinary = [each.prompt for each in findings.localizations if each.status == "not_memorized"]
-    return findings.memorized[: findings.verification.max_prompts] + ordinary[:_NUM_ORDINARY_IMAGES]
 
 
 def _draw_all(
