@@ -98,7 +98,7 @@ def run(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
     work: Annotated[
-        Path | None, typer.Option(help="Folder of what the run knows; not for publication.  [default: OUT.work]")
+        Path | None, typer.Option(help="Folder of what the run knows; not for publication. (default: OUT.work)")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help=".txt or .csv of the captions to examine; the demo model has its own.")
@@ -109,18 +109,18 @@ def run(
     preset: Annotated[
         str, typer.Option(help="`released-code` (the published numbers) or `paper` (the text).")
     ] = "released-code",
-    seed: Annotated[int | None, typer.Option(help=f"Seed of the initial latents.  [default: {_DEFAULTS.seed}]")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Seed of the initial latents. (default: {_DEFAULTS.seed})")] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help=f"Initial latents per prompt.  [default: {_DEFAULTS.num_samples}]")
+        int | None, typer.Option(help=f"Initial latents per prompt. (default: {_DEFAULTS.num_samples})")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Similarity above which a prompt counts as memorized.  [default: calibrated]")
+        float | None, typer.Option(help="Similarity above which a prompt counts as memorized. (default: calibrated)")
     ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Guidance of the images that are compared; detection uses none.  "
-            f"[default: {VerificationSettings().guidance_scale:g}, demo 3]"
+            help="Guidance of the images that are compared; detection uses none. "
+            f"(default: {VerificationSettings().guidance_scale:g}, demo 3)"
         ),
     ] = None,
     include_unresolved: Annotated[
