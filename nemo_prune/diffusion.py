@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from nemo_prune.layers import find_text_projections, layer_sizes
@@ -49,6 +49,14 @@ def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask) -> Iterator[None
     mask.check(layer_sizes(layers))
     with suppress(layers, {name: pruned[None] for name, pruned in mask.layers.items()}):
         yield
+
+
+def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int) -> Tensor:
+    """Initial latents [num_samples, channels, height, width], float32, by one generator on the CPU."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((num_samples, unet.config.in_channels, height, width), generator=generator)
 
 
 class NoisePredictor:
@@ -96,12 +104,9 @@ class NoisePredictor:
             seed: seed of the generator; that of the settings unless given.
             num_samples: S; that of the settings unless given.
         """
-        config = self.pipe.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        generator = torch.Generator("cpu").manual_seed(self.settings.seed if seed is None else seed)
-        shape = (num_samples or self.settings.num_samples, config.in_channels, height, width)
-        return torch.randn(shape, generator=generator)
+        settings = self.settings
+        seed = settings.seed if seed is None else seed
+        return draw_latents(self.pipe.unet, num_samples or settings.num_samples, seed)
 
     @torch.no_grad()
     def predict_noise(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.diffusion import NoisePredictor, draw_latents
 from nemo_prune.errors import ModelError
 from nemo_prune.localize import PromptLocalization, PromptScorer
 from nemo_prune.mask import Neuron, NeuronMask
@@ -132,10 +132,7 @@ def check_pruned_equals_suppressed(
 
 def draw_images(pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings) -> list[Image.Image]:
     """Images of one prompt, by the pipeline's own scheduler; the same latents in every call."""
-    config = pipe.unet.config
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
-    shape = (settings.images_per_prompt, config.in_channels, config.sample_size, config.sample_size)
-    latents = torch.randn(shape, generator=generator)
+    latents = draw_latents(pipe.unet, settings.images_per_prompt, settings.seed)
     return pipe(
         [text] * settings.images_per_prompt,
         latents=latents.to(pipe.unet.device, pipe.unet.dtype),
