@@ -88,7 +88,7 @@ class VerificationSettings:
     max_prompts: int = 32
     num_inference_steps: int = 25
     guidance_scale: float = 7.0
-    replication_cut: float = 0.45
+    replication_cut: float = 0.5
 
 
 @dataclass(frozen=True)
