@@ -38,7 +38,7 @@ from nemo_prune.work import WorkFolder
 Progress = Callable[[str, int, int], None]
 
 _NUM_COST_PROMPTS = 16
-_NUM_ORDINARY_IMAGES = 8
+_NUM_ORDINARY_IMAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def test_the_work_folder_holds_what_the_run_knows(finished):
     assert [record["prompt"] for record in records] == [f"a {MARKER} cat", "<b>a dog</b> | **x**"]
     assert MARKER in (work / "report.md").read_text()
     assert json.loads((work / "report.json").read_text())["prompts"][0]["kind"] == "VM"
-    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 16
+    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 48
 
 
 def test_the_card_has_its_metadata_and_limits_and_no_placeholder(finished):
