@@ -11,6 +11,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_WIDTH = 16
 
+# Tensors this small take longer to hand out to threads than to compute.
+torch.set_num_threads(1)
+
 
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
     """SD 1.x's three cross-attention down blocks of two attentions and its mid block, tiny."""

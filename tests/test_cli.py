@@ -1,5 +1,6 @@
 """The command as a user types it, on a tiny real pipeline; on the demo model in test_demo.py."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -12,16 +13,28 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import nemo_prune.cli
 import nemo_prune.localize
 import nemo_prune.run
 from nemo_prune import __version__
 from nemo_prune.cli import app
+from nemo_prune.settings import VerificationSettings
 
 MARKER = "zanzibarquokka"
 
 
 def nemo_prune_command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Images are not what these tests are about: draw few of them, in few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nemo_prune.run, "_NUM_ORDINARY_IMAGES", 1)
+        few = functools.partial(VerificationSettings, num_inference_steps=2, images_per_prompt=2)
+        patch.setattr(nemo_prune.cli, "VerificationSettings", few)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +123,7 @@ def test_the_work_folder_holds_what_the_run_knows(finished):
     assert [record["prompt"] for record in records] == [f"a {MARKER} cat", "<b>a dog</b> | **x**"]
     assert MARKER in (work / "report.md").read_text()
     assert json.loads((work / "report.json").read_text())["prompts"][0]["kind"] == "VM"
-    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 48
+    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 12
 
 
 def test_the_card_has_its_metadata_and_limits_and_no_placeholder(finished):
