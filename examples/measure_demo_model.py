@@ -22,10 +22,11 @@ from PIL import Image
 from nemo_prune.calibration import calibrate
 from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE
 from nemo_prune.diffusion import NoisePredictor, apply_mask
-from nemo_prune.localize import PromptLocalization, PromptScorer, localize_prompt
+from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.prompts import Prompt, read_prompts
 from nemo_prune.run import merge_localizations
+from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from nemo_prune.source import load_pipeline, resolve_model
 from nemo_prune.verify import (
@@ -65,13 +66,15 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     started = time.perf_counter()
     pipe = load_pipeline(resolve_model(str(folder)), "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     predictor = NoisePredictor(pipe, LocalizationSettings())
+    scorer = Scorer(predictor)
     prompts = read_prompts(folder / PROMPTS_FILE)
     ordinary_texts = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
-    calibration = calibrate(predictor, ordinary_texts, _say("calibrate"))
-    localizations = []
-    for done, prompt in enumerate(prompts, start=1):
-        localizations.append(localize_prompt(predictor, prompt.text, calibration, calibration.threshold))
-        _say("localize")(done, len(prompts))
+    calibration = calibrate(scorer, ordinary_texts, _say("calibrate"))
+    texts = [prompt.text for prompt in prompts]
+    localizations = sorted(
+        localize_prompts(scorer, texts, calibration, calibration.threshold),
+        key=lambda localization: texts.index(localization.prompt),
+    )
     mask = merge_localizations(localizations, predictor.sizes)
     random_masks = [matched_random_mask(mask, calibration.statistics.mean, seed) for seed in range(NUM_RANDOM_DRAWS)]
 
@@ -105,8 +108,8 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     verbatim = [training[prompt.text] for prompt in prompts if prompt.kind == "VM"]
     conditions = {"before": before, "after": after, "random": controlled}
     return {
-        "score": _score_figures(predictor, prompts, localizations, test, calibration.threshold),
-        "localization": _localization_figures(predictor, prompts, localizations, mask, calibration.threshold),
+        "score": _score_figures(scorer, prompts, localizations, test, calibration.threshold),
+        "localization": _localization_figures(scorer, prompts, localizations, mask, calibration.threshold),
         "replication": {
             name: _replication_figures(prompts, images, verbatim, verification.replication_cut)
             for name, images in conditions.items()
@@ -125,20 +128,19 @@ def _draw(pipe, prompt: Prompt, verification: VerificationSettings, name: str) -
 
 
 def _score_figures(
-    predictor: NoisePredictor,
+    scorer: Scorer,
     prompts: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
     test: Sequence[Prompt],
     threshold: float,
 ) -> dict[str, float]:
     """How well the memorization score tells memorized captions from ordinary ones."""
-    latents = predictor.initial_latents()
     scores: dict[str, list[float]] = {"VM": [], "TM": [], "ordinary": []}
     for prompt, localization in zip(prompts, localizations, strict=True):
         scores[prompt.kind].append(localization.score)
     for prompt in test:
-        scorer = PromptScorer(predictor, predictor.encode([prompt.text])[0], latents)
-        scores["ordinary"].append(scorer.memorization.score)
+        (scored,) = scorer.score_prompts([prompt.text])
+        scores["ordinary"].append(scored.memorization.score)
     return {
         "threshold": threshold,
         "auroc_VM": _auroc(scores["VM"], scores["ordinary"]),
@@ -149,7 +151,7 @@ def _score_figures(
 
 
 def _localization_figures(
-    predictor: NoisePredictor,
+    scorer: Scorer,
     prompts: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
     mask: NeuronMask,
@@ -161,8 +163,8 @@ def _localization_figures(
     }
     memorized = found["VM"] + found["TM"]
     localized = [each for each in memorized if each.status == "localized"]
-    fresh = predictor.initial_latents(seed=VerificationSettings().score_seed)
-    verified = [verify_prompt(predictor, each, mask, fresh) for each in memorized]
+    fresh = scorer.predictor.initial_latents(seed=VerificationSettings().score_seed)
+    verified = [verify_prompt(scorer, each, mask, fresh) for each in memorized]
     sizes = sorted(len(each.neurons) for each in localized)
     return {
         "status": {

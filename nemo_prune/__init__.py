@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from nemo_prune.diffusion import NoisePredictor, apply_mask
     from nemo_prune.errors import NemoPruneError
     from nemo_prune.export import ExportReport, export_checkpoint
-    from nemo_prune.localize import PromptLocalization, localize_prompt
+    from nemo_prune.localize import PromptLocalization, localize_prompt, localize_prompts
     from nemo_prune.mask import Neuron, NeuronMask
     from nemo_prune.run import RunResult, prune_model
     from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
@@ -25,6 +25,8 @@ _HOMES = {
     "export_checkpoint": "export",
     "PromptLocalization": "localize",
     "localize_prompt": "localize",
+    "localize_prompts": "localize",
+    "Scorer": "scorer",
     "Neuron": "mask",
     "NeuronMask": "mask",
     "RunOptions": "settings",
@@ -44,11 +46,13 @@ __all__ = [
     "PromptLocalization",
     "RunOptions",
     "RunResult",
+    "Scorer",
     "VerificationSettings",
     "apply_mask",
     "calibrate",
     "export_checkpoint",
     "localize_prompt",
+    "localize_prompts",
     "prune_model",
 ]
 

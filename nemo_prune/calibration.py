@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
-from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError
-from nemo_prune.scoring import memorization_score, noise_difference
+from nemo_prune.scorer import Scorer
 from nemo_prune.settings import MIN_CALIBRATION_PROMPTS
 
 Progress = Callable[[int, int], None]
@@ -74,15 +73,13 @@ class Calibration:
         )
 
 
-def calibrate(
-    predictor: NoisePredictor, texts: Sequence[str], progress: Progress = lambda done, total: None
-) -> Calibration:
+def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda done, total: None) -> Calibration:
     """Measure threshold and activation statistics on prompts that are not memorized (Sec. 3.1, 3.2).
 
     The noise is predicted exactly as the detection does: same latents, timestep and no guidance.
 
     Args:
-        predictor: the model.
+        scorer: the model.
         texts: at least 50 different ordinary prompts.
         progress: called with the prompts done and their number.
 
@@ -95,21 +92,19 @@ def calibrate(
             f"Calibration needs at least {MIN_CALIBRATION_PROMPTS} different ordinary prompts, got "
             f"{len(texts)}. Give more with --calibration-prompts; hundreds are better."
         )
-    settings = predictor.settings
-    latents = predictor.initial_latents()
+    predictor = scorer.predictor
     fitter = ActivationStatisticsFitter()
     pairs = []
-    for done, text in enumerate(texts, start=1):
-        prompt_embeds = predictor.encode([text])
-        fitter.update(neuron_activations(predictor.layers, prompt_embeds))
-        noise_pred = predictor.predict_noise(latents, prompt_embeds[0])[0]
-        delta = noise_difference(noise_pred, latents.to(noise_pred.device))
-        pairs.append(memorization_score(delta, settings.ssim_betas).values)
-        progress(done, len(texts))
+    at_once = scorer.prompts_at_once
+    for done in range(0, len(texts), at_once):
+        for scored in scorer.score_prompts(texts[done : done + at_once]):
+            fitter.update(neuron_activations(predictor.layers, scored.prompt_embeds[None]))
+            pairs.append(scored.memorization.values)
+        progress(min(done + at_once, len(texts)), len(texts))
     similarities = torch.cat(pairs).double()
     return Calibration(
         similarity_mean=float(similarities.mean()),
         similarity_std=float(similarities.std()),
-        num_std=settings.threshold_num_std,
+        num_std=predictor.settings.threshold_num_std,
         statistics=fitter.statistics,
     )

@@ -1,14 +1,15 @@
 """Predict a model's noise for a text, with any number of masks at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from nemo_prune.errors import ModelError
 from nemo_prune.layers import find_text_projections, layer_sizes
-from nemo_prune.mask import NeuronMask
+from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
 
@@ -68,18 +69,22 @@ class NoisePredictor:
     Args:
         pipe: a Stable Diffusion pipeline in evaluation mode.
         settings: number of samples, seed, schedule and timestep.
-        batch_size: latents that go through the U-Net at once, at most.
+        batch_size: latents that go through the U-Net at once, always as many: the last digits of a
+            prediction depend on it, but on nothing else in the batch. Halved where memory is short.
+            By default those of one prompt, on a GPU of four.
 
     Attributes:
         layers: dotted module name -> value projection, in the order of execution.
         sizes: dotted module name -> number of neurons.
-        sample_passes: latents that went through the U-Net so far.
+        sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, settings: LocalizationSettings, batch_size: int = 64) -> None:
+    def __init__(
+        self, pipe: StableDiffusionPipeline, settings: LocalizationSettings, batch_size: int | None = None
+    ) -> None:
         self.pipe = pipe
         self.settings = settings
-        self.batch_size = batch_size
+        self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
         self.layers = find_text_projections(pipe.unet)
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = 0
@@ -128,26 +133,78 @@ class NoisePredictor:
         for mask in masks:
             if mask is not None:
                 mask.check(self.sizes)
-        unet = self.pipe.unet
         num_masks, num_samples = len(masks), len(latents)
-        latents = latents.to(unet.device)
-        gates = self._gates(masks)
-        which_mask = torch.arange(num_masks).repeat_interleave(num_samples).split(self.batch_size)
-        which_sample = torch.arange(num_samples).repeat(num_masks).split(self.batch_size)
-        predicted = []
-        for of_mask, of_sample in zip(which_mask, which_sample, strict=True):
-            batch = latents[of_sample]
-            text = prompt_embeds.expand(len(batch), -1, -1).to(unet.dtype)
-            with suppress(self.layers, {name: gate[of_mask] for name, gate in gates.items()}):
-                output = unet(batch.to(unet.dtype), self.timestep, encoder_hidden_states=text).sample
-            predicted.append(self._to_noise(output.float(), batch))
-            self.sample_passes += len(batch)
-        return torch.cat(predicted).unflatten(0, (num_masks, num_samples))
+        predicted = self.predict_each(
+            latents.repeat(num_masks, 1, 1, 1),
+            prompt_embeds.expand(num_masks * num_samples, -1, -1),
+            [() if mask is None else mask.neurons for mask in masks for _ in range(num_samples)],
+        )
+        return predicted.unflatten(0, (num_masks, num_samples))
 
-    def _gates(self, masks: Sequence[NeuronMask | None]) -> dict[str, Tensor]:
-        nothing = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
-        layers = [nothing if mask is None else {**nothing, **mask.layers} for mask in masks]
-        return {name: torch.stack([each[name] for each in layers]) for name in self.sizes}
+    @torch.no_grad()
+    def predict_each(self, latents: Tensor, prompt_embeds: Tensor, suppressed: Sequence[Collection[Neuron]]) -> Tensor:
+        """Predict the noise of latents, each for a text of its own and with neurons of its own suppressed.
+
+        A batch that is not full is filled up, so that a prediction does not depend on what it shares a
+        batch with. Where the device's memory does not take a batch, the batch size is halved, for good.
+
+        Args:
+            latents: initial latents [batch, channels, height, width].
+            prompt_embeds: text embeddings [batch, positions, width].
+            suppressed: the neurons to suppress, one collection a sample.
+
+        Returns:
+            Predicted noise [batch, channels, height, width], float32, on the model's device.
+
+        Raises:
+            ModelError: the device's memory does not take a single sample.
+        """
+        latents = latents.to(self.pipe.unet.device)
+        predicted: list[Tensor] = []
+        done = 0
+        while done < len(latents):
+            part = slice(done, done + self.batch_size)
+            try:
+                predicted.append(self._predict_batch(latents[part], prompt_embeds[part], suppressed[part]))
+            except torch.OutOfMemoryError as error:
+                if self.batch_size == 1:
+                    raise ModelError(
+                        "The device's memory does not take the model and one sample. Use --dtype float16, or another "
+                        "--device."
+                    ) from error
+                self.batch_size //= 2
+                torch.cuda.empty_cache()
+                continue
+            done += len(predicted[-1])
+        self.sample_passes += len(latents)
+        return torch.cat(predicted)
+
+    def _predict_batch(
+        self, latents: Tensor, prompt_embeds: Tensor, suppressed: Sequence[Collection[Neuron]]
+    ) -> Tensor:
+        unet, count = self.pipe.unet, len(latents)
+        filled = torch.arange(self.batch_size).clamp_max(count - 1)
+        with suppress(self.layers, self._gates([suppressed[sample] for sample in filled])):
+            output = unet(
+                latents[filled].to(unet.dtype),
+                self.timestep,
+                encoder_hidden_states=prompt_embeds[filled].to(unet.dtype),
+            ).sample
+        return self._to_noise(output[:count].float(), latents)
+
+    def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
+        """Dotted module name -> bool [batch, out_features], for the layers where anything is suppressed."""
+        places: dict[str, tuple[list[int], list[int]]] = {}
+        for sample, neurons in enumerate(suppressed):
+            for layer, index in neurons:
+                samples, indices = places.setdefault(layer, ([], []))
+                samples.append(sample)
+                indices.append(index)
+        gates = {}
+        for layer, (samples, indices) in places.items():
+            gates[layer] = torch.zeros(len(suppressed), self.sizes[layer], dtype=torch.bool)
+            gates[layer][samples, indices] = True
+        return gates
 
     def _to_noise(self, output: Tensor, latents: Tensor) -> Tensor:
         """What the model predicts, as noise (the identities of arXiv 2202.00512, App. D)."""

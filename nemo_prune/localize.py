@@ -1,42 +1,21 @@
-"""Find the neurons that make a prompt give its training image back (Alg. 2 to 4 of the paper)."""
+"""Find the neurons that make prompts give their training images back (Alg. 2 to 4 of the paper)."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from torch import Tensor
 
 from nemo_prune.activations import ActivationStatistics, neuron_activations
 from nemo_prune.calibration import Calibration
-from nemo_prune.diffusion import NoisePredictor
-from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.scoring import memorization_score, noise_difference, suppressed_similarity
+from nemo_prune.mask import Neuron
+from nemo_prune.scorer import ScoredPrompt, Scorer
+from nemo_prune.search import Candidates, SearchResult, Trial, search_neurons
 from nemo_prune.settings import LocalizationSettings
 
 Status = Literal["localized", "not_memorized", "unresolved"]
-
-# Many sets of neurons in, one score each out: the highest suppressed similarity over kept seeds.
-ScoreSets = Callable[[Sequence[Sequence[Neuron]]], list[float]]
-
-
-@dataclass(frozen=True)
-class InitialSelection:
-    """Where the initial selection ended (Alg. 3).
-
-    Attributes:
-        neurons: the last set tried, in the order in which the refinement tests them.
-        score: the highest suppressed similarity under that set.
-        theta: its cut on |z|.
-        k: how many of the most active neurons of each layer it holds.
-        resolved: whether the score reached the threshold.
-    """
-
-    neurons: tuple[Neuron, ...]
-    score: float
-    theta: float
-    k: int
-    resolved: bool
 
 
 @dataclass(frozen=True)
@@ -55,8 +34,10 @@ class PromptLocalization:
         neurons_score: the same under the refined set.
         theta: the cut on |z| that gave the candidates.
         k: how many of the most active neurons of each layer are among them.
+        margin: the smallest distance of any similarity from the threshold that decided about it.
+        fell_back: whether the scores were not monotone, so that every set had to be tried in turn.
         sample_passes: latents that went through the U-Net for it.
-        seconds: wall time.
+        seconds: its share of the wall time.
     """
 
     prompt: str
@@ -69,51 +50,10 @@ class PromptLocalization:
     neurons_score: float | None = None
     theta: float | None = None
     k: int | None = None
+    margin: float | None = None
+    fell_back: bool = False
     sample_passes: int = 0
     seconds: float = 0.0
-
-
-class PromptScorer:
-    """Scores one prompt: its seeds against each other, and with neurons suppressed against without.
-
-    Args:
-        predictor: the model.
-        prompt_embeds: the prompt's text embeddings [positions, width].
-        latents: initial latents [S, channels, height, width].
-    """
-
-    def __init__(self, predictor: NoisePredictor, prompt_embeds: Tensor, latents: Tensor) -> None:
-        self._predictor = predictor
-        self._prompt_embeds = prompt_embeds
-        self._latents = latents.to(prompt_embeds.device)
-        self._betas = predictor.settings.ssim_betas
-        self._unsuppressed = self._noise_differences((None,))[0]
-        self.memorization = memorization_score(self._unsuppressed, self._betas)
-
-    def suppressed_similarities(self, masks: Sequence[NeuronMask], seeds: Sequence[int]) -> Tensor:
-        """Similarity with and without suppression, [masks, seeds], for some seeds by position."""
-        seeds = list(seeds)
-        suppressed = self._noise_differences(masks, seeds)
-        return suppressed_similarity(suppressed, self._unsuppressed[seeds], self._betas)
-
-    def score_sets(self, seeds: Sequence[int]) -> ScoreSets:
-        """The function that the search asks: sets of neurons in, highest similarity over seeds out."""
-
-        def score(sets: Sequence[Sequence[Neuron]]) -> list[float]:
-            masks = [NeuronMask.from_neurons(neurons, self._predictor.sizes) for neurons in sets]
-            return self.suppressed_similarities(masks, seeds).amax(dim=1).tolist()
-
-        return score
-
-    def memorization_under(self, mask: NeuronMask) -> float:
-        """The memorization score with a mask suppressed."""
-        return memorization_score(self._noise_differences((mask,))[0], self._betas).score
-
-    def _noise_differences(
-        self, masks: Sequence[NeuronMask | None], seeds: Sequence[int] | slice = slice(None)
-    ) -> Tensor:
-        latents = self._latents[seeds]
-        return noise_difference(self._predictor.predict_noise(latents, self._prompt_embeds, masks), latents)
 
 
 def select_candidates(
@@ -140,123 +80,224 @@ def select_candidates(
     return tuple(candidates)
 
 
-def select_initial_neurons(
-    candidates: Callable[[float, int], tuple[Neuron, ...]],
-    score_sets: ScoreSets,
-    threshold: float,
+def candidate_schedule(
+    activations: Mapping[str, Tensor],
+    statistics: ActivationStatistics,
     settings: LocalizationSettings,
-) -> InitialSelection:
-    """Lower the cut until suppressing the candidates breaks the memorization (Alg. 3).
+    suppressed: Collection[Neuron] = (),
+) -> list[Candidates]:
+    """The candidates as the cut falls, each set a part of the next (Alg. 3).
 
     Args:
-        candidates: the candidates at a theta and k.
-        score_sets: the highest suppressed similarity under sets of neurons.
-        threshold: tau; a set is enough when its score is not above it.
+        activations: dotted module name -> [out_features], of one prompt.
+        statistics: what is usual.
         settings: where theta starts, falls by and ends.
+        suppressed: neurons that are no candidates any more.
     """
-    theta, k = settings.theta, 0
-    while True:
-        neurons = candidates(theta, k)
-        # With nothing suppressed the prediction equals itself, so no pass is spent on it.
-        score = score_sets([neurons])[0] if neurons else 1.0
-        resolved = score <= threshold
-        if resolved or theta - settings.theta_step < settings.theta_min:
-            return InitialSelection(neurons, score, theta, k, resolved)
+    z_scores = statistics.z_scores(activations)
+    schedule: list[Candidates] = []
+    theta = settings.theta
+    while not schedule or theta >= settings.theta_min:
+        neurons = select_candidates(activations, z_scores, theta, len(schedule))
+        schedule.append(
+            Candidates(theta, len(schedule), tuple(neuron for neuron in neurons if neuron not in suppressed))
+        )
         theta -= settings.theta_step
-        k += 1
+    return schedule
 
 
-def refine_neurons(
-    candidates: Sequence[Neuron],
-    layer_order: Sequence[str],
-    score_sets: ScoreSets,
-    threshold: float,
-) -> tuple[Neuron, ...]:
-    """Let go of what is not needed, first whole layers, then single neurons (Alg. 4).
+@dataclass(frozen=True)
+class Preserve:
+    """How much the search goes out of its way to leave ordinary captions alone; not in the paper.
 
-    One greedy sweep: no single neuron of the result can be spared, provided that letting more
-    neurons act never lowers the score, which need not hold.
-
-    Args:
-        candidates: the initial set; within a layer its order is the order of the tests.
-        layer_order: dotted module names in the order of the tests.
-        score_sets: the highest suppressed similarity under sets of neurons.
-        threshold: a smaller set is accepted when its score is strictly below it.
+    Attributes:
+        costs: neuron -> change of the noise prediction on ordinary captions when it is suppressed.
+        strength: 0 to 1: how far the candidates are widened so that costly ones can be spared.
     """
 
-    def can_do_without(neurons: Sequence[Neuron]) -> bool:
-        return bool(neurons) and score_sets([neurons])[0] < threshold
-
-    kept = list(candidates)
-    for layer in layer_order:
-        others = [neuron for neuron in kept if neuron.layer != layer]
-        if len(others) < len(kept) and can_do_without(others):
-            kept = others
-    for neuron in sorted(kept, key=lambda neuron: layer_order.index(neuron.layer)):
-        others = [other for other in kept if other != neuron]
-        if can_do_without(others):
-            kept = others
-    return tuple(kept)
+    costs: Mapping[Neuron, float]
+    strength: float
 
 
-def localize_prompt(
-    predictor: NoisePredictor, prompt: str, calibration: Calibration, threshold: float
-) -> PromptLocalization:
-    """Find the memorization neurons of one prompt, if it is memorized at all (Sec. 3).
+def localize_prompts(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    calibration: Calibration,
+    threshold: float,
+    preserve: Preserve | None = None,
+) -> Iterator[PromptLocalization]:
+    """Find the memorization neurons of prompts, of those that are memorized at all (Sec. 3).
+
+    As many prompts as fit into a batch are searched side by side, each trial a sample of the batch.
 
     Args:
-        predictor: the model, with the settings of the localization.
-        prompt: the text.
+        scorer: the model, with the settings of the localization.
+        prompts: the texts.
         calibration: usual activations.
         threshold: tau.
+        preserve: depart from the paper in favour of ordinary captions.
+
+    Yields:
+        One result a prompt, in the order in which they are finished.
 
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
-    started, passes_before = time.perf_counter(), predictor.sample_passes
-    settings = predictor.settings
-    prompt_embeds = predictor.encode([prompt])
-    scorer = PromptScorer(predictor, prompt_embeds[0], predictor.initial_latents())
+    waiting = list(prompts)[::-1]
+    running: list[_Running] = []
+    while waiting or running:
+        while waiting and len(running) < scorer.predictor.batch_size:
+            group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
+            for detected in detect(scorer, group, threshold):
+                if detected.kept_seeds:
+                    running.append(_Running(scorer, detected, calibration, threshold, preserve))
+                else:
+                    yield detected.not_memorized()
+        yield from _take_a_step(scorer, running)
 
-    def cost() -> dict[str, float]:
-        return {
-            "sample_passes": predictor.sample_passes - passes_before,
-            "seconds": time.perf_counter() - started,
+
+def localize_prompt(scorer: Scorer, prompt: str, calibration: Calibration, threshold: float) -> PromptLocalization:
+    """Find the memorization neurons of one prompt; see :func:`localize_prompts`."""
+    return next(localize_prompts(scorer, [prompt], calibration, threshold))
+
+
+def localize_on_top(
+    scorer: Scorer,
+    detected: "Detected",
+    calibration: Calibration,
+    threshold: float,
+    suppressed: Collection[Neuron],
+    preserve: Preserve | None = None,
+) -> PromptLocalization:
+    """Find the neurons that a prompt needs beyond those that are suppressed already.
+
+    Args:
+        scorer: the model.
+        detected: a memorized prompt.
+        calibration: usual activations.
+        threshold: tau.
+        suppressed: what stays suppressed throughout; it alone must not be enough.
+        preserve: depart from the paper in favour of ordinary captions.
+    """
+    running = [_Running(scorer, detected, calibration, threshold, preserve, frozenset(suppressed))]
+    while not (finished := list(_take_a_step(scorer, running))):
+        pass
+    return finished[0]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A prompt whose seeds were compared (Alg. 1).
+
+    Attributes:
+        scored: its seeds with nothing suppressed.
+        kept_seeds: positions of those that agree with another one; without any it is not memorized.
+        sample_passes: latents that went through the U-Net for it.
+        seconds: its share of the wall time.
+    """
+
+    scored: ScoredPrompt
+    kept_seeds: tuple[int, ...]
+    sample_passes: int
+    seconds: float
+
+    def not_memorized(self) -> PromptLocalization:
+        """The result for a prompt without a kept seed."""
+        return PromptLocalization(
+            self.scored.prompt,
+            "not_memorized",
+            self.scored.memorization.score,
+            sample_passes=self.sample_passes,
+            seconds=self.seconds,
+        )
+
+
+def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Detected]:
+    """Score prompts in one batch and keep the seeds that agree with another one (Alg. 1)."""
+    began, passes_before = time.perf_counter(), scorer.sample_passes
+    scored_prompts = scorer.score_prompts(prompts)
+    kept_seeds = [scorer.kept_seeds(scored, threshold) for scored in scored_prompts]
+    sample_passes = (scorer.sample_passes - passes_before) // len(prompts)
+    seconds = (time.perf_counter() - began) / len(prompts)
+    return [
+        Detected(scored, kept, sample_passes, seconds) for scored, kept in zip(scored_prompts, kept_seeds, strict=True)
+    ]
+
+
+class _Running:
+    """A prompt whose search waits for the answers to its trials."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        detected: Detected,
+        calibration: Calibration,
+        threshold: float,
+        preserve: Preserve | None,
+        suppressed: frozenset[Neuron] = frozenset(),
+    ) -> None:
+        predictor = scorer.predictor
+        activations = {
+            name: values[0]
+            for name, values in neuron_activations(predictor.layers, detected.scored.prompt_embeds[None]).items()
         }
+        self.detected = detected
+        self.trials: list[Trial] = []
+        self.result: SearchResult | None = None
+        self._suppressed = suppressed
+        self._sample_passes, self._seconds = detected.sample_passes, detected.seconds
+        self._search = search_neurons(
+            candidate_schedule(activations, calibration.statistics, predictor.settings, suppressed),
+            detected.kept_seeds,
+            threshold,
+            list(predictor.layers)[:: -1 if predictor.settings.layers_backwards else 1],
+            preserve.costs if preserve else None,
+            preserve.strength if preserve else 0.0,
+        )
+        self.advance(None, 0, 0.0)
 
-    score = scorer.memorization.score
-    kept_seeds = scorer.memorization.kept_seeds(threshold).nonzero().flatten().tolist()
-    if not kept_seeds:
-        return PromptLocalization(prompt, "not_memorized", score, **cost())
+    def advance(self, answers: list[float] | None, sample_passes: int, seconds: float) -> None:
+        """Go on to the next trials, or to the result."""
+        self._sample_passes += sample_passes
+        self._seconds += seconds
+        try:
+            trials = self._search.send(answers)
+            self.trials = [trial._replace(neurons=trial.neurons | self._suppressed) for trial in trials]
+        except StopIteration as finished:
+            self.trials, self.result = [], finished.value
 
-    score_sets = scorer.score_sets(kept_seeds)
-    candidates = _candidates_of(predictor, prompt_embeds, calibration.statistics)
-    selection = select_initial_neurons(candidates, score_sets, threshold, settings)
-    layer_order = list(predictor.layers)
-    neurons = refine_neurons(
-        selection.neurons,
-        layer_order[::-1] if settings.layers_backwards else layer_order,
-        score_sets,
-        threshold if selection.resolved else selection.score,
-    )
-    return PromptLocalization(
-        prompt=prompt,
-        status="localized" if selection.resolved else "unresolved",
-        score=score,
-        kept_seeds=tuple(kept_seeds),
-        candidates=selection.neurons,
-        neurons=neurons,
-        candidates_score=selection.score,
-        neurons_score=score_sets([neurons])[0],
-        theta=selection.theta,
-        k=selection.k,
-        **cost(),
-    )
+    def localization(self) -> PromptLocalization:
+        """What is kept of a finished search."""
+        result, scored = self.result, self.detected.scored
+        return PromptLocalization(
+            prompt=scored.prompt,
+            status="localized" if result.resolved else "unresolved",
+            score=scored.memorization.score,
+            kept_seeds=self.detected.kept_seeds,
+            candidates=result.selected.neurons,
+            neurons=result.neurons,
+            candidates_score=result.selected_score,
+            neurons_score=result.neurons_score,
+            theta=result.selected.theta,
+            k=result.selected.k,
+            margin=result.margin if isfinite(result.margin) else None,
+            fell_back=result.fell_back,
+            sample_passes=self._sample_passes,
+            seconds=self._seconds,
+        )
 
 
-def _candidates_of(
-    predictor: NoisePredictor, prompt_embeds: Tensor, statistics: ActivationStatistics
-) -> Callable[[float, int], tuple[Neuron, ...]]:
-    activations = {name: values[0] for name, values in neuron_activations(predictor.layers, prompt_embeds).items()}
-    z_scores = statistics.z_scores(activations)
-    return lambda theta, k: select_candidates(activations, z_scores, theta, k)
+def _take_a_step(scorer: Scorer, running: list[_Running]) -> Iterator[PromptLocalization]:
+    """Answer the trials of all searches together; those that end leave the list and are yielded."""
+    asked = [(each.detected.scored, trial) for each in running for trial in each.trials]
+    began, passes_before = time.perf_counter(), scorer.sample_passes
+    similarities = scorer.answer(asked)
+    passes, seconds = scorer.sample_passes - passes_before, time.perf_counter() - began
+    for each in running:
+        if each.result is None:
+            share = len(each.trials) / len(asked)
+            answers = [similarities.pop(0) for _ in each.trials]
+            each.advance(answers, round(passes * share), seconds * share)
+    finished = [each for each in running if each.result is not None]
+    running[:] = [each for each in running if each.result is None]
+    yield from (each.localization() for each in finished)

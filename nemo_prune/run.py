@@ -16,11 +16,12 @@ from nemo_prune.calibration import Calibration, calibrate
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError, SettingsError
 from nemo_prune.export import check_target, export_checkpoint, export_size, file_hash, files_to_export, staged_folder
-from nemo_prune.localize import PromptLocalization, localize_prompt
+from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
 from nemo_prune.prompts import Prompt
 from nemo_prune.record import Findings
 from nemo_prune.release import save_images, write_release, write_report
+from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
 from nemo_prune.verify import (
@@ -101,17 +102,18 @@ def prune_model(
         training_images = _open_training_images(prompts)
         work = _open_work(source, prompts, calibration_texts, options, settings)
         predictor = NoisePredictor(pipe, settings)
+        scorer = Scorer(predictor)
     with stages.stage("calibrate") as report_progress:
         calibration = work.load_calibration()
         if calibration is None:
-            calibration = calibrate(predictor, calibration_texts, report_progress)
+            calibration = calibrate(scorer, calibration_texts, report_progress)
             work.save_calibration(calibration)
     threshold = settings.threshold or calibration.threshold
     with stages.stage("localize") as report_progress:
-        localizations = _localize_all(predictor, prompts, calibration, threshold, work, report_progress)
+        localizations = _localize_all(scorer, prompts, calibration, threshold, work, report_progress)
     mask = merge_localizations(localizations, predictor.sizes, options.include_unresolved)
     with stages.stage("score again") as report_progress:
-        verified = _verify_all(predictor, localizations, mask, verification, report_progress)
+        verified = _verify_all(scorer, localizations, mask, verification, report_progress)
         cost = _cost(predictor, calibration_texts, mask, calibration)
     findings = Findings(
         source, options, settings, verification, calibration, threshold, localizations, mask, verified, cost
@@ -226,7 +228,7 @@ def _digest(texts: Sequence[str]) -> str:
 
 
 def _localize_all(
-    predictor: NoisePredictor,
+    scorer: Scorer,
     prompts: Sequence[Prompt],
     calibration: Calibration,
     threshold: float,
@@ -234,28 +236,26 @@ def _localize_all(
     progress: Callable[[int, int], None],
 ) -> list[PromptLocalization]:
     known = work.localizations()
-    localizations = []
-    for done, prompt in enumerate(prompts, start=1):
-        localization = known.get(prompt.text)
-        if localization is None:
-            localization = localize_prompt(predictor, prompt.text, calibration, threshold)
-            work.append_localization(localization)
-        localizations.append(localization)
-        progress(done, len(prompts))
-    return localizations
+    waiting = [prompt.text for prompt in prompts if prompt.text not in known]
+    progress(len(known), len(prompts))
+    for localization in localize_prompts(scorer, waiting, calibration, threshold):
+        work.append_localization(localization)
+        known[localization.prompt] = localization
+        progress(len(known), len(prompts))
+    return [known[prompt.text] for prompt in prompts]
 
 
 def _verify_all(
-    predictor: NoisePredictor,
+    scorer: Scorer,
     localizations: Sequence[PromptLocalization],
     mask: NeuronMask,
     verification: VerificationSettings,
     progress: Callable[[int, int], None],
 ) -> list[PromptVerification]:
-    fresh_latents = predictor.initial_latents(seed=verification.score_seed)
+    fresh_latents = scorer.predictor.initial_latents(seed=verification.score_seed)
     verified = []
     for done, localization in enumerate(localizations, start=1):
-        verified.append(verify_prompt(predictor, localization, mask, fresh_latents))
+        verified.append(verify_prompt(scorer, localization, mask, fresh_latents))
         progress(done, len(localizations))
     return verified
 

@@ -105,33 +105,18 @@ class MemorizationScore:
         return self.pairs.amax(dim=1) > threshold
 
 
-def memorization_score(noise_differences: Tensor, betas: Sequence[float]) -> MemorizationScore:
-    """Compare the noise differences of one prompt's seeds in pairs (Alg. 1).
+def memorization_scores(noise_differences: Tensor, betas: Sequence[float]) -> list[MemorizationScore]:
+    """Compare the noise differences of prompts' seeds in pairs (Alg. 1).
 
     Args:
-        noise_differences: [S, channels, height, width] in 0..1.
+        noise_differences: [prompts, S, channels, height, width] in 0..1.
         betas: exponent per scale of the multi-scale SSIM.
     """
-    count = len(noise_differences)
+    num_prompts, count = noise_differences.shape[:2]
     rows, columns = torch.triu_indices(count, count, offset=1)
-    values = similarity(noise_differences[rows], noise_differences[columns], betas).cpu()
-    pairs = torch.full((count, count), -1.0)
-    pairs[rows, columns] = values
-    pairs[columns, rows] = values
-    return MemorizationScore(pairs)
-
-
-def suppressed_similarity(suppressed: Tensor, unsuppressed: Tensor, betas: Sequence[float]) -> Tensor:
-    """Similarity of noise differences with and without suppression, per set of neurons and seed.
-
-    Args:
-        suppressed: [M, S, channels, height, width], one entry per set of neurons.
-        unsuppressed: [S, channels, height, width], the same seeds with nothing suppressed.
-        betas: exponent per scale of the multi-scale SSIM.
-
-    Returns:
-        [M, S].
-    """
-    flat = suppressed.flatten(0, 1)
-    reference = unsuppressed.expand_as(suppressed).flatten(0, 1)
-    return similarity(flat, reference, betas).reshape(suppressed.shape[:2]).cpu()
+    left, right = noise_differences[:, rows].flatten(0, 1), noise_differences[:, columns].flatten(0, 1)
+    values = similarity(left, right, betas).cpu().reshape(num_prompts, -1)
+    pairs = torch.full((num_prompts, count, count), -1.0)
+    pairs[:, rows, columns] = values
+    pairs[:, columns, rows] = values
+    return [MemorizationScore(each) for each in pairs]

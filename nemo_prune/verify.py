@@ -14,8 +14,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from nemo_prune.diffusion import NoisePredictor, draw_latents
 from nemo_prune.errors import ModelError
-from nemo_prune.localize import PromptLocalization, PromptScorer
+from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.scorer import Scorer
 from nemo_prune.settings import VerificationSettings
 
 Progress = Callable[[int, int], None]
@@ -41,20 +42,21 @@ class PromptVerification:
 
 
 def verify_prompt(
-    predictor: NoisePredictor, localization: PromptLocalization, mask: NeuronMask, fresh_latents: Tensor
+    scorer: Scorer, localization: PromptLocalization, mask: NeuronMask, fresh_latents: Tensor
 ) -> PromptVerification:
     """Score a prompt again under the final mask, on the detection's latents and on fresh ones."""
-    prompt_embeds = predictor.encode([localization.prompt])[0]
+    prompt, neurons = localization.prompt, frozenset(mask.neurons)
     similarity = None
     if localization.kept_seeds:
-        scorer = PromptScorer(predictor, prompt_embeds, predictor.initial_latents())
-        similarity = float(scorer.suppressed_similarities([mask], localization.kept_seeds).max())
-    fresh = PromptScorer(predictor, prompt_embeds, fresh_latents)
+        (scored,) = scorer.score_prompts([prompt])
+        similarity = max(scorer.suppressed_similarities(scored, localization.kept_seeds, neurons))
+    (before,) = scorer.score_prompts([prompt], fresh_latents)
+    (after,) = scorer.score_prompts([prompt], fresh_latents, neurons)
     return PromptVerification(
-        prompt=localization.prompt,
+        prompt=prompt,
         suppressed_similarity=similarity,
-        score_before=fresh.memorization.score,
-        score_after=fresh.memorization_under(mask),
+        score_before=before.memorization.score,
+        score_after=after.memorization.score,
     )
 
 

@@ -155,7 +155,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
     def not_again(*arguments):
         raise AssertionError("the work folder knows it")
 
-    monkeypatch.setattr(nemo_prune.run, "localize_prompt", not_again)
+    monkeypatch.setattr(nemo_prune.localize, "detect", not_again)
     monkeypatch.setattr(nemo_prune.run, "calibrate", not_again)
     again = run(command, "--include-unresolved", "--overwrite", "--publish-examples")
     assert again.exit_code == 0, again.output
@@ -173,8 +173,11 @@ def test_a_torn_last_line_is_done_again(finished, arguments, tmp_path):
     log.write_bytes(lines[0] + lines[1][:50])
     result = run(arguments, "--include-unresolved", work=work)
     assert result.exit_code == 0, result.output
-    torn, whole = (json.loads(line) for line in (log.read_bytes().splitlines()[1], lines[1]))
-    assert torn["neurons"] == whole["neurons"]
+    whole, again = (
+        {found["prompt"]: found["neurons"] for found in map(json.loads, content)}
+        for content in (lines, log.read_bytes().splitlines())
+    )
+    assert again == whole
 
 
 def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finished, arguments):
@@ -184,15 +187,13 @@ def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finish
 
 
 def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkeypatch):
-    original, calls = nemo_prune.localize.localize_prompt, []
+    original = nemo_prune.localize.localize_prompts
 
     def interrupted(*inner):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(inner)
-        return original(*inner)
+        yield next(original(*inner))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(nemo_prune.run, "localize_prompt", interrupted)
+    monkeypatch.setattr(nemo_prune.run, "localize_prompts", interrupted)
     result = run(arguments)
     assert result.exit_code == 130 and "goes on" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -15,9 +15,10 @@ from nemo_prune.cli import app
 from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE, demo_folder, write_demo
 from nemo_prune.diffusion import NoisePredictor, apply_mask
 from nemo_prune.errors import OutputError
-from nemo_prune.localize import PromptScorer, localize_prompt
+from nemo_prune.localize import localize_prompt
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.prompts import read_prompts
+from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from nemo_prune.source import load_pipeline, resolve_model
 from nemo_prune.verify import draw_images, image_similarities, matched_random_mask
@@ -36,9 +37,14 @@ def predictor(demo_pipe):
 
 
 @pytest.fixture(scope="module")
-def calibration(predictor):
+def scorer(predictor):
+    return Scorer(predictor)
+
+
+@pytest.fixture(scope="module")
+def calibration(scorer):
     texts = [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)]
-    return calibrate(predictor, texts[:60])
+    return calibrate(scorer, texts[:60])
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,8 @@ def memorized():
 
 
 @pytest.fixture(scope="module")
-def localization(predictor, calibration, memorized):
-    return localize_prompt(predictor, memorized.text, calibration, calibration.threshold)
+def localization(scorer, calibration, memorized):
+    return localize_prompt(scorer, memorized.text, calibration, calibration.threshold)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +91,11 @@ def test_a_memorized_caption_is_localized_and_its_neurons_are_enough(localizatio
     assert set(localization.neurons) <= set(localization.candidates)
 
 
-def test_no_single_neuron_can_be_spared(predictor, calibration, memorized, localization):
-    scorer = PromptScorer(predictor, predictor.encode([memorized.text])[0], predictor.initial_latents())
-    sets = [[other for other in localization.neurons if other != neuron] for neuron in localization.neurons]
-    scores = scorer.score_sets(localization.kept_seeds)([kept for kept in sets if kept] or [[]])
-    assert all(score >= calibration.threshold for score in scores)
+def test_no_single_neuron_can_be_spared(scorer, calibration, memorized, localization):
+    (scored,) = scorer.score_prompts([memorized.text])
+    for neuron in localization.neurons:
+        others = set(localization.neurons) - {neuron}
+        assert max(scorer.suppressed_similarities(scored, localization.kept_seeds, others)) >= calibration.threshold
 
 
 def test_pruning_stops_the_copies_and_random_neurons_do_not(demo_pipe, calibration, memorized, mask):
@@ -100,11 +106,9 @@ def test_pruning_stops_the_copies_and_random_neurons_do_not(demo_pipe, calibrati
         assert copies(demo_pipe, memorized) >= 3
 
 
-def test_ordinary_captions_score_lower(predictor, localization):
-    scores = [
-        PromptScorer(predictor, predictor.encode([p.text])[0], predictor.initial_latents()).memorization.score
-        for p in read_prompts(demo_folder() / TEST_FILE)[:8]
-    ]
+def test_ordinary_captions_score_lower(scorer, localization):
+    texts = [prompt.text for prompt in read_prompts(demo_folder() / TEST_FILE)[:8]]
+    scores = [scored.memorization.score for scored in scorer.score_prompts(texts)]
     assert max(scores) < localization.score - 0.05
 
 

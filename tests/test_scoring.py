@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemo_prune.errors import ModelError
-from nemo_prune.scoring import memorization_score, noise_difference, similarity, ssim_window, suppressed_similarity
+from nemo_prune.scoring import memorization_scores, noise_difference, similarity, ssim_window
 
 BETAS = (0.33, 0.33, 0.33)
 
@@ -50,16 +50,9 @@ def test_memorization_score_is_the_highest_pair_and_keeps_its_seeds():
     seeds = torch.rand(5, 4, 16, 16)
     seeds[1] = picture
     seeds[3] = picture + 0.01 * torch.rand(4, 16, 16)
-    result = memorization_score(seeds, BETAS)
+    result, other = memorization_scores(torch.stack([seeds, torch.rand(5, 4, 16, 16)]), BETAS)
+    assert other.score < 0.3
     assert result.score > 0.95
     assert result.kept_seeds(0.5).tolist() == [False, True, False, True, False]
     assert len(result.values) == 10
     torch.testing.assert_close(result.values.max(), torch.tensor(result.score))
-
-
-def test_suppressed_similarity_compares_the_same_seed():
-    unsuppressed = torch.rand(3, 4, 16, 16)
-    suppressed = torch.stack([unsuppressed, torch.rand(3, 4, 16, 16)])
-    result = suppressed_similarity(suppressed, unsuppressed, BETAS)
-    torch.testing.assert_close(result[0], torch.ones(3))
-    assert result.shape == (2, 3) and result[1].max() < 0.3

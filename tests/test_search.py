@@ -1,0 +1,159 @@
+"""The search on planted and on adversarial scores; on a model that memorizes it is tested in test_demo.py."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_prune.mask import Neuron
+from nemo_prune.search import Candidates, drive, search_neurons
+
+LAYERS = ["down", "up", "mid"]
+NEURONS = [Neuron(layer, index) for layer in LAYERS for index in range(4)]
+SEEDS = (0, 3, 4, 7)
+TAU = 0.4
+
+
+class Scores:
+    """Similarities by a function of set and seed; counts the trials and refuses to make one twice."""
+
+    def __init__(self, similarity):
+        self.similarity = similarity
+        self.asked = []
+
+    def __call__(self, trials):
+        for trial in trials:
+            assert trial.neurons and (trial.neurons, trial.seed) not in self.asked
+            self.asked.append((trial.neurons, trial.seed))
+        return [self.similarity(trial.neurons, trial.seed) for trial in trials]
+
+
+def schedule_of(order, steps=4):
+    """Nested sets: ever more of the order, the last one all of it."""
+    ends = [math.ceil(len(order) * step / steps) for step in range(steps + 1)]
+    return [Candidates(5 - 0.25 * k, k, tuple(order[:end])) for k, end in enumerate(ends)]
+
+
+def search(similarity, order=NEURONS, layer_order=LAYERS):
+    scores = Scores(similarity)
+    return drive(search_neurons(schedule_of(order), SEEDS, TAU, layer_order), scores), scores
+
+
+def plainly(similarity, order=NEURONS, layer_order=LAYERS):
+    """The paper's procedure: every set in turn, every seed, no short cut."""
+
+    def score(neurons):
+        if not neurons:
+            return math.inf
+        values = [similarity(frozenset(neurons), seed) for seed in SEEDS]
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+    for step in schedule_of(order):
+        reached = score(step.neurons)
+        if reached <= TAU:
+            break
+    resolved = reached <= TAU
+    limit = TAU if resolved else reached
+    kept = sorted(step.neurons, key=lambda neuron: layer_order.index(neuron.layer))
+    for layer in layer_order:
+        others = [neuron for neuron in kept if neuron.layer != layer]
+        if len(others) < len(kept) and score(others) < limit:
+            kept = others
+    for neuron in list(kept):
+        others = [other for other in kept if other != neuron]
+        if score(others) < limit:
+            kept = others
+    return step, resolved, tuple(kept)
+
+
+def outcome(result):
+    return result.selected, result.resolved, result.neurons
+
+
+weights = st.lists(st.sampled_from([0.0, 0.0, 0.1, 0.2, 0.3, 0.6]), min_size=12, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(weights, min_size=4, max_size=4), st.permutations(NEURONS), st.permutations(LAYERS))
+def test_where_scores_are_monotone_the_search_ends_where_the_paper_does(by_seed, order, layer_order):
+    """Each seed's similarity falls by a weight for each suppressed neuron, with many ties."""
+    weight = {seed: dict(zip(NEURONS, row, strict=True)) for seed, row in zip(SEEDS, by_seed, strict=True)}
+
+    def similarity(neurons, seed):
+        return round(0.95 - sum(weight[seed][neuron] for neuron in neurons), 6)
+
+    result, scores = search(similarity, order, layer_order)
+    assert outcome(result) == plainly(similarity, order, layer_order)
+    assert not result.fell_back
+    assert result.margin == min((abs(similarity(*pair) - TAU) for pair in scores.asked), default=math.inf) or (
+        not result.resolved
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False), st.permutations(NEURONS))
+def test_whatever_the_scores_the_search_ends_and_says_what_it_can_stand_for(random, order):
+    """Scores that follow no rule at all, with ties and NaN."""
+    known = {}
+
+    def similarity(neurons, seed):
+        return known.setdefault((neurons, seed), random.choice([0.0, 0.2, 0.39, TAU, TAU, 0.41, 0.7, 1.0, math.nan]))
+
+    result, _ = search(similarity, order)
+    if result.fell_back:
+        assert outcome(result) == plainly(similarity, order)
+    elif result.resolved:
+        nothing_dropped = set(result.neurons) == set(result.selected.neurons)
+        assert nothing_dropped or all(similarity(frozenset(result.neurons), seed) < TAU for seed in SEEDS)
+        for neuron in result.neurons:
+            smaller = frozenset(result.neurons) - {neuron}
+            assert not smaller or any(not known.get((smaller, seed), 0.0) < TAU for seed in SEEDS)
+
+
+def test_scores_that_are_not_monotone_are_noticed_and_searched_in_turn():
+    """One neuron is needed only as long as another one, which is dispensable, is suppressed."""
+    needed, disturbing = NEURONS[1], NEURONS[2]
+
+    def similarity(neurons, seed):
+        return 0.9 if NEURONS[0] not in neurons or (disturbing in neurons and needed not in neurons) else 0.1
+
+    result, _ = search(similarity)
+    assert result.fell_back
+    assert outcome(result) == plainly(similarity)
+
+
+@settings(deadline=None)
+@given(st.sets(st.sampled_from(NEURONS), min_size=1), st.permutations(NEURONS))
+def test_exactly_the_planted_neurons_are_found(culprits, order):
+    result, _ = search(lambda neurons, seed: 0.1 if culprits <= neurons else 0.9, order)
+    assert set(result.neurons) == culprits and result.resolved and not result.fell_back
+
+
+def test_seeds_that_depend_on_different_neurons_are_all_silenced():
+    needed = dict(zip(SEEDS, NEURONS[::3], strict=True))
+    result, _ = search(lambda neurons, seed: 0.1 if needed[seed] in neurons else 0.9)
+    assert set(result.neurons) == set(NEURONS[::3])
+
+
+def test_a_prompt_that_nothing_silences_keeps_the_last_set_and_its_score():
+    result, _ = search(lambda neurons, seed: 0.9 - 0.01 * len(neurons))
+    assert not result.resolved and result.selected.k == 4
+    assert result.neurons == tuple(NEURONS) and result.neurons_score == pytest.approx(0.78)
+
+
+def test_at_the_threshold_a_set_is_selected_but_nothing_is_let_go():
+    result, _ = search(lambda neurons, seed: TAU)
+    assert result.resolved and result.selected.k == 1
+    assert result.neurons == result.selected.neurons
+
+
+def test_a_few_neurons_among_many_take_few_trials():
+    many = [Neuron("down", index) for index in range(400)]
+    culprits = {many[7], many[250], many[399]}
+    scores = Scores(lambda neurons, seed: 0.1 if culprits <= neurons else 0.9)
+    schedule = [Candidates(5.0, 0, tuple(many))]
+    result = drive(search_neurons(schedule, SEEDS, TAU, ["down"]), scores)
+    assert set(result.neurons) == culprits
+    plain = 402 * len(SEEDS)
+    assert len(scores.asked) < plain / 30
