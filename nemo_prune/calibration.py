@@ -1,6 +1,7 @@
 """What is usual for prompts that are not memorized: the threshold and the activation statistics."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,13 @@ class Calibration:
         """Tau: the similarity above which seeds agree more than ordinary prompts' do (Sec. 3.1)."""
         return self.similarity_mean + self.num_std * self.similarity_std
 
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
+    def save(self, path: Path, identity: dict) -> None:
+        """Write to a safetensors file, which is either the old one or the whole new one.
+
+        Args:
+            path: the file.
+            identity: what the calibration depends on, as JSON values.
+        """
         tensors = {f"mean.{name}": mean for name, mean in self.statistics.mean.items()}
         tensors |= {f"std.{name}": std for name, std in self.statistics.std.items()}
         facts = {
@@ -49,22 +55,35 @@ class Calibration:
             "num_prompts": self.statistics.num_prompts,
             "layers": list(self.statistics.mean),
         }
-        save_file(tensors, path, metadata={"calibration": json.dumps(facts, sort_keys=True)})
+        described = json.dumps({"identity": identity, **facts}, sort_keys=True)
+        partial = path.with_name(f".{path.name}")
+        save_file(tensors, partial, metadata={"calibration": described})
+        os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: Path) -> "Calibration":
+    def load(cls, path: Path, identity: dict) -> "Calibration":
         """Read what :meth:`save` wrote.
 
+        Args:
+            path: the file.
+            identity: what it must have been made with; keys that are not given may be anything.
+
         Raises:
-            OutputError: the file is damaged.
+            OutputError: the file is missing, damaged, or was made with something else.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["calibration"])
                 mean = {name: file.get_tensor(f"mean.{name}") for name in facts["layers"]}
                 std = {name: file.get_tensor(f"std.{name}") for name in facts["layers"]}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise OutputError(f"{path} is no calibration: {error}. Delete it to calibrate again.") from error
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise OutputError(f"{path} is no calibration: {error}. Make one with `nemo-prune calibrate`.") from error
+        expected = json.loads(json.dumps(identity))
+        if changed := [key for key in expected if facts["identity"].get(key) != expected[key]]:
+            raise OutputError(
+                f"The calibration {path} was made with another {' and other '.join(changed)}. Make one for this with "
+                "`nemo-prune calibrate`, or delete it."
+            )
         return cls(
             facts["similarity_mean"],
             facts["similarity_std"],

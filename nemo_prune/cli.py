@@ -14,13 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemo_prune import __version__
-from nemo_prune.errors import NemoPruneError, PromptError
-from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
+from nemo_prune.errors import NemoPruneError, OutputError, PromptError
+from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
 
 _DEFAULTS = LocalizationSettings()
-_STAGE_NAMES = {"load": "Load the model", "calibrate": "Calibrate", "localize": "Localize",
-                "score again": "Score under the mask", "images before": "Images before", "export": "Export",
-                "images after": "Images after"}  # fmt: skip
+_MODEL_DEFAULTS = ModelOptions()
+_STAGE_NAMES = {
+    "load": "Load the model",
+    "calibrate": "Calibrate",
+    "weigh neurons": "Weigh the neurons",
+    "localize": "Localize",
+    "merge": "Merge",
+    "score again": "Score under the mask",
+    "images before": "Images before",
+    "export": "Export",
+    "images after": "Images after",
+}
 
 app = typer.Typer(
     help="Find the neurons that make a text-to-image model give training images back, and prune them.",
@@ -91,31 +100,68 @@ def _progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+# Options that several commands share.
+ModelOption = Annotated[
+    str, typer.Option("--model", help="`demo`, a diffusers folder, or a Hub id such as CompVis/stable-diffusion-v1-4.")
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option("--prompts", help=".txt or .csv of the captions to examine; the demo model has its own."),
+]
+OrdinaryOption = Annotated[
+    Path | None,
+    typer.Option("--calibration-prompts", help=".txt or .csv of ordinary captions; the demo model has its own."),
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="A calibration that `nemo-prune calibrate` made of them.")
+]
+PresetOption = Annotated[str, typer.Option("--preset", help="`released-code` (the published numbers) or `paper`.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help=f"Seed of the initial latents. (default: {_DEFAULTS.seed})")
+]
+NumSamplesOption = Annotated[
+    int | None,
+    typer.Option("--num-samples", help=f"Initial latents per prompt. (default: {_DEFAULTS.num_samples})"),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--threshold", help="Similarity above which a prompt counts as memorized. (default: calibrated)"),
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the Hub repo.")]
+VariantOption = Annotated[str | None, typer.Option("--variant", help="Weights variant, such as fp16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="torch device; `auto` takes a GPU where there is one.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Latents at once. (default: those of one prompt, on a GPU of four)"),
+]
+MarginOption = Annotated[
+    float,
+    typer.Option("--margin", help="Below float32: distance from the threshold within which float32 decides again."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
+
+
 @app.command()
 def run(
-    model: Annotated[
-        str, typer.Option(help="`demo`, a diffusers folder, or a Hub id such as CompVis/stable-diffusion-v1-4.")
-    ],
+    model: ModelOption,
     out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
     work: Annotated[
         Path | None, typer.Option(help="Folder of what the run knows; not for publication. (default: OUT.work)")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help=".txt or .csv of the captions to examine; the demo model has its own.")
-    ] = None,
-    calibration_prompts: Annotated[
-        Path | None, typer.Option(help=".txt or .csv of ordinary captions; the demo model has its own.")
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="`released-code` (the published numbers) or `paper` (the text).")
-    ] = "released-code",
-    seed: Annotated[int | None, typer.Option(help=f"Seed of the initial latents. (default: {_DEFAULTS.seed})")] = None,
-    num_samples: Annotated[
-        int | None, typer.Option(help=f"Initial latents per prompt. (default: {_DEFAULTS.num_samples})")
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Similarity above which a prompt counts as memorized. (default: calibrated)")
-    ] = None,
+    prompts: PromptsOption = None,
+    calibration_prompts: OrdinaryOption = None,
+    calibration: CalibrationOption = None,
+    preset: PresetOption = "released-code",
+    seed: SeedOption = None,
+    num_samples: NumSamplesOption = None,
+    threshold: ThresholdOption = None,
+    merge: Annotated[
+        str, typer.Option(help="`union` of all prompts' neurons (the paper's), or `incremental`: prompt by prompt.")
+    ] = "union",
+    preserve: Annotated[
+        float, typer.Option(help="0 (the paper's search) to 1: how much to favour ordinary captions.")
+    ] = 0.0,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
@@ -129,14 +175,16 @@ def run(
     publish_examples: Annotated[
         bool, typer.Option("--publish-examples", help="Put captions and a before/after grid into the card.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repo.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Weights variant, such as fp16.")] = None,
-    device: Annotated[str, typer.Option(help="torch device; `auto` takes a GPU where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchSizeOption = None,
+    margin: MarginOption = _MODEL_DEFAULTS.margin,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, and discard another run's work folder.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Find the memorization neurons, prune them and write a model that stock diffusers loads.
 
@@ -144,47 +192,167 @@ def run(
     """
     with _errors_reported(), _progress_bar(quiet=as_json) as progress:
         settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        out = out.absolute()
+        options = RunOptions(
+            out=out,
+            work=work or out.parent / f"{out.name}.work",
+            model=ModelOptions(device, dtype, batch_size, margin),
+            merge=merge,
+            preserve=preserve,
+            calibration=calibration,
+            include_unresolved=include_unresolved,
+            publish_examples=publish_examples,
+            overwrite=overwrite,
+        )
         # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
         _quieten_libraries()
-        from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, DEMO_MODEL, PROMPTS_FILE, demo_folder
-        from nemo_prune.prompts import read_prompts
+        from nemo_prune.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL
         from nemo_prune.run import prune_model
         from nemo_prune.source import resolve_model
 
-        out = out.absolute()
-        is_demo = model == DEMO_MODEL
-        if is_demo:
-            prompts = prompts or demo_folder() / PROMPTS_FILE
-            calibration_prompts = calibration_prompts or demo_folder() / CALIBRATION_FILE
-        if prompts is None or calibration_prompts is None:
-            raise PromptError(
-                "This model has no prompts of its own. Give the captions to examine with --prompts and "
-                "ordinary ones, hundreds at best, with --calibration-prompts."
-            )
-        examined, ordinary = read_prompts(prompts), read_prompts(calibration_prompts)
+        examined, ordinary = _examined(model, prompts), _ordinary(model, calibration_prompts)
+        if guidance_scale is None and model == DEMO_MODEL:
+            guidance_scale = DEMO_GUIDANCE_SCALE
+        verification = VerificationSettings()
+        if guidance_scale is not None:
+            verification = VerificationSettings(guidance_scale=guidance_scale)
         source = resolve_model(model, revision, variant)
-        guidance = guidance_scale if guidance_scale is not None else DEMO_GUIDANCE_SCALE if is_demo else None
-        result = prune_model(
-            source,
-            examined,
-            [prompt.text for prompt in ordinary],
-            RunOptions(
-                out=out,
-                work=work or out.parent / f"{out.name}.work",
-                device=device,
-                dtype=dtype,
-                include_unresolved=include_unresolved,
-                publish_examples=publish_examples,
-                overwrite=overwrite,
-            ),
-            settings,
-            VerificationSettings() if guidance is None else VerificationSettings(guidance_scale=guidance),
-            progress,
-        )
+        result = prune_model(source, examined, ordinary, options, settings, verification, progress)
     if as_json:
         typer.echo(json.dumps({**result.facts, "out": str(result.out) if result.out else None}, indent=2))
     else:
         _show_result(result)
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="The file to write, such as calibration.safetensors.")],
+    calibration_prompts: OrdinaryOption = None,
+    preset: PresetOption = "released-code",
+    seed: SeedOption = None,
+    num_samples: NumSamplesOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchSizeOption = None,
+    margin: MarginOption = _MODEL_DEFAULTS.margin,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on ordinary captions what is usual for a model: the first stage of `run` alone.
+
+    Example: [bold]nemo-prune calibrate --model demo --out calibration.safetensors[/]
+    """
+    with _errors_reported(), _progress_bar(quiet=as_json) as progress:
+        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples)
+        _quieten_libraries()
+        from nemo_prune.run import calibrate_model
+        from nemo_prune.session import Session
+        from nemo_prune.source import resolve_model
+
+        ordinary = _ordinary(model, calibration_prompts)
+        options = ModelOptions(device, dtype, batch_size, margin)
+        session = Session(resolve_model(model, revision, variant), options, settings)
+        found = calibrate_model(session, ordinary, out, overwrite, progress)
+    facts = {"threshold": found.threshold, "similarity_mean": found.similarity_mean,
+             "similarity_std": found.similarity_std, "num_prompts": found.statistics.num_prompts}  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({**facts, "out": str(out)}, indent=2))
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name}: {value:.4g}")
+        typer.echo(f"Calibration: {out}")
+
+
+@app.command()
+def localize(
+    model: ModelOption,
+    work: Annotated[Path, typer.Option(help="Folder of the results; not for publication.")],
+    prompts: PromptsOption = None,
+    calibration_prompts: OrdinaryOption = None,
+    calibration: CalibrationOption = None,
+    preset: PresetOption = "released-code",
+    seed: SeedOption = None,
+    num_samples: NumSamplesOption = None,
+    threshold: ThresholdOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchSizeOption = None,
+    margin: MarginOption = _MODEL_DEFAULTS.margin,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard another run's work folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the memorization neurons of each caption and keep them for `merge`; nothing is pruned.
+
+    Example: [bold]nemo-prune localize --model demo --calibration calibration.safetensors --work found/[/]
+    """
+    with _errors_reported(), _progress_bar(quiet=as_json) as progress:
+        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        options = RunOptions(
+            out=work, work=work, model=ModelOptions(device, dtype, batch_size, margin), calibration=calibration,
+            overwrite=overwrite,
+        )  # fmt: skip
+        _quieten_libraries()
+        from nemo_prune.run import localize_model
+        from nemo_prune.session import Session
+        from nemo_prune.source import resolve_model
+
+        examined = _examined(model, prompts)
+        ordinary = [] if calibration else _ordinary(model, calibration_prompts)
+        session = Session(resolve_model(model, revision, variant), options.model, settings)
+        file, localizations = localize_model(session, examined, ordinary, options, progress)
+    statuses = [each.status for each in localizations]
+    facts = {status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")}
+    if as_json:
+        typer.echo(json.dumps({**facts, "results": str(file)}, indent=2))
+    else:
+        for status, number in facts.items():
+            typer.echo(f"{status.replace('_', ' ')}: {number}")
+        typer.echo(f"Results, not for publication: {file}")
+
+
+@app.command()
+def merge(
+    results: Annotated[
+        list[Path], typer.Argument(help="localizations.jsonl of work folders, or .csv of the authors' released code.")
+    ],
+    out: Annotated[Path, typer.Option(help="The mask to write, such as mask.safetensors.")],
+    include_unresolved: Annotated[
+        bool, typer.Option("--include-unresolved", help="Also the sets of unresolved prompts.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge what was found for captions into one mask: the union, as in the paper.
+
+    Example: [bold]nemo-prune merge found/localizations.jsonl --out mask.safetensors[/]
+    """
+    with _errors_reported():
+        from nemo_prune.merge import union_mask
+        from nemo_prune.results import merge_results
+
+        if out.exists() and not overwrite:
+            raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
+        found = merge_results(results)
+        mask = union_mask(found.localizations, found.header.layers, include_unresolved)
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        mask.save(out, {"settings": found.header.settings, "threshold": found.header.threshold})
+    statuses = [each.status for each in found.localizations]
+    facts = {
+        "prompts": len(statuses),
+        **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
+        "num_neurons": mask.num_neurons,
+        "of": sum(mask.sizes.values()),
+    }
+    if as_json:
+        typer.echo(json.dumps({**facts, "counts": mask.counts, "out": str(out)}, indent=2))
+    else:
+        typer.echo(f"{facts['num_neurons']} of {facts['of']} neurons, {statuses.count('localized')} of "
+                   f"{len(statuses)} prompts localized. Mask: {out}")  # fmt: skip
 
 
 @app.command()
@@ -232,6 +400,31 @@ def inspect(
     console.print(f"Base: {base.get('name', 'unknown')}, commit {base.get('commit') or 'none'}", markup=False)
     for name, value in metadata.get("settings", {}).items():
         console.print(f"{name}: {value}", markup=False)
+
+
+def _examined(model: str, prompts: Path | None) -> list[Any]:
+    """The captions to examine; the demo model has its own."""
+    from nemo_prune.demo import DEMO_MODEL, PROMPTS_FILE, demo_folder
+    from nemo_prune.prompts import read_prompts
+
+    if prompts is None and model != DEMO_MODEL:
+        raise PromptError(
+            "This model has no prompts of its own. Give the captions to examine with --prompts and ordinary ones, "
+            "hundreds at best, with --calibration-prompts."
+        )
+    return read_prompts(prompts or demo_folder() / PROMPTS_FILE)
+
+
+def _ordinary(model: str, prompts: Path | None) -> list[str]:
+    """Ordinary captions; the demo model has its own."""
+    from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, demo_folder
+    from nemo_prune.prompts import read_prompts
+
+    if prompts is None and model != DEMO_MODEL:
+        raise PromptError(
+            "This model has no ordinary prompts of its own. Give some, hundreds at best, with --calibration-prompts."
+        )
+    return [prompt.text for prompt in read_prompts(prompts or demo_folder() / CALIBRATION_FILE)]
 
 
 def _show_result(result: Any) -> None:

@@ -142,7 +142,13 @@ class NoisePredictor:
         return predicted.unflatten(0, (num_masks, num_samples))
 
     @torch.no_grad()
-    def predict_each(self, latents: Tensor, prompt_embeds: Tensor, suppressed: Sequence[Collection[Neuron]]) -> Tensor:
+    def predict_each(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        suppressed: Sequence[Collection[Neuron]],
+        batch_size: int | None = None,
+    ) -> Tensor:
         """Predict the noise of latents, each for a text of its own and with neurons of its own suppressed.
 
         A batch that is not full is filled up, so that a prediction does not depend on what it shares a
@@ -152,6 +158,7 @@ class NoisePredictor:
             latents: initial latents [batch, channels, height, width].
             prompt_embeds: text embeddings [batch, positions, width].
             suppressed: the neurons to suppress, one collection a sample.
+            batch_size: how many at once, where it is not the predictor's own.
 
         Returns:
             Predicted noise [batch, channels, height, width], float32, on the model's device.
@@ -163,16 +170,17 @@ class NoisePredictor:
         predicted: list[Tensor] = []
         done = 0
         while done < len(latents):
-            part = slice(done, done + self.batch_size)
+            size = min(batch_size or self.batch_size, self.batch_size)
+            part = slice(done, done + size)
             try:
-                predicted.append(self._predict_batch(latents[part], prompt_embeds[part], suppressed[part]))
+                predicted.append(self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size))
             except torch.OutOfMemoryError as error:
-                if self.batch_size == 1:
+                if size == 1:
                     raise ModelError(
                         "The device's memory does not take the model and one sample. Use --dtype float16, or another "
                         "--device."
                     ) from error
-                self.batch_size //= 2
+                self.batch_size = size // 2
                 torch.cuda.empty_cache()
                 continue
             done += len(predicted[-1])
@@ -180,10 +188,10 @@ class NoisePredictor:
         return torch.cat(predicted)
 
     def _predict_batch(
-        self, latents: Tensor, prompt_embeds: Tensor, suppressed: Sequence[Collection[Neuron]]
+        self, latents: Tensor, prompt_embeds: Tensor, suppressed: Sequence[Collection[Neuron]], size: int
     ) -> Tensor:
         unet, count = self.pipe.unet, len(latents)
-        filled = torch.arange(self.batch_size).clamp_max(count - 1)
+        filled = torch.arange(size).clamp_max(count - 1)
         with suppress(self.layers, self._gates([suppressed[sample] for sample in filled])):
             output = unet(
                 latents[filled].to(unet.dtype),

@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_prune.activations import ActivationStatistics, neuron_activations
 from nemo_prune.calibration import Calibration
 from nemo_prune.mask import Neuron
+from nemo_prune.preserve import Preserve
 from nemo_prune.scorer import ScoredPrompt, Scorer
 from nemo_prune.search import Candidates, SearchResult, Trial, search_neurons
 from nemo_prune.settings import LocalizationSettings
@@ -35,6 +36,7 @@ class PromptLocalization:
         theta: the cut on |z| that gave the candidates.
         k: how many of the most active neurons of each layer are among them.
         margin: the smallest distance of any similarity from the threshold that decided about it.
+        silenced_by_others: whether other prompts' neurons silence it, so that it needs none of its own.
         fell_back: whether the scores were not monotone, so that every set had to be tried in turn.
         sample_passes: latents that went through the U-Net for it.
         seconds: its share of the wall time.
@@ -51,6 +53,7 @@ class PromptLocalization:
     theta: float | None = None
     k: int | None = None
     margin: float | None = None
+    silenced_by_others: bool = False
     fell_back: bool = False
     sample_passes: int = 0
     seconds: float = 0.0
@@ -104,19 +107,6 @@ def candidate_schedule(
         )
         theta -= settings.theta_step
     return schedule
-
-
-@dataclass(frozen=True)
-class Preserve:
-    """How much the search goes out of its way to leave ordinary captions alone; not in the paper.
-
-    Attributes:
-        costs: neuron -> change of the noise prediction on ordinary captions when it is suppressed.
-        strength: 0 to 1: how far the candidates are widened so that costly ones can be spared.
-    """
-
-    costs: Mapping[Neuron, float]
-    strength: float
 
 
 def localize_prompts(
@@ -180,7 +170,8 @@ def localize_on_top(
         preserve: depart from the paper in favour of ordinary captions.
     """
     running = [_Running(scorer, detected, calibration, threshold, preserve, frozenset(suppressed))]
-    while not (finished := list(_take_a_step(scorer, running))):
+    # Most steps ask a single trial, so that a larger batch would be filled up for nothing.
+    while not (finished := list(_take_a_step(scorer, running, batch_size=1))):
         pass
     return finished[0]
 
@@ -287,11 +278,13 @@ class _Running:
         )
 
 
-def _take_a_step(scorer: Scorer, running: list[_Running]) -> Iterator[PromptLocalization]:
+def _take_a_step(
+    scorer: Scorer, running: list[_Running], batch_size: int | None = None
+) -> Iterator[PromptLocalization]:
     """Answer the trials of all searches together; those that end leave the list and are yielded."""
     asked = [(each.detected.scored, trial) for each in running for trial in each.trials]
     began, passes_before = time.perf_counter(), scorer.sample_passes
-    similarities = scorer.answer(asked)
+    similarities = scorer.answer(asked, batch_size)
     passes, seconds = scorer.sample_passes - passes_before, time.perf_counter() - began
     for each in running:
         if each.result is None:

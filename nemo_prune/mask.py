@@ -1,7 +1,7 @@
 """Which neurons are pruned: a boolean mask per layer, saved as a small safetensors file."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -159,18 +159,3 @@ class NeuronMask:
                 f"{FORMAT_VERSION}. Is it a mask, and made by a newer nemo-prune?"
             )
         return cls(layers), metadata
-
-
-def merge_masks(masks: Sequence[NeuronMask]) -> NeuronMask:
-    """The union of masks of one model: pruned is what any of them prunes.
-
-    Raises:
-        MaskError: there is no mask, or their layers differ.
-    """
-    if not masks:
-        raise MaskError("There is no mask to merge.")
-    for mask in masks[1:]:
-        if mask.sizes != masks[0].sizes:
-            raise MaskError("The masks to merge have different layers. Were they made for one model?")
-    names = masks[0].layers
-    return NeuronMask({name: torch.stack([m.layers[name] for m in masks]).any(0) for name in names})

@@ -67,7 +67,7 @@ class Findings:
             },
             "settings": dataclasses.asdict(self.settings),
             "verification_settings": dataclasses.asdict(self.verification),
-            "dtype": self.options.dtype,
+            "dtype": self.options.model.dtype,
             "calibration": {
                 "threshold": self.threshold,
                 "similarity_mean": self.calibration.similarity_mean,
@@ -79,9 +79,18 @@ class Findings:
                 "memorized": len(memorized),
                 **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
                 "unresolved_included": self.options.include_unresolved,
+                "silenced_by_others": sum(each.silenced_by_others for each in self.localizations),
+                "not_monotone": sum(each.fell_back for each in self.localizations),
+                "smallest_margin": min((each.margin for each in self.localizations if each.margin), default=None),
                 "sample_passes": sum(each.sample_passes for each in self.localizations),
             },
-            "mask": {"num_neurons": self.mask.num_neurons, "counts": self.mask.counts, "sizes": self.mask.sizes},
+            "mask": {
+                "merge": self.options.merge,
+                "preserve": self.options.preserve,
+                "num_neurons": self.mask.num_neurons,
+                "counts": self.mask.counts,
+                "sizes": self.mask.sizes,
+            },
             "scores": self._scores([each for each in self.verified if each.prompt in memorized]),
             "images": {
                 "per_prompt": self.verification.images_per_prompt,

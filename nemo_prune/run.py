@@ -5,23 +5,25 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 
-import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 
-from nemo_prune.calibration import Calibration, calibrate
+from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
-from nemo_prune.errors import OutputError, PromptError, SettingsError
-from nemo_prune.export import check_target, export_checkpoint, export_size, file_hash, files_to_export, staged_folder
+from nemo_prune.errors import OutputError, PromptError
+from nemo_prune.export import check_target, export_checkpoint, export_size, staged_folder
 from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
+from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
+from nemo_prune.preserve import Preserve, neuron_costs
 from nemo_prune.prompts import Prompt
 from nemo_prune.record import Findings
 from nemo_prune.release import save_images, write_release, write_report
+from nemo_prune.results import ResultsFile
 from nemo_prune.scorer import Scorer
+from nemo_prune.session import Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
 from nemo_prune.verify import (
@@ -39,6 +41,7 @@ from nemo_prune.work import WorkFolder
 Progress = Callable[[str, int, int], None]
 
 _NUM_COST_PROMPTS = 16
+_NUM_WEIGHING_PROMPTS = 5
 _NUM_ORDINARY_IMAGES = 4
 
 
@@ -55,6 +58,10 @@ class RunResult:
     facts: dict
     out: Path | None
     report: Path
+
+
+def _silently(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 class _Stages:
@@ -78,7 +85,7 @@ def prune_model(
     options: RunOptions,
     settings: LocalizationSettings,
     verification: VerificationSettings,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = _silently,
 ) -> RunResult:
     """Localize the memorization neurons of a corpus, prune them, prove it and write the release.
 
@@ -97,23 +104,28 @@ def prune_model(
     _check(source, options)
     stages = _Stages(progress)
     with stages.stage("load"):
-        device = _choose_device(options.device)
-        pipe = load_pipeline(source, device, _dtype(options.dtype))
         training_images = _open_training_images(prompts)
-        work = _open_work(source, prompts, calibration_texts, options, settings)
-        predictor = NoisePredictor(pipe, settings)
-        scorer = Scorer(predictor)
+        session = Session(source, options.model, settings)
+        pipe, predictor = session.pipe, session.predictor
+        work = _open_work(session, prompts, calibration_texts, options)
     with stages.stage("calibrate") as report_progress:
-        calibration = work.load_calibration()
-        if calibration is None:
-            calibration = calibrate(scorer, calibration_texts, report_progress)
-            work.save_calibration(calibration)
+        calibration = _calibration(session, calibration_texts, options.calibration or work.calibration, report_progress)
     threshold = settings.threshold or calibration.threshold
+    with stages.stage("weigh neurons") as report_progress:
+        preserve = _preserve(session, calibration_texts, options.preserve, report_progress)
     with stages.stage("localize") as report_progress:
-        localizations = _localize_all(scorer, prompts, calibration, threshold, work, report_progress)
-    mask = merge_localizations(localizations, predictor.sizes, options.include_unresolved)
+        results = ResultsFile(work.localizations, session.results_header(threshold))
+        localizations = _localize_all(
+            session, prompts, calibration, threshold, options.merge, preserve, results, report_progress
+        )
+    with stages.stage("merge") as report_progress:
+        if options.merge == "incremental":
+            settled = settle_mask(session.scorer, localizations, calibration, threshold, preserve, report_progress)
+            mask, localizations = settled.mask, settled.localizations
+        else:
+            mask = union_mask(localizations, predictor.sizes, options.include_unresolved)
     with stages.stage("score again") as report_progress:
-        verified = _verify_all(scorer, localizations, mask, verification, report_progress)
+        verified = _verify_all(session.scorer, localizations, mask, verification, report_progress)
         cost = _cost(predictor, calibration_texts, mask, calibration)
     findings = Findings(
         source, options, settings, verification, calibration, threshold, localizations, mask, verified, cost
@@ -129,7 +141,9 @@ def prune_model(
         with stages.stage("export"):
             exported = export_checkpoint(source.folder, mask, folder)
         with stages.stage("images after") as report_progress:
-            pruned_pipe = load_pipeline(dataclasses.replace(source, folder=folder), device, _dtype(options.dtype))
+            pruned_pipe = load_pipeline(
+                dataclasses.replace(source, folder=folder), session.device, choose_dtype(options.model.dtype)
+            )
             check_pruned_equals_suppressed(predictor, pruned_pipe, mask, calibration_texts[:2])
             after = _draw_all(pruned_pipe, shown, verification, report_progress)
         known, cut = list(training_images.values()), verification.replication_cut
@@ -142,17 +156,50 @@ def prune_model(
     return RunResult(facts, options.out, report)
 
 
-def merge_localizations(
-    localizations: Sequence[PromptLocalization], sizes: dict[str, int], include_unresolved: bool = False
-) -> NeuronMask:
-    """The union of the localized prompts' neurons.
+def calibrate_model(
+    session: Session, texts: Sequence[str], out: Path, overwrite: bool = False, progress: Progress = _silently
+) -> Calibration:
+    """The first stage alone: measure what is usual and keep it in a file.
 
-    Sets of unresolved prompts stay out unless asked for: on SD v1-4 they would take a third of all.
+    Raises:
+        OutputError: the file is there already.
     """
-    statuses = {"localized", "unresolved"} if include_unresolved else {"localized"}
-    return NeuronMask.from_neurons(
-        (neuron for each in localizations if each.status in statuses for neuron in each.neurons), sizes
-    )
+    if out.exists():
+        if not overwrite:
+            raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
+        out.unlink()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return session.calibrate(texts, out, lambda done, total: progress("calibrate", done, total))
+
+
+def localize_model(
+    session: Session,
+    prompts: Sequence[Prompt],
+    calibration_texts: Sequence[str],
+    options: RunOptions,
+    progress: Progress = _silently,
+) -> tuple[Path, Sequence[PromptLocalization]]:
+    """The stages up to the localization: results for a later merge, in the work folder.
+
+    Args:
+        session: the loaded model.
+        prompts: what to examine.
+        calibration_texts: ordinary prompts; none are needed with a finished calibration.
+        options: where to and how; ``out`` is not used.
+        progress: called with the stage's name, what is done and how much there is.
+
+    Returns:
+        The result file and what it holds.
+    """
+    stages = _Stages(progress)
+    work = _open_work(session, prompts, calibration_texts, options)
+    with stages.stage("calibrate") as report_progress:
+        calibration = _calibration(session, calibration_texts, options.calibration or work.calibration, report_progress)
+    threshold = session.settings.threshold or calibration.threshold
+    results = ResultsFile(work.localizations, session.results_header(threshold))
+    with stages.stage("localize") as report_progress:
+        localizations = _localize_all(session, prompts, calibration, threshold, "union", None, results, report_progress)
+    return work.localizations, localizations
 
 
 def _check(source: ModelSource, options: RunOptions) -> None:
@@ -172,24 +219,6 @@ def _check(source: ModelSource, options: RunOptions) -> None:
         )
 
 
-def _choose_device(device: str) -> str:
-    if device != "auto":
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise SettingsError(f"The device `{device}` can't be used: {error}") from error
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "float16", "bfloat16"):
-        raise SettingsError(f"`{name}` is no dtype for the weights. Use float32, float16 or bfloat16.")
-    return getattr(torch, name)
-
-
 def _open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
     images = {}
     for prompt in prompts:
@@ -204,42 +233,57 @@ def _open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
 
 
 def _open_work(
-    source: ModelSource,
-    prompts: Sequence[Prompt],
-    calibration_texts: Sequence[str],
-    options: RunOptions,
-    settings: LocalizationSettings,
+    session: Session, prompts: Sequence[Prompt], calibration_texts: Sequence[str], options: RunOptions
 ) -> WorkFolder:
-    relevant = {"unet", "text_encoder", "tokenizer", "scheduler"}
-    files = [path for path in files_to_export(source.folder)[0] if path.parts[0] in relevant]
     identity = {
-        "model": _digest([path.as_posix() + file_hash(source.folder / path) for path in files]),
-        "variant": source.variant,
-        "prompts": _digest([prompt.text for prompt in prompts]),
-        "calibration prompts": _digest(calibration_texts),
-        "settings": dataclasses.asdict(settings),
-        "dtype": options.dtype,
+        "model": session.model_digest,
+        "prompts": digest([prompt.text for prompt in prompts]),
+        "calibration prompts": digest(calibration_texts),
+        "settings": dataclasses.asdict(session.settings),
+        "dtype": options.model.dtype,
+        "merge": options.merge,
+        "preserve": options.preserve,
     }
     return WorkFolder(options.work, identity, options.overwrite)
 
 
-def _digest(texts: Sequence[str]) -> str:
-    return sha256("\0".join(texts).encode()).hexdigest()
+def _calibration(
+    session: Session, texts: Sequence[str], file: Path, progress: Callable[[int, int], None]
+) -> Calibration:
+    """A finished calibration, or one of the ordinary prompts."""
+    if file.exists() and not texts:
+        return Calibration.load(file, session.calibration_identity)
+    return session.calibrate(texts, file, progress)
+
+
+def _preserve(
+    session: Session, texts: Sequence[str], strength: float, progress: Callable[[int, int], None]
+) -> Preserve | None:
+    if not strength:
+        return None
+    return Preserve(neuron_costs(session.predictor, texts[:_NUM_WEIGHING_PROMPTS], progress), strength)
 
 
 def _localize_all(
-    scorer: Scorer,
+    session: Session,
     prompts: Sequence[Prompt],
     calibration: Calibration,
     threshold: float,
-    work: WorkFolder,
+    merge: str,
+    preserve: Preserve | None,
+    results: ResultsFile,
     progress: Callable[[int, int], None],
 ) -> list[PromptLocalization]:
-    known = work.localizations()
+    known = {each.prompt: each for each in results.read()}
     waiting = [prompt.text for prompt in prompts if prompt.text not in known]
     progress(len(known), len(prompts))
-    for localization in localize_prompts(scorer, waiting, calibration, threshold):
-        work.append_localization(localization)
+    if merge == "incremental":
+        so_far = union_mask(list(known.values()), session.predictor.sizes).neurons
+        found = localize_incrementally(session.scorer, waiting, calibration, threshold, so_far, preserve)
+    else:
+        found = localize_prompts(session.scorer, waiting, calibration, threshold, preserve)
+    for localization in found:
+        results.append(localization)
         known[localization.prompt] = localization
         progress(len(known), len(prompts))
     return [known[prompt.text] for prompt in prompts]

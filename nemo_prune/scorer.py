@@ -107,9 +107,14 @@ class Scorer:
             kept = exact
         return tuple(kept.nonzero().flatten().tolist())
 
-    def answer(self, asked: Sequence[tuple[ScoredPrompt, Trial]]) -> list[float]:
-        """How similar the noise differences with and without suppression are; one sample pass a trial."""
-        similarities = self._similarities(asked)
+    def answer(self, asked: Sequence[tuple[ScoredPrompt, Trial]], batch_size: int | None = None) -> list[float]:
+        """How similar the noise differences with and without suppression are; one sample pass a trial.
+
+        Args:
+            asked: trials, each with its prompt.
+            batch_size: how many go through the U-Net at once, where it is not the predictor's own.
+        """
+        similarities = self._similarities(asked, batch_size)
         if self._reference:
             near = [
                 position
@@ -130,7 +135,7 @@ class Scorer:
         """How similar a prompt's noise differences on some seeds are with and without suppression."""
         return self._similarities([(scored, Trial(frozenset(neurons), seed, 0.0)) for seed in seeds])
 
-    def _similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]]) -> list[float]:
+    def _similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]], batch_size: int | None = None) -> list[float]:
         if not asked:
             return []
         latents = torch.stack([scored.latents[trial.seed] for scored, trial in asked])
@@ -138,6 +143,7 @@ class Scorer:
             latents,
             torch.stack([scored.prompt_embeds for scored, _ in asked]),
             [trial.neurons for _, trial in asked],
+            batch_size,
         )
         unsuppressed = torch.stack([scored.noise_differences[trial.seed] for scored, trial in asked])
         return similarity(noise_difference(noise_pred, latents), unsuppressed, self._betas).tolist()

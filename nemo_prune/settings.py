@@ -1,11 +1,12 @@
 """The numbers of the method, in one place; the command line takes its defaults from here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_prune.errors import SettingsError
 
 MIN_CALIBRATION_PROMPTS = 50
+MERGES = ("union", "incremental")
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,38 @@ class VerificationSettings:
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed.
+
+    Attributes:
+        device: torch device, or ``auto``.
+        dtype: weights' dtype: ``float32``, ``float16`` or ``bfloat16``.
+        batch_size: latents that go through the U-Net at once; None: those of one prompt, on a GPU of four.
+        margin: distance from tau within which float32 decides, where the dtype is a lower one.
+    """
+
+    device: str = "auto"
+    dtype: str = "float32"
+    batch_size: int | None = None
+    margin: float = 1e-3
+
+    def __post_init__(self) -> None:
+        in_range = self.batch_size is None or self.batch_size >= 1
+        _require(in_range, "batch_size", self.batch_size, "at least 1")
+        _require(0 <= self.margin < 1, "margin", self.margin, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """What to do, apart from the numbers of the method.
 
     Attributes:
         out: folder of the pruned model; it can be published.
         work: folder of what the run knows; it is not for publication.
-        device: torch device, or ``auto``.
-        dtype: weights' dtype: ``float32``, ``float16`` or ``bfloat16``.
+        model: how the model is computed.
+        merge: ``union`` of the prompts' neurons, or ``incremental``: each on top of those before it.
+        preserve: 0 to 1: how much the search departs from the paper in favour of ordinary captions.
+        calibration: a finished calibration; None calibrates on ordinary prompts.
         include_unresolved: whether sets of unresolved prompts enter the mask.
         publish_examples: whether captions and a before/after grid go into the card.
         overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
@@ -107,11 +132,19 @@ class RunOptions:
 
     out: Path
     work: Path
-    device: str = "auto"
-    dtype: str = "float32"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    merge: str = "union"
+    preserve: float = 0.0
+    calibration: Path | None = None
     include_unresolved: bool = False
     publish_examples: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
+        _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
+        contradict = self.merge == "incremental" and self.include_unresolved
+        _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

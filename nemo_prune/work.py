@@ -3,19 +3,15 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
-from nemo_prune.calibration import Calibration
 from nemo_prune.errors import OutputError
-from nemo_prune.localize import PromptLocalization
-from nemo_prune.mask import Neuron
 
-_IDENTITY, _CALIBRATION, _LOCALIZATIONS = "run.json", "calibration.safetensors", "localizations.jsonl"
+_IDENTITY = "run.json"
 
 
 class WorkFolder:
-    """Results as they come; every one survives a kill.
+    """The folder with the identity of what it holds.
 
     Args:
         path: the folder; it is made where it is missing.
@@ -42,34 +38,18 @@ class WorkFolder:
                 shutil.rmtree(path)
                 path.mkdir()
             write_atomically(path / _IDENTITY, json.dumps(identity, indent=2))
-            self._repair_torn_line()
         except OSError as error:
             raise OutputError(f"The work folder {path} can't be used: {error}") from error
 
-    def load_calibration(self) -> Calibration | None:
-        """The calibration, if it was finished."""
-        path = self.path / _CALIBRATION
-        return Calibration.load(path) if path.exists() else None
+    @property
+    def calibration(self) -> Path:
+        """Where the calibration lies, once it is finished."""
+        return self.path / "calibration.safetensors"
 
-    def save_calibration(self, calibration: Calibration) -> None:
-        """Keep a finished calibration."""
-        partial = self.path / f".{_CALIBRATION}"
-        calibration.save(partial)
-        os.replace(partial, self.path / _CALIBRATION)
-
-    def localizations(self) -> dict[str, PromptLocalization]:
-        """Prompt -> what was found for it, for all prompts that are done."""
-        path = self.path / _LOCALIZATIONS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        found = (_localization_from(json.loads(line)) for line in lines)
-        return {each.prompt: each for each in found}
-
-    def append_localization(self, localization: PromptLocalization) -> None:
-        """Keep one prompt's result; it is on disk when this returns."""
-        with (self.path / _LOCALIZATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(localization), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    @property
+    def localizations(self) -> Path:
+        """Where the results lie, a line a prompt."""
+        return self.path / "localizations.jsonl"
 
     def _read_identity(self) -> dict | None:
         path = self.path / _IDENTITY
@@ -82,23 +62,9 @@ class WorkFolder:
             raise OutputError(f"{self.path} is not empty and no work folder. Use another --work.")
         return None
 
-    def _repair_torn_line(self) -> None:
-        """Drop a last line that a kill cut off; its prompt is done again."""
-        path = self.path / _LOCALIZATIONS
-        content = path.read_bytes() if path.exists() else b""
-        if content and not content.endswith(b"\n"):
-            with path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
-
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the whole new one."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _localization_from(record: dict) -> PromptLocalization:
-    for key in ("candidates", "neurons"):
-        record[key] = tuple(Neuron(*neuron) for neuron in record[key])
-    return PromptLocalization(**{**record, "kept_seeds": tuple(record["kept_seeds"])})

@@ -119,7 +119,8 @@ def test_nothing_published_names_a_caption_or_a_path_of_the_machine(finished, mo
 def test_the_work_folder_holds_what_the_run_knows(finished):
     out, _, _ = finished
     work = out.with_name("out.work")
-    records = [json.loads(line) for line in (work / "localizations.jsonl").read_text().splitlines()]
+    header, *records = map(json.loads, (work / "localizations.jsonl").read_text().splitlines())
+    assert header["settings"]["theta"] == 5.0 and sum(header["layers"].values()) == 80
     assert [record["prompt"] for record in records] == [f"a {MARKER} cat", "<b>a dog</b> | **x**"]
     assert MARKER in (work / "report.md").read_text()
     assert json.loads((work / "report.json").read_text())["prompts"][0]["kind"] == "VM"
@@ -156,7 +157,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
         raise AssertionError("the work folder knows it")
 
     monkeypatch.setattr(nemo_prune.localize, "detect", not_again)
-    monkeypatch.setattr(nemo_prune.run, "calibrate", not_again)
+    monkeypatch.setattr(nemo_prune.session, "calibrate", not_again)
     again = run(command, "--include-unresolved", "--overwrite", "--publish-examples")
     assert again.exit_code == 0, again.output
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
@@ -170,11 +171,11 @@ def test_a_torn_last_line_is_done_again(finished, arguments, tmp_path):
     shutil.copytree(out.with_name("out.work"), work)
     log = work / "localizations.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(lines[0] + lines[1][:50])
+    log.write_bytes(lines[0] + lines[1] + lines[2][:50])
     result = run(arguments, "--include-unresolved", work=work)
     assert result.exit_code == 0, result.output
     whole, again = (
-        {found["prompt"]: found["neurons"] for found in map(json.loads, content)}
+        {found["prompt"]: found["neurons"] for found in map(json.loads, content[1:])}
         for content in (lines, log.read_bytes().splitlines())
     )
     assert again == whole
@@ -197,7 +198,7 @@ def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkey
     result = run(arguments)
     assert result.exit_code == 130 and "goes on" in result.stderr
     assert not (tmp_path / "out").exists()
-    assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(finished, arguments, tmp_path):

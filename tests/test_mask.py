@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemo_prune.errors import MaskError
-from nemo_prune.mask import Neuron, NeuronMask, merge_masks
+from nemo_prune.mask import Neuron, NeuronMask
 
 SIZES = {"mid.to_v": 4, "down.to_v": 3}
 
@@ -53,10 +53,3 @@ def test_a_model_with_other_layers_is_refused():
         mask.check({**SIZES, "down.to_v": 6})
     with pytest.raises(MaskError, match="not in the model"):
         mask.check({"mid.to_v": 4})
-
-
-def test_the_union_prunes_what_any_prunes():
-    masks = [NeuronMask.from_neurons([Neuron("mid.to_v", i)], SIZES) for i in (0, 3)]
-    assert merge_masks(masks).layers["mid.to_v"].tolist() == [True, False, False, True]
-    with pytest.raises(MaskError, match="different layers"):
-        merge_masks([masks[0], NeuronMask.from_neurons([], {"mid.to_v": 5})])
