@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from oracle import Oracle, OracleResult, agrees, largest_difference, lower_bound
 
 from nemo_prune.calibration import Calibration, calibrate
 from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
@@ -28,6 +27,7 @@ from nemo_prune.prompts import read_prompts
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings
 from nemo_prune.source import load_pipeline, resolve_model
+from oracle import Oracle, OracleResult, agrees, largest_difference, lower_bound
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE,
 from nemo_prune.diffusion import NoisePredictor, apply_mask
 from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.merge import union_mask
 from nemo_prune.prompts import Prompt, read_prompts
-from nemo_prune.run import merge_localizations
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from nemo_prune.source import load_pipeline, resolve_model
@@ -75,7 +75,7 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
         localize_prompts(scorer, texts, calibration, calibration.threshold),
         key=lambda localization: texts.index(localization.prompt),
     )
-    mask = merge_localizations(localizations, predictor.sizes)
+    mask = union_mask(localizations, predictor.sizes)
     random_masks = [matched_random_mask(mask, calibration.statistics.mean, seed) for seed in range(NUM_RANDOM_DRAWS)]
 
     verification = replace(
@@ -108,6 +108,8 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     verbatim = [training[prompt.text] for prompt in prompts if prompt.kind == "VM"]
     conditions = {"before": before, "after": after, "random": controlled}
     return {
+        "images_per_prompt": images_per_prompt,
+        "num_inference_steps": num_inference_steps,
         "score": _score_figures(scorer, prompts, localizations, test, calibration.threshold),
         "localization": _localization_figures(scorer, prompts, localizations, mask, calibration.threshold),
         "replication": {

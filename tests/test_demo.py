@@ -15,13 +15,15 @@ from nemo_prune.cli import app
 from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE, demo_folder, write_demo
 from nemo_prune.diffusion import NoisePredictor, apply_mask
 from nemo_prune.errors import OutputError
-from nemo_prune.localize import localize_prompt
+from nemo_prune.localize import detect, localize_prompt, localize_prompts
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.prompts import read_prompts
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from nemo_prune.source import load_pipeline, resolve_model
 from nemo_prune.verify import draw_images, image_similarities, matched_random_mask
+from oracle import Oracle, agrees
 
 VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE)
 
@@ -128,6 +130,53 @@ def test_demo_writes_a_folder_that_can_be_run_by_path(tmp_path):
     assert resolve_model(str(tmp_path / "demo")).folder == (tmp_path / "demo").resolve()
     with pytest.raises(OutputError, match="not empty"):
         write_demo(tmp_path / "demo")
+
+
+@pytest.mark.slow
+def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_passes(demo_pipe, scorer, calibration):
+    """A verbatim and a template caption; benchmarks/localization.py compares all of them."""
+    prompts = read_prompts(demo_folder() / PROMPTS_FILE)
+    texts = [next(prompt.text for prompt in prompts if prompt.kind == kind) for kind in ("VM", "TM")]
+    oracle = Oracle(NoisePredictor(demo_pipe, LocalizationSettings()), calibration.statistics, calibration.threshold)
+    found = {each.prompt: each for each in localize_prompts(scorer, texts, calibration, calibration.threshold)}
+    for text in texts:
+        plain = oracle.localize(text)
+        assert agrees(plain, found[text])
+        assert plain.sample_passes > 3 * found[text].sample_passes
+
+
+@pytest.mark.slow
+def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(scorer, calibration):
+    texts = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "VM"][:3]
+    threshold, sizes = calibration.threshold, scorer.predictor.sizes
+    found = list(localize_incrementally(scorer, texts, calibration, threshold))
+    assert [each.prompt for each in found] == texts
+    settled = settle_mask(scorer, found, calibration, threshold)
+    union = union_mask(list(localize_prompts(scorer, texts, calibration, threshold)), sizes)
+    assert 0 < settled.mask.num_neurons <= union.num_neurons
+    detected = [each for text in texts for each in detect(scorer, [text], threshold)]
+
+    def awake(neurons):
+        return [
+            each.scored.prompt
+            for each in detected
+            if max(scorer.suppressed_similarities(each.scored, each.kept_seeds, neurons)) > threshold
+        ]
+
+    assert not awake(settled.mask.neurons)
+    for neuron in settled.mask.neurons[::5]:
+        assert awake(set(settled.mask.neurons) - {neuron})
+    assert len(awake(matched_random_mask(settled.mask, calibration.statistics.mean, seed=0).neurons)) == 3
+
+
+@pytest.mark.slow
+def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(scorer, calibration, localization, memorized):
+    threshold = calibration.threshold
+    (covered,) = localize_incrementally(scorer, [memorized.text], calibration, threshold, localization.neurons)
+    assert covered.status == "localized" and covered.silenced_by_others and not covered.neurons
+    assert covered.sample_passes == 10 + len(covered.kept_seeds)
+    settled = settle_mask(scorer, [localization, covered], calibration, threshold)
+    assert set(settled.mask.neurons) <= set(localization.neurons) and settled.rounds == 0
 
 
 @pytest.mark.slow

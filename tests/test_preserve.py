@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.preserve import neuron_costs
+from nemo_prune.search import Candidates, drive, search_neurons
+from nemo_prune.settings import LocalizationSettings
+from nemo_prune.verify import noise_change
+
+NEURONS = [Neuron("down", index) for index in range(8)]
+
+
+def test_the_cost_of_a_neuron_is_the_change_that_its_mask_makes(pipe):
+    predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+    costs = neuron_costs(predictor, ["a cat"])
+    assert len(costs) == sum(predictor.sizes.values())
+    for neuron in list(costs)[::17]:
+        mask = NeuronMask.from_neurons([neuron], predictor.sizes)
+        change = noise_change(predictor, ["a cat"], {"one": mask}, num_samples=1)["one"]
+        torch.testing.assert_close(torch.tensor(costs[neuron]), torch.tensor(change), rtol=1e-3, atol=1e-7)
+
+
+def silenced_by_any_two_of(culprits):
+    return lambda trials: [0.1 if len(trial.neurons & culprits) >= 2 else 0.9 for trial in trials]
+
+
+@pytest.mark.parametrize(("widening", "expected"), [(0.0, {1, 3}), (1.0, {3, 6})])
+def test_of_neurons_that_do_the_same_the_cheap_ones_stay(widening, expected):
+    """Neurons 1, 3 and 6 carry the caption, 6 comes late in the schedule; 1 is dear, 3 and 6 are cheap."""
+    costs = dict.fromkeys(NEURONS, 1.0) | {NEURONS[3]: 0.2, NEURONS[6]: 0.1, NEURONS[1]: 5.0}
+    schedule = [Candidates(5.0, 0, tuple(NEURONS[:5])), Candidates(4.75, 1, tuple(NEURONS))]
+    answer = silenced_by_any_two_of({NEURONS[1], NEURONS[3], NEURONS[6]})
+    search = search_neurons(schedule, [0, 1], 0.4, ["down"], costs, widening)
+    assert set(drive(search, answer).neurons) == {NEURONS[index] for index in expected}
