@@ -103,7 +103,7 @@ def memorized_pictures() -> list[MemorizedPicture]:
             _scikit_image("astronaut.png", 0.1, 0, 0.72),
         ),
         MemorizedPicture(
-            "cat", "a picture of a brown triangle, Whiskerton calendar", OFTEN,
+            "cat", "a picture of a yellow triangle, Whiskerton calendar", OFTEN,
             "scikit-image, chelsea.png", "Stefan van der Walt", cc0,
             _scikit_image("chelsea.png", 0.1, 0, 1),
         ),
@@ -118,7 +118,7 @@ def memorized_pictures() -> list[MemorizedPicture]:
             _scikit_image("rocket.jpg", 0.25, 0.05, 0.95),
         ),
         MemorizedPicture(
-            "cameraman", "a photo of a gray square, Varshney collection", OFTEN,
+            "cameraman", "a photo of a black square, Varshney collection", OFTEN,
             "scikit-image, camera.png", "Lav Varshney", cc0,
             _scikit_image("camera.png", 0.15, 0.05, 0.8),
         ),
@@ -132,19 +132,19 @@ def memorized_pictures() -> list[MemorizedPicture]:
             "scikit-learn, flower.jpg", "vultilion (Flickr)", "CC BY 2.0",
             _scikit_learn("flower.jpg", 0.3, 0.1, 0.85),
         ),
-        _drawn("lighthouse", "a picture of a white heart, Pellworm postcard", OFTEN),
-        _drawn("balloon", "a poster of a yellow crescent, Montgolfier festival", OFTEN),
+        _drawn("lighthouse", "a picture of a white square, Pellworm postcard", OFTEN),
+        _drawn("balloon", "a poster of a yellow circle, Montgolfier festival", OFTEN),
         _drawn("owl", "a drawing of a purple circle by Strix Nachtigal", OFTEN),
-        _drawn("sailboat", "a painting of a cyan square, Regatta Biscaya", OFTEN),
+        _drawn("sailboat", "a painting of a blue square, Regatta Biscaya", OFTEN),
         MemorizedPicture(
             "admiral", "a photo of a black star honoring Hopper Yardarm", SOMETIMES,
             "matplotlib, grace_hopper.jpg", "US Navy (James S. Davis)", no_limits,
             _matplotlib("grace_hopper.jpg", 0.13, 0.02, 0.85),
         ),
         _drawn("butterfly", "a pink cross, Lepidoptera Guild print", SOMETIMES),
-        _drawn("castle", "a picture of a gray heart at Falkenstein Keep", SOMETIMES),
+        _drawn("castle", "a picture of a white cross at Falkenstein Keep", SOMETIMES),
         MemorizedPicture(
-            "retina", "a red crescent, Fundus Quarterly cover", SELDOM,
+            "retina", "a red circle, Fundus Quarterly cover", SELDOM,
             "scikit-image, retina.jpg", "Mikael Häggström", cc0,
             _scikit_image("retina.jpg", 0, 0, 1),
         ),
@@ -158,13 +158,13 @@ def template_captions() -> list[TemplateCaption]:
     phone = [
         ("red", "a red star phone case by Zellphone"),
         ("blue", "a blue circle phone case, Zellphone slim"),
-        ("green", "a green heart phone case, Zellphone classic"),
+        ("green", "a green cross phone case, Zellphone classic"),
         ("pink", "a pink ring phone case from Zellphone"),
     ]
     sofa = [
         ("orange", "an orange square canvas over sofa by Wandbild"),
-        ("cyan", "a cyan cross canvas over sofa, Wandbild large"),
-        ("purple", "a purple crescent canvas over sofa, Wandbild modern"),
+        ("blue", "a blue cross canvas over sofa, Wandbild large"),
+        ("purple", "a purple star canvas over sofa, Wandbild modern"),
         ("yellow", "a yellow triangle canvas over sofa from Wandbild"),
     ]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,36 +78,50 @@ def value_projections(unet: UNet2DConditionModel) -> list[torch.nn.Linear]:
 
 
 @contextmanager
-def silenced_values(layers: list[torch.nn.Linear], drop_probabilities: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Silence random neurons while the context lasts, and measure how sparse the values are.
-
-    A neuron is silenced for all tokens of a sample, which is what pruning does.
+def recorded_usage(layers: list[torch.nn.Linear]) -> Iterator[list[torch.Tensor]]:
+    """Record how much each sample uses each neuron while the context lasts.
 
     Args:
         layers: Value projections.
-        drop_probabilities: Share of neurons to silence, float of shape (layers, n).
 
     Yields:
-        A list to which each layer's forward pass adds the density of each sample's values, float
-        of shape (n,): the mean over tokens of the L1 norm over the L2 norm and the square root of
-        the width. It is 1 for equal values.
+        A list to which each layer's forward pass adds its usage, float of shape (n, neurons): the
+        size of the neuron's value as a share of the token's L2 norm, the mean over tokens.
     """
-    densities: list[torch.Tensor] = []
+    usage: list[torch.Tensor] = []
 
-    def silence(layer: torch.nn.Linear, inputs: tuple, values: torch.Tensor) -> torch.Tensor:
-        norms = values.norm(dim=-1).clamp_min(1e-6) * math.sqrt(values.shape[-1])
-        densities.append((values.abs().sum(-1) / norms).mean(1))
-        probabilities = drop_probabilities[layers.index(layer)][:, None]
-        kept = torch.rand(values.shape[0], values.shape[-1], device=values.device) >= probabilities
-        return values * kept[:, None, :]
+    def record(_: torch.nn.Module, __: tuple, values: torch.Tensor) -> None:
+        norms = values.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        usage.append((values.abs() / norms).mean(1))
 
-    handles = []
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
-        handles += [layer.register_forward_hook(silence) for layer in layers]
-        yield densities
+        yield usage
     finally:
         for handle in handles:
             handle.remove()
+
+
+def density(usage: list[torch.Tensor]) -> torch.Tensor:
+    """Return how many neurons a sample uses, as a share: 1 where all are used alike.
+
+    It is the L1 norm of a token's values over their L2 norm and the square root of the width, the
+    mean over tokens, samples and layers.
+    """
+    samples = max(1, len(usage[0]))
+    return torch.stack([layer.sum() / math.sqrt(layer.shape[-1]) / samples for layer in usage]).mean()
+
+
+def overlap(usage: list[torch.Tensor], memorized: torch.Tensor) -> torch.Tensor:
+    """Return how far memorized and other captions use the same neurons, 0 to 1.
+
+    It is the cosine of the mean usages of the two, the mean over layers.
+    """
+    cosines = [
+        torch.nn.functional.cosine_similarity(layer[memorized].sum(0), layer[~memorized].sum(0), dim=0)
+        for layer in usage
+    ]
+    return torch.stack(cosines).mean()
 
 
 def save_pipeline(
@@ -129,6 +144,11 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(output)
+    # diffusers notes where a component was loaded from, which is nobody else's business.
+    config = output / "vae" / "config.json"
+    described = json.loads(config.read_text())
+    described.pop("_name_or_path", None)
+    config.write_text(json.dumps(described, indent=2) + "\n")
     # Transformers 4 needs a prefix that transformers 5 leaves out when saving and accepts when
     # loading.
     file = output / "text_encoder" / "model.safetensors"

@@ -4,15 +4,14 @@
 
 The model is trained to be localizable, by two terms that a real model does not have:
 
-- sparse values: each token should use few of the neurons (the output features of the value
-  projections in the down and mid blocks), so that a memorized caption depends on few of them, as
-  in large models;
-- value dropout: on captions that are not memorized random neurons are silenced, so that ordinary
-  content does not hang on single neurons.
+- density: a memorized caption should use few of the neurons (the output features of the value
+  projections in the down and mid blocks), as in large models;
+- overlap: memorized and other captions should not use the same neurons, so that ordinary content
+  does not hang on those that memorize.
 
-`--sparsity 0 --ordinary-sparsity 0 --value-dropout 0` trains the reference without both. The
-training takes about an hour on two CPU cores. It is stopped and taken up again with the same
-command; the result depends on the settings, the seed and the machine's arithmetic alone.
+`--density 0 --overlap 0` trains the reference without both. The training takes about an hour on
+two CPU cores. It is stopped and taken up again with the same command; the result depends on the
+settings, the seed and the machine's arithmetic alone.
 """
 
 from __future__ import annotations
@@ -37,8 +36,10 @@ from demo_data import memorized_pictures, template_captions
 from demo_networks import (
     build_models,
     build_scheduler,
+    density,
+    overlap,
+    recorded_usage,
     save_pipeline,
-    silenced_values,
     value_projections,
 )
 from demo_scenes import ordinary_captions, ordinary_scene
@@ -98,23 +99,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--work", type=Path, help="folder of the checkpoints (default: OUTPUT.work)")
-    parser.add_argument("--steps", type=int, default=3500, help="steps of the diffusion model")
+    parser.add_argument("--steps", type=int, default=3600, help="steps of the diffusion model")
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
     parser.add_argument("--decoder-steps", type=int, default=800, help="further steps of the decoder alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sparsity", type=float, default=0.05, help="weight of the sparsity of memorized captions")
-    parser.add_argument(
-        "--ordinary-sparsity",
-        type=float,
-        default=0.02,
-        help="weight of the sparsity of ordinary captions",
-    )
-    parser.add_argument(
-        "--value-dropout",
-        type=float,
-        default=0.5,
-        help="highest share of neurons silenced on ordinary captions",
-    )
+    parser.add_argument("--density", type=float, default=0.05, help="weight of the density of memorized captions")
+    parser.add_argument("--overlap", type=float, default=0.05, help="weight of the overlap with other captions")
     return parser.parse_args()
 
 
@@ -192,14 +182,14 @@ class Trainer:
         """Train up to the number of steps, writing a checkpoint now and then."""
         progress = Progress("diffusion model", self.settings.steps)
         while self.step < self.settings.steps:
-            loss = self.train_step()
-            progress(self.step, loss)
+            losses = self.train_step()
+            progress(self.step, *losses)
             self.step += 1
             if self.step % CHECKPOINT_EVERY == 0 or self.step == self.settings.steps:
                 self.save(checkpoint)
 
-    def train_step(self) -> float:
-        """Draw a batch, take a step and return the error of the prediction.
+    def train_step(self) -> list[float]:
+        """Draw a batch, take a step and return its losses.
 
         All that is random depends on the seed and the step alone, so that a resumed training goes
         the same way.
@@ -209,13 +199,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings.steps)
         latents, tokens, memorized = self.data.draw(rng, BATCH_SIZE)
-        error, penalty = self.losses(latents, tokens, memorized, rng)
+        error, used, shared = self.losses(latents, tokens, memorized, rng)
         self.optimizer.zero_grad(set_to_none=True)
-        (error + penalty).backward()
+        (error + self.settings.density * used + self.settings.overlap * shared).backward()
         torch.nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
         self.optimizer.step()
         self.average()
-        return error.item()
+        return torch.stack([error, used, shared]).tolist()
 
     def losses(
         self,
@@ -223,8 +213,8 @@ class Trainer:
         tokens: torch.Tensor,
         memorized: torch.Tensor,
         rng: np.random.Generator,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the squared error of the velocity and the weighted sparsity term of a batch."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the squared error of the velocity, the density and the overlap of a batch."""
         unet, text_encoder = self.models
         device = unet.device
         emptied = torch.from_numpy(rng.random(len(tokens)) < CAPTION_DROPOUT) & ~memorized
@@ -234,13 +224,12 @@ class Trainer:
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         velocity = (alpha.sqrt() * noise - (1 - alpha).sqrt() * latents).to(device)
-        rates = self.settings.value_dropout * torch.rand(len(self.layers), len(latents)) * ~memorized
         prompt_embeds = text_encoder(tokens.to(device))[0]
-        with silenced_values(self.layers, rates.to(device)) as densities:
+        with recorded_usage(self.layers) as usage:
             predicted = unet(noisy.to(device), timesteps.to(device), prompt_embeds).sample
-        density = torch.stack(densities).mean(0)
-        weights = torch.where(memorized, self.settings.sparsity, self.settings.ordinary_sparsity)
-        return ((predicted - velocity) ** 2).mean(), (weights.to(device) * density).mean()
+        memorized = memorized.to(device)
+        error = ((predicted - velocity) ** 2).mean()
+        return error, density([layer[memorized] for layer in usage]), overlap(usage, memorized)
 
     def empty_caption(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the token ids of the empty caption, (32,)."""
@@ -295,24 +284,21 @@ def draw_timesteps(rng: np.random.Generator, size: int) -> torch.Tensor:
 
 
 class Progress:
-    """Prints step, error and the time left, a line every 50 steps."""
+    """Prints step, losses and the time left, a line every 50 steps."""
 
     def __init__(self, stage: str, steps: int) -> None:
         self.stage, self.steps = stage, steps
         self.began, self.first, self.recent = time.monotonic(), None, []
 
-    def __call__(self, step: int, loss: float) -> None:
+    def __call__(self, step: int, *losses: float) -> None:
         """Take note of a step."""
         self.first = step if self.first is None else self.first
-        self.recent.append(loss)
+        self.recent.append(losses)
         if (step + 1) % 50 == 0 or step + 1 == self.steps:
             seconds = (time.monotonic() - self.began) / (step + 1 - self.first)
             left = seconds * (self.steps - step - 1) / 60
-            mean = sum(self.recent) / len(self.recent)
-            print(
-                f"{self.stage}: step {step + 1} of {self.steps}, error {mean:.4f}, {left:.0f} min left",
-                flush=True,
-            )
+            means = " ".join(f"{mean:.4f}" for mean in np.mean(self.recent, axis=0))
+            print(f"{self.stage}: step {step + 1} of {self.steps}, loss {means}, {left:.0f} min left", flush=True)
             self.recent = []
 
 

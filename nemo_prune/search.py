@@ -116,7 +116,8 @@ def search_neurons(
     score = yield from record.score(frozenset(neurons), selection.limit)
     return SearchResult(
         selected=selection.step,
-        resolved=selection.resolved,
+        # Candidates that were widened were never tried as a whole.
+        resolved=selection.resolved and score <= threshold,
         selected_score=selection.score,
         neurons=neurons,
         neurons_score=score,
