@@ -11,6 +11,7 @@ from nemo_prune.calibration import Calibration
 from nemo_prune.export import ExportReport
 from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import NeuronMask
+from nemo_prune.scorer import Rechecks
 from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource
 from nemo_prune.verify import ImageEvidence, PromptVerification
@@ -27,6 +28,7 @@ class Findings:
         verified: the same prompts under the final mask.
         cost: relative change of the noise prediction on ordinary prompts under ``mask``, under as
             many ``random`` neurons, and with ``everything`` suppressed.
+        rechecks: scores that float32 decided again, where the precision was lower.
         evidence: images of some prompts before and after; empty where nothing was pruned.
         exported: what was written; None where nothing was pruned.
     """
@@ -41,6 +43,7 @@ class Findings:
     mask: NeuronMask
     verified: Sequence[PromptVerification]
     cost: dict[str, float]
+    rechecks: Rechecks
     evidence: Sequence[ImageEvidence] = ()
     exported: ExportReport = field(default_factory=ExportReport)
 
@@ -68,6 +71,7 @@ class Findings:
             "settings": dataclasses.asdict(self.settings),
             "verification_settings": dataclasses.asdict(self.verification),
             "dtype": self.options.model.dtype,
+            "float32_rechecks": dataclasses.asdict(self.rechecks),
             "calibration": {
                 "threshold": self.threshold,
                 "similarity_mean": self.calibration.similarity_mean,

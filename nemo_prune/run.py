@@ -128,7 +128,17 @@ def prune_model(
         verified = _verify_all(session.scorer, localizations, mask, verification, report_progress)
         cost = _cost(predictor, calibration_texts, mask, calibration)
     findings = Findings(
-        source, options, settings, verification, calibration, threshold, localizations, mask, verified, cost
+        source,
+        options,
+        settings,
+        verification,
+        calibration,
+        threshold,
+        localizations,
+        mask,
+        verified,
+        cost,
+        session.scorer.rechecks,
     )
     if not mask.num_neurons:
         facts = findings.facts(stages.seconds)

@@ -34,6 +34,19 @@ class ScoredPrompt:
     memorization: MemorizationScore
 
 
+@dataclass(frozen=True)
+class Rechecks:
+    """Similarities near the threshold that float32 decided.
+
+    Attributes:
+        made: how many.
+        overturned: how many of them the lower precision had on the other side of the threshold.
+    """
+
+    made: int = 0
+    overturned: int = 0
+
+
 class Scorer:
     """Scores prompts, many of them in one batch.
 
@@ -46,16 +59,14 @@ class Scorer:
 
     Attributes:
         predictor: the model.
-        num_rechecked: similarities that the reference decided.
-        num_overturned: how many of them the lower precision had on the other side of the threshold.
+        rechecks: what the reference decided so far.
     """
 
     def __init__(
         self, predictor: NoisePredictor, reference: NoisePredictor | None = None, margin: float = DEFAULT_MARGIN
     ) -> None:
         self.predictor = predictor
-        self.num_rechecked = 0
-        self.num_overturned = 0
+        self.rechecks = Rechecks()
         self._reference = None if reference is None else Scorer(reference)
         self._exactly_scored: dict[str, ScoredPrompt] = {}
         self._margin = margin
@@ -160,5 +171,5 @@ class Scorer:
         return self._exactly_scored[scored.prompt]
 
     def _note(self, before: Sequence[bool], after: Sequence[bool]) -> None:
-        self.num_rechecked += len(before)
-        self.num_overturned += sum(old != new for old, new in zip(before, after, strict=True))
+        overturned = sum(old != new for old, new in zip(before, after, strict=True))
+        self.rechecks = Rechecks(self.rechecks.made + len(before), self.rechecks.overturned + overturned)

@@ -54,9 +54,9 @@ def test_near_the_threshold_float32_decides(pipe, half_pipe, exact, asked):
     rough, precise = alone.answer(trials), careful.answer(trials)
     assert rough != precise
     assert precise == exact.answer(asked)
-    assert careful.num_rechecked == len(asked) and alone.num_rechecked == 0
+    assert careful.rechecks.made == len(asked) and alone.rechecks.made == 0
     careless = Scorer(half, NoisePredictor(pipe, SETTINGS), margin=0.0)
-    assert careless.answer(trials) == rough and careless.num_rechecked == 0
+    assert careless.answer(trials) == rough and careless.rechecks.made == 0
 
 
 def test_what_float32_overturns_is_counted(pipe, half_pipe, exact):
@@ -68,7 +68,7 @@ def test_what_float32_overturns_is_counted(pipe, half_pipe, exact):
     careful = Scorer(half, NoisePredictor(pipe, SETTINGS), margin=2.0)
     between = (rough + precise) / 2
     assert bool(careful.kept_seeds(scored, between)) == (precise > between)
-    assert careful.num_overturned >= 1
+    assert careful.rechecks.overturned >= 1
 
 
 def test_a_batch_that_memory_does_not_take_is_halved(pipe, monkeypatch):
