@@ -105,13 +105,16 @@ ModelOption = Annotated[
     str, typer.Option("--model", help="`demo`, a diffusers folder, or a Hub id such as CompVis/stable-diffusion-v1-4.")
 ]
 PromptsOption = Annotated[
-    Path | None,
-    typer.Option("--prompts", help=".txt or .csv of the captions to examine; the demo model has its own."),
-]
+    str | None,
+    typer.Option("--prompts", help="Captions to examine: files (.txt .csv .jsonl .parquet, .gz), or a Hub data set "
+                 "owner/name:split:column. The demo has its own."),
+]  # fmt: skip
 OrdinaryOption = Annotated[
-    Path | None,
-    typer.Option("--calibration-prompts", help=".txt or .csv of ordinary captions; the demo model has its own."),
+    str | None,
+    typer.Option("--calibration-prompts", help="Ordinary captions, from the same sources; the demo has its own."),
 ]
+ColumnOption = Annotated[str | None, typer.Option("--prompt-column", help="Column of the captions. (default: found)")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Examine the first so many captions only.")]
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="A calibration that `nemo-prune calibrate` made of them.")
 ]
@@ -150,6 +153,8 @@ def run(
         Path | None, typer.Option(help="Folder of what the run knows; not for publication. (default: OUT.work)")
     ] = None,
     prompts: PromptsOption = None,
+    prompt_column: ColumnOption = None,
+    limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = "released-code",
@@ -210,7 +215,8 @@ def run(
         from nemo_prune.run import prune_model
         from nemo_prune.source import resolve_model
 
-        examined, ordinary = _examined(model, prompts), _ordinary(model, calibration_prompts)
+        examined = _examined(model, prompts, prompt_column, limit)
+        ordinary = _ordinary(model, calibration_prompts)
         if guidance_scale is None and model == DEMO_MODEL:
             guidance_scale = DEMO_GUIDANCE_SCALE
         verification = VerificationSettings()
@@ -271,6 +277,8 @@ def localize(
     model: ModelOption,
     work: Annotated[Path, typer.Option(help="Folder of the results; not for publication.")],
     prompts: PromptsOption = None,
+    prompt_column: ColumnOption = None,
+    limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = "released-code",
@@ -301,7 +309,7 @@ def localize(
         from nemo_prune.session import Session
         from nemo_prune.source import resolve_model
 
-        examined = _examined(model, prompts)
+        examined = _examined(model, prompts, prompt_column, limit)
         ordinary = [] if calibration else _ordinary(model, calibration_prompts)
         session = Session(resolve_model(model, revision, variant), options.model, settings)
         file, localizations = localize_model(session, examined, ordinary, options, progress)
@@ -402,20 +410,20 @@ def inspect(
         console.print(f"{name}: {value}", markup=False)
 
 
-def _examined(model: str, prompts: Path | None) -> list[Any]:
+def _examined(model: str, prompts: str | None, column: str | None, limit: int | None) -> Any:
     """The captions to examine; the demo model has its own."""
     from nemo_prune.demo import DEMO_MODEL, PROMPTS_FILE, demo_folder
-    from nemo_prune.prompts import read_prompts
+    from nemo_prune.prompts import read_corpus
 
     if prompts is None and model != DEMO_MODEL:
         raise PromptError(
             "This model has no prompts of its own. Give the captions to examine with --prompts and ordinary ones, "
             "hundreds at best, with --calibration-prompts."
         )
-    return read_prompts(prompts or demo_folder() / PROMPTS_FILE)
+    return read_corpus(prompts or demo_folder() / PROMPTS_FILE, column, limit)
 
 
-def _ordinary(model: str, prompts: Path | None) -> list[str]:
+def _ordinary(model: str, prompts: str | None) -> list[str]:
     """Ordinary captions; the demo model has its own."""
     from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, demo_folder
     from nemo_prune.prompts import read_prompts

@@ -11,6 +11,7 @@ from nemo_prune.calibration import Calibration
 from nemo_prune.export import ExportReport
 from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import NeuronMask
+from nemo_prune.prompts import MOST_PROMPTS_COMPARED, near_duplicates
 from nemo_prune.scorer import Rechecks
 from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource
@@ -28,6 +29,7 @@ class Findings:
         verified: the same prompts under the final mask.
         cost: relative change of the noise prediction on ordinary prompts under ``mask``, under as
             many ``random`` neurons, and with ``everything`` suppressed.
+        num_duplicates: captions of the corpus that were exactly the same as another one.
         rechecks: scores that float32 decided again, where the precision was lower.
         evidence: images of some prompts before and after; empty where nothing was pruned.
         exported: what was written; None where nothing was pruned.
@@ -44,6 +46,7 @@ class Findings:
     verified: Sequence[PromptVerification]
     cost: dict[str, float]
     rechecks: Rechecks
+    num_duplicates: int
     evidence: Sequence[ImageEvidence] = ()
     exported: ExportReport = field(default_factory=ExportReport)
 
@@ -82,6 +85,8 @@ class Findings:
                 "total": len(statuses),
                 "memorized": len(memorized),
                 **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
+                "duplicates": self.num_duplicates,
+                "groups": self._groups(),
                 "unresolved_included": self.options.include_unresolved,
                 "silenced_by_others": sum(each.silenced_by_others for each in self.localizations),
                 "not_monotone": sum(each.fell_back for each in self.localizations),
@@ -110,6 +115,19 @@ class Findings:
                 "left_out": self.exported.left_out,
             },
             "seconds": seconds,
+        }
+
+    def _groups(self) -> dict[str, int] | None:
+        """The same counts with near-duplicates counted once; None where there are too many to compare."""
+        if len(self.localizations) > MOST_PROMPTS_COMPARED:
+            return None
+        groups = near_duplicates([each.prompt for each in self.localizations])
+        statuses = [{self.localizations[position].status for position in group} for group in groups]
+        memorized = [group - {"not_memorized"} for group in statuses if group != {"not_memorized"}]
+        return {
+            "total": len(groups),
+            "memorized": len(memorized),
+            "localized": sum(group == {"localized"} for group in memorized),
         }
 
     def _scores(self, memorized: Sequence[PromptVerification]) -> dict:

@@ -47,7 +47,13 @@ def write_report(work: Path, findings: Findings, facts: Mapping, prompts: Sequen
     """Write the full report, with every caption, into the work folder; returns its path."""
     evidence = {each.prompt: asdict(each) for each in findings.evidence}
     records = [
-        {"kind": prompt.kind, **asdict(localization), **asdict(verified), **evidence.get(prompt.text, {})}
+        {
+            "kind": prompt.kind,
+            "columns": dict(prompt.columns),
+            **asdict(localization),
+            **asdict(verified),
+            **evidence.get(prompt.text, {}),
+        }
         for prompt, localization, verified in zip(prompts, findings.localizations, findings.verified, strict=True)
     ]
     write_atomically(work / "report.json", json.dumps({"facts": facts, "prompts": records}, indent=2))

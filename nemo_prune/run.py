@@ -18,7 +18,7 @@ from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
 from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.preserve import Preserve, neuron_costs
-from nemo_prune.prompts import Prompt
+from nemo_prune.prompts import Corpus, Prompt
 from nemo_prune.record import Findings
 from nemo_prune.release import save_images, write_release, write_report
 from nemo_prune.results import ResultsFile
@@ -80,7 +80,7 @@ class _Stages:
 
 def prune_model(
     source: ModelSource,
-    prompts: Sequence[Prompt],
+    corpus: Corpus,
     calibration_texts: Sequence[str],
     options: RunOptions,
     settings: LocalizationSettings,
@@ -91,8 +91,8 @@ def prune_model(
 
     Args:
         source: the model, see :func:`nemo_prune.source.resolve_model`.
-        prompts: what to examine.
-        calibration_texts: ordinary prompts, none of ``prompts`` that are memorized among them.
+        corpus: what to examine.
+        calibration_texts: ordinary prompts, none of the memorized ones among them.
         options: where to and how.
         settings: the numbers of the method.
         verification: what is measured on images.
@@ -102,6 +102,7 @@ def prune_model(
         NemoPruneError: something can't be done as asked; nothing that looks finished is left.
     """
     _check(source, options)
+    prompts = corpus.prompts
     stages = _Stages(progress)
     with stages.stage("load"):
         training_images = _open_training_images(prompts)
@@ -139,6 +140,7 @@ def prune_model(
         verified,
         cost,
         session.scorer.rechecks,
+        corpus.num_duplicates,
     )
     if not mask.num_neurons:
         facts = findings.facts(stages.seconds)
@@ -184,7 +186,7 @@ def calibrate_model(
 
 def localize_model(
     session: Session,
-    prompts: Sequence[Prompt],
+    corpus: Corpus,
     calibration_texts: Sequence[str],
     options: RunOptions,
     progress: Progress = _silently,
@@ -193,7 +195,7 @@ def localize_model(
 
     Args:
         session: the loaded model.
-        prompts: what to examine.
+        corpus: what to examine.
         calibration_texts: ordinary prompts; none are needed with a finished calibration.
         options: where to and how; ``out`` is not used.
         progress: called with the stage's name, what is done and how much there is.
@@ -202,6 +204,7 @@ def localize_model(
         The result file and what it holds.
     """
     stages = _Stages(progress)
+    prompts = corpus.prompts
     work = _open_work(session, prompts, calibration_texts, options)
     with stages.stage("calibrate") as report_progress:
         calibration = _calibration(session, calibration_texts, options.calibration or work.calibration, report_progress)

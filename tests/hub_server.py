@@ -1,7 +1,7 @@
-"""A Hub on this machine for tests: the routes that the official client reads a model repo through.
+"""A Hub on this machine for tests: the routes that the official clients read repos through.
 
-Run as `python hub_server.py FOLDER`: serves FOLDER/owner/name/ as the repo owner/name, and prints
-the port on its first line. A repo folder with a file `.gated` answers 403 as a gated one.
+Run as `python hub_server.py FOLDER`: serves FOLDER/owner/name/ as the repo owner/name, a model or a
+data set, and prints the port on its first line. A repo folder with a file `.gated` answers 403 as a gated one.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "datasets":
+            parts = parts[1:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             self._api(parts[2:])
         elif len(parts) > 4 and parts[2] == "resolve":
             self._file(self.root / parts[0] / parts[1], parts[3], "/".join(parts[4:]))

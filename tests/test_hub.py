@@ -29,6 +29,10 @@ def hub(model_folder, tmp_path_factory):
     (root / "owner" / "tiny" / "LICENSE.md").write_text("a licence")
     shutil.copytree(model_folder, root / "owner" / "gated")
     (root / "owner" / "gated" / ".gated").touch()
+    (root / "owner" / "captions").mkdir()
+    (root / "owner" / "captions" / "train.jsonl").write_text(
+        '{"title": "x", "caption": "a cat"}\n{"caption": "a dog"}\n'
+    )
     program = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root)]
     server = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
     try:
@@ -74,3 +78,24 @@ def test_repos_that_can_not_be_had_are_named_errors(hub, tmp_path, model, revisi
 def test_offline_without_a_cache_says_what_to_do(tmp_path):
     result = resolve(tmp_path, "owner/tiny", HF_HUB_OFFLINE="1")
     assert "named error" in result.stderr and "give a local folder or `demo`" in result.stderr
+
+
+READ = """
+import sys
+from nemo_prune.errors import NemoPruneError
+from nemo_prune.prompts import read_prompts
+for name in sys.argv[1:]:
+    try:
+        print(*(prompt.text for prompt in read_prompts(name, limit=1)))
+    except NemoPruneError as error:
+        print("named error")
+"""
+
+
+def test_prompts_of_a_data_set_are_streamed_and_a_wrong_name_split_or_column_is_told(hub, tmp_path):
+    settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"}
+    names = ["owner/captions:train:caption", "owner/captions", "owner/nothing", "owner/captions:nowhere",
+             "owner/captions:train:nothing"]  # fmt: skip
+    command = [sys.executable, "-c", READ, *names]
+    found = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout.splitlines() == ["a cat"] * 2 + ["named error"] * 3, found.stderr
