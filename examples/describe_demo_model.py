@@ -102,8 +102,9 @@ def prose(figures: dict, reference: dict | None) -> str:
     cut = figures["replication"]["before"]["cut"]
     chance = figures["ordinary"]["highest_similarity_to_a_training_image"]
     parts = [
-        f"A copy is an image whose SSIM to any verbatim training image is at least {cut:.2f} at 64 pixels; images of "
-        f"ordinary captions reach {chance:.2f} by chance.",
+        f"A copy is an image whose similarity to any verbatim training image is at least {cut:.2f}: the lower of "
+        f"SSIM and the correlation of the pixels, at 64 pixels; SSIM alone takes any two dark pictures "
+        f"for alike. Images of ordinary captions reach {chance:.2f}.",
         _sentences(figures),
     ]
     if reference:

@@ -30,6 +30,7 @@ from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from nemo_prune.source import load_pipeline, resolve_model
 from nemo_prune.verify import (
+    copy_similarities,
     draw_images,
     full_mask,
     image_similarities,
@@ -88,13 +89,13 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     ordinary = test[:NUM_ORDINARY_DRAWN]
     shown = prompts + ordinary
 
-    def drawn(name: str, context: AbstractContextManager) -> Images:
+    def drawn(name: str, context: AbstractContextManager, shown: Sequence[Prompt]) -> Images:
         with context:
             return {prompt.text: _draw(pipe, prompt, verification, name) for prompt in shown}
 
-    before = drawn("images before", nullcontext())
-    after = drawn("images under the mask", apply_mask(pipe, mask))
-    controlled = drawn("images under random neurons", apply_mask(pipe, random_masks[0]))
+    before = drawn("images before", nullcontext(), shown)
+    after = drawn("images under the mask", apply_mask(pipe, mask), shown)
+    controlled = drawn("images under random neurons", apply_mask(pipe, random_masks[0]), prompts)
     training = {prompt.text: Image.open(prompt.image) for prompt in prompts if prompt.image}
     save_grid(
         out / "memorized.png",
@@ -194,7 +195,7 @@ def _replication_figures(
 ) -> dict[str, float]:
     """How many of the verbatim captions give copies back, judged against every verbatim training image."""
     similarities = [
-        image_similarities(images[prompt.text], verbatim).amax(dim=1) for prompt in prompts if prompt.kind == "VM"
+        copy_similarities(images[prompt.text], verbatim).amax(dim=1) for prompt in prompts if prompt.kind == "VM"
     ]
     shares = [float((values >= cut).float().mean()) for values in similarities]
     return {
@@ -219,7 +220,7 @@ def _ordinary_figures(
         between.append(1 - float(image_similarities(old, old[1:] + old[:1]).diagonal().mean()))
         colour_changes.append(_colour_distance(old, new))
         colour_between.append(_colour_distance(old, old[1:] + old[:1]))
-        nearest.append(float(image_similarities(old + new, verbatim).max()))
+        nearest.append(float(copy_similarities(old + new, verbatim).max()))
     return {
         "captions": len(ordinary),
         "change_under_the_mask": mean(changes),
@@ -279,10 +280,10 @@ def _caption_figures(
                 "score": localization.score,
                 "status": localization.status,
                 "neurons": len(localization.neurons),
-                "own_before": float(image_similarities(before[prompt.text], own).median()),
-                "own_after": float(image_similarities(after[prompt.text], own).median()),
-                "any_after": float(image_similarities(after[prompt.text], verbatim).max()),
-                "own_random": float(image_similarities(controlled[prompt.text], own).median()),
+                "own_before": float(copy_similarities(before[prompt.text], own).median()),
+                "own_after": float(copy_similarities(after[prompt.text], own).median()),
+                "any_after": float(copy_similarities(after[prompt.text], verbatim).max()),
+                "own_random": float(copy_similarities(controlled[prompt.text], own).median()),
             }
         )
     return rows

@@ -148,7 +148,7 @@ def before_after_rows(facts: Mapping) -> list[tuple[str, str, str]]:
     ]
     if memorized["copies_before"] is not None:
         name = f"images of {memorized['num_prompts']} memorized prompts that copy any training image"
-        cut = f" (SSIM at least {images['cut']:.2f})"
+        cut = f" (SSIM and correlation at least {images['cut']:.2f})"
         rows.append((name + cut, _share(memorized["copies_before"]), _share(memorized["copies_after"])))
     if memorized["num_prompts"]:
         between = _number(memorized["between_seeds_before"]), _number(memorized["between_seeds_after"])

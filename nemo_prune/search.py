@@ -64,7 +64,8 @@ class SearchResult:
     Attributes:
         selected: the step of the schedule at which the selection ended.
         resolved: whether that set reached tau; otherwise it is the schedule's last.
-        selected_score: the highest similarity of any seed under that set.
+        selected_score: the highest similarity of those seeds that were tried under that set; the
+            others are under tau because they are so under the refined set, a part of it.
         neurons: the refined set, in the order of the tests.
         neurons_score: the highest similarity of any seed under it.
         fell_back: whether the scores were not monotone, so that every set was tried in turn.
@@ -104,12 +105,15 @@ def search_neurons(
             it, 0 to 1: the more candidates there are, the more of the costly ones can be spared.
     """
     record = _Record(seeds)
-    monotone = True
-    selection = yield from _select(schedule, record, threshold)
-    start = _first_sweep(selection, schedule, layer_order, costs, widening)
-    neurons = yield from _refine(start, selection.limit, record)
-    if neurons is None or record.contradicts_monotonicity():
-        monotone = False
+    neurons, rounds = None, 0
+    # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
+    while neurons is None and rounds < len(schedule) and not record.contradicts_monotonicity():
+        selection = yield from _select(schedule, record, threshold)
+        start = _first_sweep(selection, schedule, layer_order, costs, widening)
+        neurons = yield from _refine(start, selection, record)
+        rounds += 1
+    monotone = neurons is not None and not record.contradicts_monotonicity()
+    if not monotone:
         selection = yield from _select_in_turn(schedule, record, threshold)
         start = _first_sweep(selection, schedule, layer_order, costs, widening)
         neurons = yield from _refine_in_turn(start, selection.limit, record)
@@ -118,7 +122,7 @@ def search_neurons(
         selected=selection.step,
         # Candidates that were widened were never tried as a whole.
         resolved=selection.resolved and score <= threshold,
-        selected_score=selection.score,
+        selected_score=record.highest_known(frozenset(selection.step.neurons)),
         neurons=neurons,
         neurons_score=score,
         fell_back=not monotone,
@@ -170,6 +174,11 @@ class _Record:
         similarities = yield from self.ask([(neurons, seed) for seed in self.seeds], limit)
         return max(similarities, key=lambda value: (value != value, value))
 
+    def highest_known(self, neurons: frozenset[Neuron]) -> float:
+        """The highest similarity of the seeds that were tried under a set."""
+        pairs = [(neurons, seed) for seed in self.seeds]
+        return max(self._similarities[pair] for pair in pairs if pair in self._similarities)
+
     def is_refuted(self, neurons: frozenset[Neuron], limit: _Limit) -> Search[bool]:
         """Whether the seed that refuted last refutes this set too: one trial."""
         (similarity,) = yield from self.ask([(neurons, self.seeds[0])], limit)
@@ -211,57 +220,49 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Selection:
+    """Where the selection ended, and what the refinement must stay under.
+
+    The limit is tau, or after giving up the score that was reached.
+    """
+
     step: Candidates
     resolved: bool
-    score: float
-    threshold: float
-
-    @property
-    def limit(self) -> _Limit:
-        """What the refinement must stay under: tau, or the score that was reached after giving up."""
-        return _Limit(self.threshold if self.resolved else self.score, strict=True)
+    limit: _Limit
 
 
 def _select(schedule: Sequence[Candidates], record: _Record, threshold: float) -> Search[_Selection]:
-    """Search the nested sets for the first that is enough, by doubling steps and then by halving."""
+    """Search the nested sets for the first that the first seed does not refute: doubling, then halving.
+
+    The other seeds are asked about the refined set alone: if they are under the limit there, they
+    are so under this larger one.
+    """
     limit = _Limit(threshold, strict=False)
     sets = [frozenset(step.neurons) for step in schedule]
-    fails, enough = -1, len(sets)
+    fails, enough, stride = -1, len(sets), 1
     while enough - fails > 1:
-        tried, stride, upper = fails, 1, enough
-        while upper - tried > 1:
-            # Doubling as long as there is no upper end, then halving.
-            probe = min(tried + stride, len(sets) - 1) if upper == len(sets) else (tried + upper) // 2
-            stride *= 2
-            if (yield from record.is_refuted(sets[probe], limit)):
-                tried = probe
-            else:
-                upper = probe
-        fails = tried
-        if upper == enough:
-            break
-        if (yield from record.refuting_seed(sets[upper], limit)) is None:
-            enough = upper
+        probe = min(fails + stride, len(sets) - 1) if enough == len(sets) else (fails + enough) // 2
+        stride *= 2
+        if (yield from record.is_refuted(sets[probe], limit)):
+            fails = probe
         else:
-            fails = upper
-    return (yield from _selection(schedule, min(enough, len(sets) - 1), enough < len(sets), record, limit))
+            enough = probe
+    if enough < len(sets):
+        return _Selection(schedule[enough], True, _Limit(threshold, strict=True))
+    return (yield from _given_up(schedule, record, limit))
 
 
 def _select_in_turn(schedule: Sequence[Candidates], record: _Record, threshold: float) -> Search[_Selection]:
     """Try one set after the other, as the released code does."""
     limit = _Limit(threshold, strict=False)
-    for position, step in enumerate(schedule):
+    for step in schedule:
         if (yield from record.refuting_seed(frozenset(step.neurons), limit)) is None:
-            return (yield from _selection(schedule, position, True, record, limit))
-    return (yield from _selection(schedule, len(schedule) - 1, False, record, limit))
+            return _Selection(step, True, _Limit(threshold, strict=True))
+    return (yield from _given_up(schedule, record, limit))
 
 
-def _selection(
-    schedule: Sequence[Candidates], position: int, resolved: bool, record: _Record, limit: _Limit
-) -> Search[_Selection]:
-    step = schedule[position]
-    score = yield from record.score(frozenset(step.neurons), limit)
-    return _Selection(step, resolved, score, limit.value)
+def _given_up(schedule: Sequence[Candidates], record: _Record, limit: _Limit) -> Search[_Selection]:
+    score = yield from record.score(frozenset(schedule[-1].neurons), limit)
+    return _Selection(schedule[-1], False, _Limit(score, strict=True))
 
 
 # --- refinement (Alg. 4) ---
@@ -306,7 +307,12 @@ class _Sweep:
 
     @property
     def likely_run(self) -> int:
-        """How many groups at once are dispensable with about even odds, going by those so far."""
+        """How many groups at once are dispensable with about even odds, going by those so far.
+
+        Layers are tested one by one: there are few, and what they do is the least monotone.
+        """
+        if self.of_layers:
+            return 1
         share_needed = (self.needed + 1) / (self.tested + 3)
         return min(len(self.pending), max(1, round(log(2) / share_needed)))
 
@@ -327,28 +333,41 @@ def _first_sweep(
     return _Sweep(tuple(ordered), tuple(layer for layer in layers if layer), of_layers=True)
 
 
-def _refine(start: _Sweep, limit: _Limit, record: _Record) -> Search[tuple[Neuron, ...] | None]:
+def _refine(start: _Sweep, selection: _Selection, record: _Record) -> Search[tuple[Neuron, ...] | None]:
     """The greedy sweep, with runs dropped at once; None where the result can't be proven.
 
     While the sweep goes on a set is refuted by one seed alone. What it ends with is tried on all. A
-    seed that refutes it takes the sweep back to where this seed was still under the limit.
+    seed that refutes it takes the sweep back to where this seed was still under the limit, and is
+    the first to be asked from then on. If that is nowhere, the initial set was not enough.
     """
-    sweeps = [start]
+    limit, sweeps = selection.limit, [start]
     while True:
         sweep = sweeps[-1]
         if sweep.pending:
             sweeps.append((yield from _next_needed(sweep, limit, record)))
         elif sweep.of_layers:
             sweeps.append(sweep.of_neurons())
-        elif sweep.kept == sweeps[0].kept or (yield from record.refuting_seed(sweep.without(0), limit)) is None:
+        elif (yield from _is_enough(sweep, start, selection, record)):
             break
-        elif record.contradicts_monotonicity():
-            return None
         else:
-            sweeps = yield from _still_unrefuted(sweeps, limit, record)
+            sweeps = yield from _still_unrefuted(sweeps, selection, record)
+            if not sweeps or record.contradicts_monotonicity():
+                return None
     neurons = sweeps[-1].kept
     proven = yield from _none_can_be_spared(neurons, limit, record)
     return neurons if proven else None
+
+
+def _is_enough(sweep: _Sweep, start: _Sweep, selection: _Selection, record: _Record) -> Search[bool]:
+    """Whether no seed refutes what the sweep ended with."""
+    limit = selection.limit
+    if sweep.kept == start.kept:
+        if not selection.resolved:
+            # Nothing could be spared, and the initial set can't be below its own score.
+            return True
+        # The initial set need only not be above tau; what is a part of it must be below.
+        limit = _Limit(limit.value, strict=False)
+    return (yield from record.refuting_seed(sweep.without(0), limit)) is None
 
 
 def _next_needed(sweep: _Sweep, limit: _Limit, record: _Record) -> Search[_Sweep]:
@@ -367,13 +386,16 @@ def _next_needed(sweep: _Sweep, limit: _Limit, record: _Record) -> Search[_Sweep
         probe = (passes + fails) // 2
 
 
-def _still_unrefuted(sweeps: Sequence[_Sweep], limit: _Limit, record: _Record) -> Search[list[_Sweep]]:
+def _still_unrefuted(sweeps: Sequence[_Sweep], selection: _Selection, record: _Record) -> Search[list[_Sweep]]:
     """The part of the way along which the first seed refuted nothing, found by halving."""
-    # The whole initial set is what the sweep starts from, whatever the score that it reached.
     passes, fails = 0, len(sweeps) - 1
+    if selection.resolved:
+        of_selection = _Limit(selection.limit.value, strict=False)
+        if (yield from record.is_refuted(sweeps[0].without(0), of_selection)):
+            return []
     while fails - passes > 1:
         probe = (passes + fails) // 2
-        if (yield from record.is_refuted(sweeps[probe].without(0), limit)):
+        if (yield from record.is_refuted(sweeps[probe].without(0), selection.limit)):
             fails = probe
         else:
             passes = probe

@@ -80,7 +80,8 @@ class VerificationSettings:
         max_prompts: memorized prompts that images are drawn for, the first of the corpus.
         num_inference_steps: DDIM steps per image.
         guidance_scale: classifier-free guidance of the images.
-        replication_cut: image similarity (SSIM at 64 pixels) from which an image counts as a copy.
+        replication_cut: similarity (the lower of SSIM and correlation at 64 pixels) from which an image
+            counts as a copy.
     """
 
     seed: int = 2

@@ -151,6 +151,18 @@ def image_similarities(images: Sequence[Image.Image], references: Sequence[Image
     return values.reshape(len(a), len(b))
 
 
+def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> Tensor:
+    """How much images look like copies of training images, [images, training images], at most 1.
+
+    The lower of SSIM and the correlation of the pixels in colour, both at 64 pixels: SSIM alone takes
+    any two dark or flat pictures for alike, whatever they show.
+    """
+    a, b = (_pixels(each).flatten(1) for each in (images, training_images))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
+    return torch.minimum(image_similarities(images, training_images), a @ b.T / norms.clamp_min(1e-6))
+
+
 @dataclass(frozen=True)
 class ImageEvidence:
     """Images of one prompt before and after pruning.
@@ -192,7 +204,7 @@ def compare_images(
     copies = [None, None]
     if training_images:
         for position, images in enumerate((before, after)):
-            nearest = image_similarities(images, training_images).amax(dim=1)
+            nearest = copy_similarities(images, training_images).amax(dim=1)
             near[position] = float(nearest.median())
             copies[position] = float((nearest >= cut).float().mean())
     return ImageEvidence(
