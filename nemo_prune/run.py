@@ -110,7 +110,7 @@ def prune_model(
         pipe, predictor = session.pipe, session.predictor
         work = _open_work(session, prompts, calibration_texts, options)
     with stages.stage("calibrate") as report_progress:
-        calibration = _calibration(session, calibration_texts, options.calibration or work.calibration, report_progress)
+        calibration = _calibration(session, calibration_texts, options, work, report_progress)
     threshold = settings.threshold or calibration.threshold
     with stages.stage("weigh neurons") as report_progress:
         preserve = _preserve(session, calibration_texts, options.preserve, report_progress)
@@ -207,7 +207,7 @@ def localize_model(
     prompts = corpus.prompts
     work = _open_work(session, prompts, calibration_texts, options)
     with stages.stage("calibrate") as report_progress:
-        calibration = _calibration(session, calibration_texts, options.calibration or work.calibration, report_progress)
+        calibration = _calibration(session, calibration_texts, options, work, report_progress)
     threshold = session.settings.threshold or calibration.threshold
     results = ResultsFile(work.localizations, session.results_header(threshold))
     with stages.stage("localize") as report_progress:
@@ -261,12 +261,16 @@ def _open_work(
 
 
 def _calibration(
-    session: Session, texts: Sequence[str], file: Path, progress: Callable[[int, int], None]
+    session: Session,
+    texts: Sequence[str],
+    options: RunOptions,
+    work: WorkFolder,
+    progress: Callable[[int, int], None],
 ) -> Calibration:
-    """A finished calibration, or one of the ordinary prompts."""
-    if file.exists() and not texts:
-        return Calibration.load(file, session.calibration_identity)
-    return session.calibrate(texts, file, progress)
+    """The calibration that was given, or one of the ordinary prompts."""
+    if options.calibration:
+        return Calibration.load(options.calibration, session.calibration_identity)
+    return session.calibrate(texts, work.calibration, progress)
 
 
 def _preserve(
