@@ -143,6 +143,10 @@ class _Limit(NamedTuple):
         return similarity < self.value or (similarity == self.value and not self.strict)
 
 
+# Seeds differ by about as much where a whole layer acts again.
+_CLOSE = 0.1
+
+
 class _Record:
     """The trials made so far; none is made twice.
 
@@ -183,6 +187,13 @@ class _Record:
         """Whether the seed that refuted last refutes this set too: one trial."""
         (similarity,) = yield from self.ask([(neurons, self.seeds[0])], limit)
         return not limit.holds(similarity)
+
+    def is_closely_refuted(self, neurons: frozenset[Neuron], limit: _Limit) -> Search[bool]:
+        """The same, but where that seed is close to the limit all seeds are asked."""
+        (similarity,) = yield from self.ask([(neurons, self.seeds[0])], limit)
+        if similarity < limit.value - _CLOSE:
+            return False
+        return (yield from self.refuting_seed(neurons, limit)) is not None
 
     def refuting_seed(self, neurons: frozenset[Neuron], limit: _Limit) -> Search[int | None]:
         """A seed that is not under the limit, None if all are; it becomes the first to be asked."""
@@ -374,8 +385,9 @@ def _next_needed(sweep: _Sweep, limit: _Limit, record: _Record) -> Search[_Sweep
     """Drop the likely run of groups, or find the first of them that can't be spared."""
     passes, fails = 0, sweep.likely_run + 1
     probe = sweep.likely_run
+    is_refuted = record.is_closely_refuted if sweep.of_layers else record.is_refuted
     while True:
-        if (yield from record.is_refuted(sweep.without(probe), limit)):
+        if (yield from is_refuted(sweep.without(probe), limit)):
             fails = probe
         else:
             passes = probe
