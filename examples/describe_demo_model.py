@@ -70,7 +70,7 @@ def table(figures: dict, reference: dict | None) -> str:
     images = figures["images_per_prompt"]
     rows = [
         (
-            f"verbatim captions that give copies back in at least 9 of 10 of {images} images",
+            f"verbatim captions that give copies back in at least 90% of {images} images",
             [_of(f, key, "captions_with_copies_in_nine_of_ten_seeds") for f, key in columns],
         ),
         (
