@@ -153,6 +153,6 @@ def agrees(oracle: OracleResult, found: object) -> bool:
 
 
 def largest_difference(a: OracleResult, b: object) -> float:
-    """The largest difference of the scores that both report."""
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("score", "candidates_score", "neurons_score")]
+    """The largest difference of the scores that both report in full."""
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("score", "neurons_score")]
     return max(abs(x - y) for x, y in pairs if x is not None and y is not None)

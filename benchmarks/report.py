@@ -17,10 +17,11 @@ def main() -> None:
     """Renew the tables between the marks of the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--localization", type=Path, required=True)
-    parser.add_argument("--merging", type=Path, required=True)
+    parser.add_argument("--merging", type=Path)
     arguments = parser.parse_args()
-    localization, merging = (json.loads(path.read_text()) for path in (arguments.localization, arguments.merging))
-    described = f"{localization_table(localization)}\n\n{merging_table(merging)}"
+    described = localization_table(json.loads(arguments.localization.read_text()))
+    if arguments.merging:
+        described += "\n\n" + merging_table(json.loads(arguments.merging.read_text()))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{described}\n{END}{text.split(END)[1]}", encoding="utf-8")

@@ -31,8 +31,9 @@ class PromptLocalization:
         kept_seeds: positions of the seeds that agree with another one.
         candidates: the initial set.
         neurons: the refined set, a part of the candidates.
-        candidates_score: the highest suppressed similarity under the initial set, None without one.
-        neurons_score: the same under the refined set.
+        candidates_score: the highest suppressed similarity that was seen under the initial set; not
+            every seed need have been tried. None without a set.
+        neurons_score: the highest suppressed similarity under the refined set, over all kept seeds.
         theta: the cut on |z| that gave the candidates.
         k: how many of the most active neurons of each layer are among them.
         margin: the smallest distance of any similarity from the threshold that decided about it.
