@@ -27,7 +27,7 @@ from nemo_prune.prompts import read_prompts
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings
 from nemo_prune.source import load_pipeline, resolve_model
-from oracle import Oracle, OracleResult, agrees, largest_difference, lower_bound
+from oracle import Oracle, agrees, largest_difference, lower_bound
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Path, NoisePredictor, list[str
     return folder, predictor, prompts, [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
 
 
-def _row(plain: OracleResult, found: PromptLocalization) -> dict:
+def _row(plain: PromptLocalization, found: PromptLocalization) -> dict:
     bound = lower_bound(10, len(found.kept_seeds), len(found.neurons)) if found.kept_seeds else 10
     return {
         "status": plain.status,

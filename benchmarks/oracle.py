@@ -9,32 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from nemo_prune.activations import ActivationStatistics, neuron_activations
 from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
-
-
-@dataclass(frozen=True)
-class OracleResult:
-    """What the procedure gives for a prompt; the names are those of `PromptLocalization`."""
-
-    prompt: str
-    status: str
-    score: float
-    kept_seeds: tuple[int, ...] = ()
-    candidates: tuple[Neuron, ...] = ()
-    neurons: tuple[Neuron, ...] = ()
-    candidates_score: float | None = None
-    neurons_score: float | None = None
-    theta: float | None = None
-    k: int | None = None
-    sample_passes: int = 0
-    seconds: float = 0.0
 
 
 class Oracle:
@@ -50,14 +32,14 @@ class Oracle:
         self.predictor, self.statistics, self.threshold = predictor, statistics, threshold
         self.latents = predictor.initial_latents()
 
-    def localize(self, prompt: str) -> OracleResult:
+    def localize(self, prompt: str) -> PromptLocalization:
         """Detect (Alg. 1), select (Alg. 3) and refine (Alg. 4)."""
         began, passes_before = time.perf_counter(), self.predictor.sample_passes
         embeds = self.predictor.encode([prompt])[0]
         memorization = self.detect(embeds)
         kept = memorization.kept_seeds(self.threshold).nonzero().flatten().tolist()
         found = self.find(embeds, kept) if kept else {"status": "not_memorized"}
-        return OracleResult(
+        return PromptLocalization(
             prompt=prompt,
             score=memorization.score,
             kept_seeds=tuple(kept),
@@ -144,7 +126,7 @@ def lower_bound(num_samples: int, num_kept: int, num_neurons: int) -> int:
     return num_samples + num_kept + num_neurons
 
 
-def agrees(oracle: OracleResult, found: object) -> bool:
+def agrees(oracle: PromptLocalization, found: PromptLocalization) -> bool:
     """Whether an engine's result for a prompt is the oracle's: seeds, initial set and refined set."""
     same = ("status", "kept_seeds")
     return all(getattr(oracle, name) == getattr(found, name) for name in same) and all(
@@ -152,7 +134,7 @@ def agrees(oracle: OracleResult, found: object) -> bool:
     )
 
 
-def largest_difference(a: OracleResult, b: object) -> float:
+def largest_difference(a: PromptLocalization, b: PromptLocalization) -> float:
     """The largest difference of the scores that both report in full."""
     pairs = [(getattr(a, name), getattr(b, name)) for name in ("score", "neurons_score")]
     return max(abs(x - y) for x, y in pairs if x is not None and y is not None)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemo_prune import __version__
-from nemo_prune.errors import NemoPruneError, OutputError, PromptError
+from nemo_prune.errors import NemoPruneError, PromptError
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
 
 _DEFAULTS = LocalizationSettings()
@@ -305,6 +305,7 @@ def localize(
             overwrite=overwrite,
         )  # fmt: skip
         _quieten_libraries()
+        from nemo_prune.localize import count_statuses
         from nemo_prune.run import localize_model
         from nemo_prune.session import Session
         from nemo_prune.source import resolve_model
@@ -313,8 +314,7 @@ def localize(
         ordinary = [] if calibration else _ordinary(model, calibration_prompts)
         session = Session(resolve_model(model, revision, variant), options.model, settings)
         file, localizations = localize_model(session, examined, ordinary, options, progress)
-    statuses = [each.status for each in localizations]
-    facts = {status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")}
+        facts = count_statuses(localizations)
     if as_json:
         typer.echo(json.dumps({**facts, "results": str(file)}, indent=2))
     else:
@@ -340,27 +340,26 @@ def merge(
     Example: [bold]nemo-prune merge found/localizations.jsonl --out mask.safetensors[/]
     """
     with _errors_reported():
+        from nemo_prune.export import check_new_file
+        from nemo_prune.localize import count_statuses
         from nemo_prune.merge import union_mask
         from nemo_prune.results import merge_results
 
-        if out.exists() and not overwrite:
-            raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
+        check_new_file(out, overwrite)
         found = merge_results(results)
         mask = union_mask(found.localizations, found.header.layers, include_unresolved)
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         mask.save(out, {"settings": found.header.settings, "threshold": found.header.threshold})
-    statuses = [each.status for each in found.localizations]
     facts = {
-        "prompts": len(statuses),
-        **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
+        "prompts": len(found.localizations),
+        **count_statuses(found.localizations),
         "num_neurons": mask.num_neurons,
         "of": sum(mask.sizes.values()),
     }
     if as_json:
         typer.echo(json.dumps({**facts, "counts": mask.counts, "out": str(out)}, indent=2))
     else:
-        typer.echo(f"{facts['num_neurons']} of {facts['of']} neurons, {statuses.count('localized')} of "
-                   f"{len(statuses)} prompts localized. Mask: {out}")  # fmt: skip
+        typer.echo(f"{facts['num_neurons']} of {facts['of']} neurons, {facts['localized']} of "
+                   f"{facts['prompts']} prompts localized. Mask: {out}")  # fmt: skip
 
 
 @app.command()

@@ -197,6 +197,17 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Refuse a file that is there already, and make the folder that it will lie in.
+
+    Raises:
+        OutputError: it exists and may not be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists. Choose another --out, or replace it with --overwrite.")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
 def check_target(out: Path, overwrite: bool = False) -> None:
     """Refuse a target that holds something, unless it may be replaced.
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import isfinite
 from typing import Literal
 
@@ -58,6 +59,12 @@ class PromptLocalization:
     fell_back: bool = False
     sample_passes: int = 0
     seconds: float = 0.0
+
+
+def count_statuses(localizations: Sequence[PromptLocalization]) -> dict[str, int]:
+    """How many prompts have each status, also where it is none."""
+    statuses = [each.status for each in localizations]
+    return {status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")}
 
 
 def select_candidates(
@@ -285,12 +292,12 @@ def _take_a_step(
     """Answer the trials of all searches together; those that end leave the list and are yielded."""
     asked = [(each.detected.scored, trial) for each in running for trial in each.trials]
     began, passes_before = time.perf_counter(), scorer.sample_passes
-    similarities = scorer.answer(asked, batch_size)
+    similarities = iter(scorer.answer(asked, batch_size))
     passes, seconds = scorer.sample_passes - passes_before, time.perf_counter() - began
     for each in running:
         if each.result is None:
             share = len(each.trials) / len(asked)
-            answers = [similarities.pop(0) for _ in each.trials]
+            answers = list(islice(similarities, len(each.trials)))
             each.advance(answers, round(passes * share), seconds * share)
     finished = [each for each in running if each.result is not None]
     running[:] = [each for each in running if each.result is None]

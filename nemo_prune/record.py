@@ -9,7 +9,7 @@ from statistics import mean, median
 
 from nemo_prune.calibration import Calibration
 from nemo_prune.export import ExportReport
-from nemo_prune.localize import PromptLocalization
+from nemo_prune.localize import PromptLocalization, count_statuses
 from nemo_prune.mask import NeuronMask
 from nemo_prune.prompts import MOST_PROMPTS_COMPARED, near_duplicates
 from nemo_prune.scorer import Rechecks
@@ -61,7 +61,7 @@ class Findings:
         Args:
             seconds: wall time per stage.
         """
-        source, statuses = self.source, [each.status for each in self.localizations]
+        source = self.source
         memorized = set(self.memorized)
         return {
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
@@ -82,9 +82,9 @@ class Findings:
                 "num_prompts": self.calibration.statistics.num_prompts,
             },
             "prompts": {
-                "total": len(statuses),
+                "total": len(self.localizations),
                 "memorized": len(memorized),
-                **{status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")},
+                **count_statuses(self.localizations),
                 "duplicates": self.num_duplicates,
                 "groups": self._groups(),
                 "unresolved_included": self.options.include_unresolved,

@@ -126,8 +126,9 @@ def merge_results(paths: Sequence[Path]) -> Results:
     results = [read_results(path) for path in paths]
     first = results[0].header
     for path, each in zip(paths[1:], results[1:], strict=True):
-        for name, what in (("model", "model"), ("layers", "layers"), ("settings", "settings")):
+        for name in ("model", "layers", "settings"):
             if getattr(each.header, name) != getattr(first, name):
+                what = name.removesuffix("s")
                 raise PromptError(f"{paths[0]} and {path} are results of different {what}s and can't be merged.")
     localizations = {found.prompt: found for each in results for found in each.localizations}
     return Results(first, tuple(localizations.values()))

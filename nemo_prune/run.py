@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError
-from nemo_prune.export import check_target, export_checkpoint, export_size, staged_folder
+from nemo_prune.export import check_new_file, check_target, export_checkpoint, export_size, staged_folder
 from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
 from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
@@ -171,17 +171,13 @@ def prune_model(
 def calibrate_model(
     session: Session, texts: Sequence[str], out: Path, overwrite: bool = False, progress: Progress = _silently
 ) -> Calibration:
-    """The first stage alone: measure what is usual and keep it in a file.
+    """The first stage alone: measure what is usual and keep it in a file; an old one stands until then.
 
     Raises:
         OutputError: the file is there already.
     """
-    if out.exists():
-        if not overwrite:
-            raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
-        out.unlink()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return session.calibrate(texts, out, lambda done, total: progress("calibrate", done, total))
+    check_new_file(out, overwrite)
+    return session.measure_calibration(texts, out, lambda done, total: progress("calibrate", done, total))
 
 
 def localize_model(

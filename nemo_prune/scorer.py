@@ -10,8 +10,8 @@ from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.mask import Neuron
 from nemo_prune.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
 from nemo_prune.search import Trial
+from nemo_prune.settings import ModelOptions
 
-DEFAULT_MARGIN = 1e-3
 _MOST_REMEMBERED = 64
 
 
@@ -63,7 +63,7 @@ class Scorer:
     """
 
     def __init__(
-        self, predictor: NoisePredictor, reference: NoisePredictor | None = None, margin: float = DEFAULT_MARGIN
+        self, predictor: NoisePredictor, reference: NoisePredictor | None = None, margin: float = ModelOptions.margin
     ) -> None:
         self.predictor = predictor
         self.rechecks = Rechecks()

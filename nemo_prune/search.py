@@ -105,15 +105,16 @@ def search_neurons(
             it, 0 to 1: the more candidates there are, the more of the costly ones can be spared.
     """
     record = _Record(seeds)
-    neurons, rounds = None, 0
+    neurons, monotone, rounds = None, True, 0
     # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
-    while neurons is None and rounds < len(schedule) and not record.contradicts_monotonicity():
+    while neurons is None and monotone and rounds < len(schedule):
         selection = yield from _select(schedule, record, threshold)
         start = _first_sweep(selection, schedule, layer_order, costs, widening)
         neurons = yield from _refine(start, selection, record)
+        monotone = not record.contradicts_monotonicity()
         rounds += 1
-    monotone = neurons is not None and not record.contradicts_monotonicity()
-    if not monotone:
+    fell_back = neurons is None or not monotone
+    if fell_back:
         selection = yield from _select_in_turn(schedule, record, threshold)
         start = _first_sweep(selection, schedule, layer_order, costs, widening)
         neurons = yield from _refine_in_turn(start, selection.limit, record)
@@ -125,7 +126,7 @@ def search_neurons(
         selected_score=record.highest_known(frozenset(selection.step.neurons)),
         neurons=neurons,
         neurons_score=score,
-        fell_back=not monotone,
+        fell_back=fell_back,
         margin=record.margin,
     )
 

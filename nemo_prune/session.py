@@ -60,12 +60,20 @@ class Session:
         Raises:
             OutputError: the file holds a calibration of another model, other settings or other prompts.
         """
-        identity = self.calibration_identity | {"prompts": digest(texts)}
         if file.exists():
-            return Calibration.load(file, identity)
+            return Calibration.load(file, self._identity_with(texts))
+        return self.measure_calibration(texts, file, progress)
+
+    def measure_calibration(
+        self, texts: Sequence[str], file: Path, progress: Progress = lambda done, total: None
+    ) -> Calibration:
+        """Calibrate on ordinary prompts and keep it in a file, in the place of any other."""
         calibration = calibrate(self.scorer, texts, progress)
-        calibration.save(file, identity)
+        calibration.save(file, self._identity_with(texts))
         return calibration
+
+    def _identity_with(self, texts: Sequence[str]) -> dict:
+        return self.calibration_identity | {"prompts": digest(texts)}
 
     @property
     def calibration_identity(self) -> dict:
