@@ -134,10 +134,11 @@ class NoisePredictor:
             if mask is not None:
                 mask.check(self.sizes)
         num_masks, num_samples = len(masks), len(latents)
+        suppressed = [() if mask is None else mask.neurons for mask in masks]
         predicted = self.predict_each(
             latents.repeat(num_masks, 1, 1, 1),
             prompt_embeds.expand(num_masks * num_samples, -1, -1),
-            [() if mask is None else mask.neurons for mask in masks for _ in range(num_samples)],
+            [neurons for neurons in suppressed for _ in range(num_samples)],
         )
         return predicted.unflatten(0, (num_masks, num_samples))
 

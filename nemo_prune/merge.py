@@ -59,14 +59,13 @@ def localize_incrementally(
                 yield detected.not_memorized()
                 continue
             passes_before = scorer.sample_passes
-            if _Corpus(scorer, [detected], threshold).is_silenced_by(neurons):
-                passes = detected.sample_passes + scorer.sample_passes - passes_before
-                yield _silenced(replace(detected, sample_passes=passes))
-                continue
+            silent = _Corpus(scorer, [detected], threshold).is_silent(detected, neurons)
             passes = detected.sample_passes + scorer.sample_passes - passes_before
-            found = localize_on_top(
-                scorer, replace(detected, sample_passes=passes), calibration, threshold, neurons, preserve
-            )
+            detected = replace(detected, sample_passes=passes)
+            if silent:
+                yield _silenced(detected)
+                continue
+            found = localize_on_top(scorer, detected, calibration, threshold, neurons, preserve)
             if found.status == "localized":
                 neurons.update(found.neurons)
             yield found
@@ -116,8 +115,8 @@ def settle_mask(
     while rounds < ROUNDS and (awake := corpus.awake_under(neurons)):
         rounds += 1
         for detected in awake:
-            alone = _Corpus(scorer, [detected], threshold)
-            if alone.is_silenced_by(neurons):
+            # What was added for another one may silence it already.
+            if corpus.is_silent(detected, neurons):
                 continue
             found = localize_on_top(scorer, detected, calibration, threshold, neurons, preserve)
             if found.status == "localized":
@@ -198,9 +197,10 @@ class _Corpus:
 
     def awake_under(self, neurons: Collection[Neuron]) -> list[Detected]:
         """The prompts that are not silent."""
-        return [each for each in self.detected if not self._is_silent(each, neurons)]
+        return [each for each in self.detected if not self.is_silent(each, neurons)]
 
-    def _is_silent(self, detected: Detected, neurons: Collection[Neuron]) -> bool:
+    def is_silent(self, detected: Detected, neurons: Collection[Neuron]) -> bool:
+        """Whether one of the prompts is silent."""
         seeds = [(detected, seed) for seed in self._seeds[detected.scored.prompt]]
         return not any(self._first_above(neurons, part) for part in (seeds[:1], seeds[1:]) if part)
 
