@@ -33,7 +33,7 @@ def few_images():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nemo_prune.run, "_NUM_ORDINARY_IMAGES", 1)
         few = functools.partial(VerificationSettings, num_inference_steps=2, images_per_prompt=2)
-        patch.setattr(nemo_prune.cli, "VerificationSettings", few)
+        patch.setattr(nemo_prune.cli.run, "VerificationSettings", few)
         yield
 
 

@@ -1,0 +1,5 @@
+"""`python -m nemo_prune.cli`."""
+
+from nemo_prune.cli import entry
+
+entry()

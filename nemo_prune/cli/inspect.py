@@ -1,0 +1,41 @@
+"""What a mask holds: `nemo-prune inspect`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nemo_prune.cli.console import app, errors_reported
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A mask file or a folder that `run` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Show a mask: layers, rows, source and settings.
+
+    Example: [bold]nemo-prune inspect pruned/[/]
+    """
+    with errors_reported():
+        from nemo_prune.mask import NeuronMask
+        from nemo_prune.release import MASK_FILE
+
+        file = path / MASK_FILE if path.is_dir() else path
+        mask, metadata = NeuronMask.load_with_metadata(file)
+    rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "sizes": mask.sizes, "metadata": metadata}, indent=2))
+        return
+    console = Console()
+    table = Table("layer", "pruned", "of", "rows", title=f"{mask.num_neurons} neurons pruned")
+    for name, indices in rows.items():
+        table.add_row(name, str(len(indices)), str(mask.sizes[name]), ", ".join(map(str, indices)))
+    console.print(table)
+    base = metadata.get("base", {})
+    console.print(f"Base: {base.get('name', 'unknown')}, commit {base.get('commit') or 'none'}", markup=False)
+    for name, value in metadata.get("settings", {}).items():
+        console.print(f"{name}: {value}", markup=False)

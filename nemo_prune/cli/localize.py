@@ -1,0 +1,83 @@
+"""The localization alone: `nemo-prune localize`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries
+from nemo_prune.cli.options import (
+    MODEL_DEFAULTS,
+    BatchSizeOption,
+    CalibrationOption,
+    ColumnOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    MarginOption,
+    ModelOption,
+    NumSamplesOption,
+    OrdinaryOption,
+    PresetOption,
+    PromptsOption,
+    RevisionOption,
+    SeedOption,
+    ThresholdOption,
+    VariantOption,
+    examined_corpus,
+    ordinary_texts,
+)
+from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions
+
+
+@app.command()
+def localize(
+    model: ModelOption,
+    work: Annotated[Path, typer.Option(help="Folder of the results; not for publication.")],
+    prompts: PromptsOption = None,
+    prompt_column: ColumnOption = None,
+    limit: LimitOption = None,
+    calibration_prompts: OrdinaryOption = None,
+    calibration: CalibrationOption = None,
+    preset: PresetOption = "released-code",
+    seed: SeedOption = None,
+    num_samples: NumSamplesOption = None,
+    threshold: ThresholdOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchSizeOption = None,
+    margin: MarginOption = MODEL_DEFAULTS.margin,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard another run's work folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the memorization neurons of each caption and keep them for `merge`; nothing is pruned.
+
+    Example: [bold]nemo-prune localize --model demo --calibration calibration.safetensors --work found/[/]
+    """
+    with errors_reported(), progress_bar(quiet=as_json) as progress:
+        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        options = RunOptions(
+            out=work, work=work, model=ModelOptions(device, dtype, batch_size, margin), calibration=calibration,
+            overwrite=overwrite,
+        )  # fmt: skip
+        quieten_libraries()
+        from nemo_prune.localize import count_statuses
+        from nemo_prune.run import localize_model
+        from nemo_prune.session import Session
+        from nemo_prune.source import resolve_model
+
+        examined = examined_corpus(model, prompts, prompt_column, limit)
+        ordinary = [] if calibration else ordinary_texts(model, calibration_prompts)
+        session = Session(resolve_model(model, revision, variant), options.model, settings)
+        file, localizations = localize_model(session, examined, ordinary, options, progress)
+        facts = count_statuses(localizations)
+    if as_json:
+        typer.echo(json.dumps({**facts, "results": str(file)}, indent=2))
+    else:
+        for status, number in facts.items():
+            typer.echo(f"{status.replace('_', ' ')}: {number}")
+        typer.echo(f"Results, not for publication: {file}")

@@ -1,0 +1,80 @@
+"""Options that several commands share, and the prompts that they name."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nemo_prune.errors import PromptError
+from nemo_prune.settings import LocalizationSettings, ModelOptions
+
+DEFAULTS = LocalizationSettings()
+MODEL_DEFAULTS = ModelOptions()
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="`demo`, a diffusers folder, or a Hub id such as CompVis/stable-diffusion-v1-4.")
+]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option("--prompts", help="Captions to examine: files (.txt .csv .jsonl .parquet, .gz), or a Hub data set "
+                 "owner/name:split:column. The demo has its own."),
+]  # fmt: skip
+OrdinaryOption = Annotated[
+    str | None,
+    typer.Option("--calibration-prompts", help="Ordinary captions, from the same sources; the demo has its own."),
+]
+ColumnOption = Annotated[str | None, typer.Option("--prompt-column", help="Column of the captions. (default: found)")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Examine the first so many captions only.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="A calibration that `nemo-prune calibrate` made of them.")
+]
+PresetOption = Annotated[str, typer.Option("--preset", help="`released-code` (the published numbers) or `paper`.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help=f"Seed of the initial latents. (default: {DEFAULTS.seed})")
+]
+NumSamplesOption = Annotated[
+    int | None,
+    typer.Option("--num-samples", help=f"Initial latents per prompt. (default: {DEFAULTS.num_samples})"),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--threshold", help="Similarity above which a prompt counts as memorized. (default: calibrated)"),
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the Hub repo.")]
+VariantOption = Annotated[str | None, typer.Option("--variant", help="Weights variant, such as fp16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="torch device; `auto` takes a GPU where there is one.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Latents at once. (default: those of one prompt, on a GPU of four)"),
+]
+MarginOption = Annotated[
+    float,
+    typer.Option("--margin", help="Below float32: distance from the threshold within which float32 decides again."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
+
+
+def examined_corpus(model: str, prompts: str | None, column: str | None, limit: int | None) -> Any:
+    """The captions to examine; the demo model has its own."""
+    from nemo_prune.demo import DEMO_MODEL, PROMPTS_FILE, demo_folder
+    from nemo_prune.prompts import read_corpus
+
+    if prompts is None and model != DEMO_MODEL:
+        raise PromptError(
+            "This model has no prompts of its own. Give the captions to examine with --prompts and ordinary ones, "
+            "hundreds at best, with --calibration-prompts."
+        )
+    return read_corpus(prompts or demo_folder() / PROMPTS_FILE, column, limit)
+
+
+def ordinary_texts(model: str, prompts: str | None) -> list[str]:
+    """Ordinary captions; the demo model has its own."""
+    from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, demo_folder
+    from nemo_prune.prompts import read_prompts
+
+    if prompts is None and model != DEMO_MODEL:
+        raise PromptError(
+            "This model has no ordinary prompts of its own. Give some, hundreds at best, with --calibration-prompts."
+        )
+    return [prompt.text for prompt in read_prompts(prompts or demo_folder() / CALIBRATION_FILE)]

@@ -1,0 +1,147 @@
+"""The whole way: `nemo-prune run`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries
+from nemo_prune.cli.options import (
+    MODEL_DEFAULTS,
+    BatchSizeOption,
+    CalibrationOption,
+    ColumnOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    MarginOption,
+    ModelOption,
+    NumSamplesOption,
+    OrdinaryOption,
+    PresetOption,
+    PromptsOption,
+    RevisionOption,
+    SeedOption,
+    ThresholdOption,
+    VariantOption,
+    examined_corpus,
+    ordinary_texts,
+)
+from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
+
+
+@app.command()
+def run(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of what the run knows; not for publication. (default: OUT.work)")
+    ] = None,
+    prompts: PromptsOption = None,
+    prompt_column: ColumnOption = None,
+    limit: LimitOption = None,
+    calibration_prompts: OrdinaryOption = None,
+    calibration: CalibrationOption = None,
+    preset: PresetOption = "released-code",
+    seed: SeedOption = None,
+    num_samples: NumSamplesOption = None,
+    threshold: ThresholdOption = None,
+    merge: Annotated[
+        str, typer.Option(help="`union` of all prompts' neurons (the paper's), or `incremental`: prompt by prompt.")
+    ] = "union",
+    preserve: Annotated[
+        float, typer.Option(help="0 (the paper's search) to 1: how much to favour ordinary captions.")
+    ] = 0.0,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance of the images that are compared; detection uses none. "
+            f"(default: {VerificationSettings().guidance_scale:g}, demo 3)"
+        ),
+    ] = None,
+    include_unresolved: Annotated[
+        bool, typer.Option("--include-unresolved", help="Also prune the sets of unresolved prompts.")
+    ] = False,
+    publish_examples: Annotated[
+        bool, typer.Option("--publish-examples", help="Put captions and a before/after grid into the card.")
+    ] = False,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchSizeOption = None,
+    margin: MarginOption = MODEL_DEFAULTS.margin,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and discard another run's work folder.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the memorization neurons, prune them and write a model that stock diffusers loads.
+
+    Example: [bold]nemo-prune run --model demo --out pruned/[/]
+    """
+    with errors_reported(), progress_bar(quiet=as_json) as progress:
+        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        out = out.absolute()
+        options = RunOptions(
+            out=out,
+            work=work or out.parent / f"{out.name}.work",
+            model=ModelOptions(device, dtype, batch_size, margin),
+            merge=merge,
+            preserve=preserve,
+            calibration=calibration,
+            include_unresolved=include_unresolved,
+            publish_examples=publish_examples,
+            overwrite=overwrite,
+        )
+        # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
+        quieten_libraries()
+        from nemo_prune.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL
+        from nemo_prune.run import prune_model
+        from nemo_prune.source import resolve_model
+
+        examined = examined_corpus(model, prompts, prompt_column, limit)
+        ordinary = ordinary_texts(model, calibration_prompts)
+        if guidance_scale is None and model == DEMO_MODEL:
+            guidance_scale = DEMO_GUIDANCE_SCALE
+        verification = VerificationSettings()
+        if guidance_scale is not None:
+            verification = VerificationSettings(guidance_scale=guidance_scale)
+        source = resolve_model(model, revision, variant)
+        result = prune_model(source, examined, ordinary, options, settings, verification, progress)
+    if as_json:
+        typer.echo(json.dumps({**result.facts, "out": str(result.out) if result.out else None}, indent=2))
+    else:
+        _show_result(result)
+
+
+def _show_result(result: Any) -> None:
+    """Tables on the terminal: what was found, what changed and where to look."""
+    # The card's rows are the terminal's rows: one wording for both.
+    from nemo_prune.card import before_after_rows
+
+    facts, console = result.facts, Console()
+    prompts = facts["prompts"]
+    found = Table("prompts", "number", title="Found")
+    for status in ("localized", "not_memorized", "unresolved"):
+        found.add_row(status.replace("_", " "), str(prompts[status]))
+    layers = Table("layer", "pruned", "of", title="Neurons")
+    for name, count in facts["mask"]["counts"].items():
+        layers.add_row(name, str(count), str(facts["mask"]["sizes"][name]))
+    layers.add_row("all", str(facts["mask"]["num_neurons"]), str(sum(facts["mask"]["sizes"].values())))
+    console.print(found, layers)
+    if result.out is None:
+        console.print("No memorization neuron was found, so there is nothing to prune and no model was written.")
+    else:
+        effect = Table("measured", "before", "after", title="Effect")
+        for row in before_after_rows(facts):
+            effect.add_row(*row)
+        console.print(effect)
+        console.print(f"Pruned model, ready for publication: {result.out}", markup=False, soft_wrap=True)
+    console.print(
+        f"Report with captions and images, not for publication: {result.report}", markup=False, soft_wrap=True
+    )
