@@ -88,6 +88,8 @@ class NoisePredictor:
         self.layers = find_text_projections(pipe.unet)
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = 0
+        # The U-Net walks through all of its weights whenever it is asked for its dtype.
+        self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps)
         self.timestep = int(scheduler.timesteps[settings.timestep_index])
@@ -195,9 +197,9 @@ class NoisePredictor:
         filled = torch.arange(size).clamp_max(count - 1)
         with suppress(self.layers, self._gates([suppressed[sample] for sample in filled])):
             output = unet(
-                latents[filled].to(unet.dtype),
+                latents[filled].to(self._dtype),
                 self.timestep,
-                encoder_hidden_states=prompt_embeds[filled].to(unet.dtype),
+                encoder_hidden_states=prompt_embeds[filled].to(self._dtype),
             ).sample
         return self._to_noise(output[:count].float(), latents)
 

@@ -1,5 +1,6 @@
 """Small real pipelines: stock diffusers and transformers classes, random weights, a tiny tokenizer."""
 
+import functools
 import json
 import string
 from pathlib import Path
@@ -8,6 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import nemo_prune.cli
+import nemo_prune.run
+from nemo_prune.settings import VerificationSettings
 
 TEXT_WIDTH = 16
 
@@ -22,9 +27,9 @@ def tiny_unet(**changes: object) -> UNet2DConditionModel:
         "in_channels": 4,
         "out_channels": 4,
         "layers_per_block": 2,
-        "block_out_channels": (8, 8, 16, 16),
+        "block_out_channels": (4, 4, 8, 8),
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
         "cross_attention_dim": TEXT_WIDTH,
         "attention_head_dim": 2,
         "norm_num_groups": 4,
@@ -87,3 +92,14 @@ def model_folder(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("model") / "tiny"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_images():
+    """For tests that are not about images: few are drawn, in few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nemo_prune.run, "_NUM_ORDINARY_IMAGES", 1)
+        patch.setattr(nemo_prune.run, "_NUM_COST_PROMPTS", 2)
+        few = functools.partial(VerificationSettings, num_inference_steps=2, images_per_prompt=2)
+        patch.setattr(nemo_prune.cli.run, "VerificationSettings", few)
+        yield

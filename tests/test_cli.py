@@ -1,6 +1,5 @@
 """The command as a user types it, on a tiny real pipeline; on the demo model in test_demo.py."""
 
-import functools
 import json
 import shutil
 import subprocess
@@ -13,12 +12,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import nemo_prune.cli
 import nemo_prune.localize
 import nemo_prune.run
 from nemo_prune import __version__
 from nemo_prune.cli import app
-from nemo_prune.settings import VerificationSettings
 
 MARKER = "zanzibarquokka"
 
@@ -27,14 +24,7 @@ def nemo_prune_command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_images():
-    """Images are not what these tests are about: draw few of them, in few steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nemo_prune.run, "_NUM_ORDINARY_IMAGES", 1)
-        few = functools.partial(VerificationSettings, num_inference_steps=2, images_per_prompt=2)
-        patch.setattr(nemo_prune.cli.run, "VerificationSettings", few)
-        yield
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +61,7 @@ def assert_named_error(result, *words):
 
 
 @pytest.fixture(scope="module")
-def finished(model_folder, prompt_files, tmp_path_factory):
+def finished(few_images, model_folder, prompt_files, tmp_path_factory):
     """A run that pruned the sets of unresolved prompts, with its result and its command."""
     out = tmp_path_factory.mktemp("finished") / "out"
     command = {
@@ -120,8 +110,8 @@ def test_the_work_folder_holds_what_the_run_knows(finished):
     out, _, _ = finished
     work = out.with_name("out.work")
     header, *records = map(json.loads, (work / "localizations.jsonl").read_text().splitlines())
-    assert header["settings"]["theta"] == 5.0 and sum(header["layers"].values()) == 80
-    assert [record["prompt"] for record in records] == [f"a {MARKER} cat", "<b>a dog</b> | **x**"]
+    assert header["settings"]["theta"] == 5.0 and sum(header["layers"].values()) == 40
+    assert {record["prompt"] for record in records} == {f"a {MARKER} cat", "<b>a dog</b> | **x**"}
     assert MARKER in (work / "report.md").read_text()
     assert json.loads((work / "report.json").read_text())["prompts"][0]["kind"] == "VM"
     assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 12

@@ -13,12 +13,14 @@ import sys
 from nemo_prune.errors import NemoPruneError
 from nemo_prune.source import load_pipeline, resolve_model
 import torch
-try:
-    source = resolve_model(sys.argv[1], sys.argv[2] or None)
-except NemoPruneError as error:
-    sys.exit(f"named error: {error}")
-load_pipeline(source, "cpu", torch.float32)
-print(source.repo_id, source.commit, (source.folder / "LICENSE.md").exists())
+for name in sys.argv[1:]:
+    try:
+        source = resolve_model(*name.split("@"))
+    except NemoPruneError as error:
+        print("named error:", " ".join(str(error).split()))
+    else:
+        load_pipeline(source, "cpu", torch.float32)
+        print(source.repo_id, source.commit, (source.folder / "LICENSE.md").exists())
 """
 
 
@@ -42,11 +44,11 @@ def hub(model_folder, tmp_path_factory):
         server.wait()
 
 
-def resolve(home, model, revision="", endpoint="http://127.0.0.1:9", **environment):
-    """The client reads its settings once, on import: each call is a process of its own."""
+def resolve(home, *models, endpoint="http://127.0.0.1:9", **environment):
+    """The client reads its settings once, on import: each call is a process of its own; a line a model."""
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
     return subprocess.run(
-        [sys.executable, "-c", RESOLVE, model, revision],
+        [sys.executable, "-c", RESOLVE, *models],
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
@@ -56,28 +58,23 @@ def resolve(home, model, revision="", endpoint="http://127.0.0.1:9", **environme
 def test_a_repo_is_fetched_with_its_licence_and_used_offline_afterwards(hub, tmp_path):
     online = resolve(tmp_path, "owner/tiny", endpoint=hub)
     assert online.stdout.split() == ["owner/tiny", "c0ffee" + "0" * 34, "True"], online.stderr
-    offline = resolve(tmp_path, "owner/tiny", endpoint=hub, HF_HUB_OFFLINE="1")
-    assert offline.stdout == online.stdout, offline.stderr
+    offline = resolve(tmp_path, "owner/tiny", "owner/other", endpoint=hub, HF_HUB_OFFLINE="1")
+    found, missing = offline.stdout.splitlines(keepends=True)
+    assert found == online.stdout, offline.stderr
+    assert "named error" in missing and "give a local folder or `demo`" in missing
     unreachable = resolve(tmp_path, "owner/tiny")
     assert unreachable.stdout == online.stdout, unreachable.stderr
 
 
-@pytest.mark.parametrize(
-    ("model", "revision", "message"),
-    [
-        ("owner/nowhere", "", "neither a local folder nor a repo"),
-        ("owner/gated", "", "gated"),
-        ("owner/tiny", "no-such-branch", "--revision"),
-    ],
-)
-def test_repos_that_can_not_be_had_are_named_errors(hub, tmp_path, model, revision, message):
-    result = resolve(tmp_path, model, revision, endpoint=hub)
-    assert result.returncode == 1 and "named error" in result.stderr and message in result.stderr
-
-
-def test_offline_without_a_cache_says_what_to_do(tmp_path):
-    result = resolve(tmp_path, "owner/tiny", HF_HUB_OFFLINE="1")
-    assert "named error" in result.stderr and "give a local folder or `demo`" in result.stderr
+def test_repos_that_can_not_be_had_are_named_errors(hub, tmp_path):
+    messages = {
+        "owner/nowhere": "neither a local folder nor a repo",
+        "owner/gated": "gated",
+        "owner/tiny@no-such-branch": "--revision",
+    }
+    result = resolve(tmp_path, *messages, endpoint=hub)
+    for line, message in zip(result.stdout.splitlines(), messages.values(), strict=True):
+        assert line.startswith("named error") and message in line, result.stderr
 
 
 READ = """

@@ -12,6 +12,8 @@ from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.merge import union_mask
 from nemo_prune.results import SD_V1_LAYERS, ResultsFile, ResultsHeader, merge_results, read_results
 
+pytestmark = pytest.mark.usefixtures("few_images")
+
 HEADER = ResultsHeader("abc", {"down.to_v": 4, "mid.to_v": 8}, 0.4, {"theta": 5.0})
 FOUND = PromptLocalization("a cat", "localized", 0.9, (0, 3), (Neuron("down.to_v", 1),), (Neuron("down.to_v", 1),))
 UNRESOLVED = PromptLocalization("a dog", "unresolved", 0.8, (1, 2), neurons=(Neuron("mid.to_v", 7),))
@@ -79,7 +81,7 @@ def test_the_stages_alone_give_the_mask_of_the_run(model_folder, tmp_path):
     (tmp_path / "both.txt").write_text("a zebra\na dog\n")
     (tmp_path / "ordinary.txt").write_text("".join(f"thing number {i}\n" for i in range(50)))
     calibration, mask = tmp_path / "calibration.safetensors", tmp_path / "mask.safetensors"
-    common = ["--model", str(model_folder), "--num-samples", "3"]
+    common = ["--model", str(model_folder), "--num-samples", "2"]
 
     def invoke(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
