@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.errors import OutputError, PromptError
@@ -27,12 +28,14 @@ class Calibration:
         similarity_std: its standard deviation.
         num_std: standard deviations above the mean at which the threshold lies.
         statistics: usual activation of every neuron.
+        origin: how they were come by, for the record.
     """
 
     similarity_mean: float
     similarity_std: float
     num_std: float
     statistics: ActivationStatistics
+    origin: str = "measured"
 
     @property
     def threshold(self) -> float:
@@ -53,6 +56,7 @@ class Calibration:
             "similarity_std": self.similarity_std,
             "num_std": self.num_std,
             "num_prompts": self.statistics.num_prompts,
+            "origin": self.origin,
             "layers": list(self.statistics.mean),
         }
         described = json.dumps({"identity": identity, **facts}, sort_keys=True)
@@ -89,13 +93,27 @@ class Calibration:
             facts["similarity_std"],
             facts["num_std"],
             ActivationStatistics(mean, std, facts["num_prompts"]),
+            facts["origin"],
         )
+
+
+@dataclass(frozen=True)
+class MeasuredPrompt:
+    """What one ordinary prompt adds to a calibration.
+
+    Attributes:
+        prompt: its text.
+        activations: dotted module name -> [1, out_features].
+        similarities: of every pair of seeds once, [S (S - 1) / 2].
+    """
+
+    prompt: str
+    activations: Mapping[str, Tensor]
+    similarities: Tensor
 
 
 def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda done, total: None) -> Calibration:
     """Measure threshold and activation statistics on prompts that are not memorized (Sec. 3.1, 3.2).
-
-    The noise is predicted exactly as the detection does: same latents, timestep and no guidance.
 
     Args:
         scorer: the model.
@@ -105,25 +123,57 @@ def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda 
     Raises:
         PromptError: there are too few prompts.
     """
+    texts = enough_prompts(texts)
+    measured = []
+    for each in measure_prompts(scorer, texts):
+        measured.append(each)
+        progress(len(measured), len(texts))
+    return fit_calibration(measured, scorer.predictor.settings.threshold_num_std)
+
+
+def enough_prompts(texts: Sequence[str]) -> list[str]:
+    """The different ones of ordinary prompts.
+
+    Raises:
+        PromptError: there are too few.
+    """
     texts = list(dict.fromkeys(texts))
     if len(texts) < MIN_CALIBRATION_PROMPTS:
         raise PromptError(
             f"Calibration needs at least {MIN_CALIBRATION_PROMPTS} different ordinary prompts, got "
             f"{len(texts)}. Give more with --calibration-prompts; hundreds are better."
         )
-    predictor = scorer.predictor
-    fitter = ActivationStatisticsFitter()
-    pairs = []
-    at_once = scorer.prompts_at_once
+    return texts
+
+
+def measure_prompts(scorer: Scorer, texts: Sequence[str]) -> Iterator[MeasuredPrompt]:
+    """Measure prompts for a calibration, S sample passes a prompt.
+
+    The noise is predicted exactly as the detection does: same latents, timestep and no guidance.
+    """
+    layers, at_once = scorer.predictor.layers, scorer.prompts_at_once
     for done in range(0, len(texts), at_once):
         for scored in scorer.score_prompts(texts[done : done + at_once]):
-            fitter.update(neuron_activations(predictor.layers, scored.prompt_embeds[None]))
-            pairs.append(scored.memorization.values)
-        progress(min(done + at_once, len(texts)), len(texts))
+            activations = neuron_activations(layers, scored.prompt_embeds[None])
+            yield MeasuredPrompt(scored.prompt, activations, scored.memorization.values)
+
+
+def fit_calibration(measured: Iterable[MeasuredPrompt], num_std: float) -> Calibration:
+    """The calibration of measured prompts; its last digits depend on their order.
+
+    Args:
+        measured: the prompts.
+        num_std: standard deviations above the mean at which the threshold lies.
+    """
+    fitter = ActivationStatisticsFitter()
+    pairs = []
+    for each in measured:
+        fitter.update(each.activations)
+        pairs.append(each.similarities)
     similarities = torch.cat(pairs).double()
     return Calibration(
         similarity_mean=float(similarities.mean()),
         similarity_std=float(similarities.std()),
-        num_std=predictor.settings.threshold_num_std,
+        num_std=num_std,
         statistics=fitter.statistics,
     )

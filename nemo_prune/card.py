@@ -109,7 +109,7 @@ def run_report(facts: Mapping, prompts: Sequence[Mapping]) -> str:
     parts = [
         "# nemo-prune: report of a run",
         "Holds captions and images: not for publication.",
-        f"Base: {_base(facts)}. Threshold {facts['calibration']['threshold']:.3f}.",
+        f"Base: {_base(facts)}. Threshold {facts['calibration']['threshold']:.3f}, {facts['calibration']['origin']}.",
         _table(("prompts", "number"), _prompt_rows(facts)),
         _table(("layer", "pruned", "of"), _layer_rows(facts)),
         before_after_table(facts),

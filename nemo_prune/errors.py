@@ -13,6 +13,10 @@ class ModelError(NemoPruneError):
     """The model can't be found, loaded or used."""
 
 
+class DownloadError(NemoPruneError):
+    """A published file can't be had, or is not what was published."""
+
+
 class PromptError(NemoPruneError):
     """A prompts file can't be read or holds too little."""
 
@@ -23,3 +27,7 @@ class MaskError(NemoPruneError):
 
 class OutputError(NemoPruneError):
     """The output or work folder can't be used."""
+
+
+class WorkerError(NemoPruneError):
+    """Workers can't be started or reached, or die again and again."""

@@ -80,6 +80,7 @@ class Findings:
                 "similarity_mean": self.calibration.similarity_mean,
                 "similarity_std": self.calibration.similarity_std,
                 "num_prompts": self.calibration.statistics.num_prompts,
+                "origin": self.calibration.origin,
             },
             "prompts": {
                 "total": len(self.localizations),

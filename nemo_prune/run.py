@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -13,7 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError
+from nemo_prune.estimate import estimate_run
 from nemo_prune.export import check_new_file, check_target, export_checkpoint, export_size, staged_folder
+from nemo_prune.known_models import KNOWN_MODELS, KnownModel
 from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
 from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
@@ -23,7 +26,7 @@ from nemo_prune.record import Findings
 from nemo_prune.release import save_images, write_release, write_report
 from nemo_prune.results import ResultsFile
 from nemo_prune.scorer import Scorer
-from nemo_prune.session import Session, choose_dtype, digest
+from nemo_prune.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
 from nemo_prune.verify import (
@@ -39,6 +42,7 @@ from nemo_prune.verify import (
 from nemo_prune.work import WorkFolder
 
 Progress = Callable[[str, int, int], None]
+Notify = Callable[[str], None]
 
 _NUM_COST_PROMPTS = 16
 _NUM_WEIGHING_PROMPTS = 5
@@ -64,6 +68,10 @@ def _silently(stage: str, done: int, total: int) -> None:
     """No progress is shown."""
 
 
+def _unheard(message: str) -> None:
+    """Nobody listens."""
+
+
 class _Stages:
     """Wall time per stage, and progress under the stage's name."""
 
@@ -86,6 +94,7 @@ def prune_model(
     settings: LocalizationSettings,
     verification: VerificationSettings,
     progress: Progress = _silently,
+    notify: Notify = _unheard,
 ) -> RunResult:
     """Localize the memorization neurons of a corpus, prune them, prove it and write the release.
 
@@ -97,6 +106,7 @@ def prune_model(
         settings: the numbers of the method.
         verification: what is measured on images.
         progress: called with the stage's name, what is done and how much there is.
+        notify: called with what the user should know while the run goes on.
 
     Raises:
         NemoPruneError: something can't be done as asked; nothing that looks finished is left.
@@ -109,8 +119,13 @@ def prune_model(
         session = Session(source, options.model, settings)
         pipe, predictor = session.pipe, session.predictor
         work = _open_work(session, prompts, calibration_texts, options)
+        estimate = estimate_run(predictor, len(prompts), verification)
+        if estimate.is_long:
+            notify(estimate.described(len(prompts)))
     with stages.stage("calibrate") as report_progress:
         calibration = _calibration(session, calibration_texts, options, work, report_progress)
+        if _known(session, options):
+            notify(f"The calibration is {calibration.origin}.")
     threshold = settings.threshold or calibration.threshold
     with stages.stage("weigh neurons") as report_progress:
         preserve = _preserve(session, calibration_texts, options.preserve, report_progress)
@@ -181,7 +196,7 @@ def calibrate_model(
 
 
 def localize_model(
-    session: Session,
+    session: BaseSession,
     corpus: Corpus,
     calibration_texts: Sequence[str],
     options: RunOptions,
@@ -190,7 +205,7 @@ def localize_model(
     """The stages up to the localization: results for a later merge, in the work folder.
 
     Args:
-        session: the loaded model.
+        session: the model, here or on workers.
         corpus: what to examine.
         calibration_texts: ordinary prompts; none are needed with a finished calibration.
         options: where to and how; ``out`` is not used.
@@ -242,7 +257,7 @@ def _open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
 
 
 def _open_work(
-    session: Session, prompts: Sequence[Prompt], calibration_texts: Sequence[str], options: RunOptions
+    session: BaseSession, prompts: Sequence[Prompt], calibration_texts: Sequence[str], options: RunOptions
 ) -> WorkFolder:
     identity = {
         "model": session.model_digest,
@@ -252,21 +267,28 @@ def _open_work(
         "dtype": options.model.dtype,
         "merge": options.merge,
         "preserve": options.preserve,
+        "published calibration": _known(session, options) is not None,
     }
     return WorkFolder(options.work, identity, options.overwrite)
 
 
 def _calibration(
-    session: Session,
+    session: BaseSession,
     texts: Sequence[str],
     options: RunOptions,
     work: WorkFolder,
     progress: Callable[[int, int], None],
 ) -> Calibration:
-    """The calibration that was given, or one of the ordinary prompts."""
+    """The calibration that was given, or that was published for a known model, or one of the ordinary prompts."""
     if options.calibration:
         return Calibration.load(options.calibration, session.calibration_identity)
-    return session.calibrate(texts, work.calibration, progress)
+    return session.calibrate(texts, work.calibration, _known(session, options), progress)
+
+
+def _known(session: BaseSession, options: RunOptions) -> KnownModel | None:
+    """What was published for the model, if it may be used."""
+    wanted = options.published_calibration and options.calibration is None
+    return KNOWN_MODELS.get(session.source.repo_id) if wanted else None
 
 
 def _preserve(
@@ -278,7 +300,7 @@ def _preserve(
 
 
 def _localize_all(
-    session: Session,
+    session: BaseSession,
     prompts: Sequence[Prompt],
     calibration: Calibration,
     threshold: float,
@@ -291,15 +313,22 @@ def _localize_all(
     waiting = [prompt.text for prompt in prompts if prompt.text not in known]
     progress(len(known), len(prompts))
     if merge == "incremental":
-        so_far = union_mask(list(known.values()), session.predictor.sizes).neurons
+        so_far = union_mask(list(known.values()), session.sizes).neurons
         found = localize_incrementally(session.scorer, waiting, calibration, threshold, so_far, preserve)
     else:
-        found = localize_prompts(session.scorer, waiting, calibration, threshold, preserve)
+        task = partial(_localize_chunk, calibration=calibration, threshold=threshold, preserve=preserve)
+        found = session.map(task, session.chunks_of(waiting))
     for localization in found:
         results.append(localization)
         known[localization.prompt] = localization
         progress(len(known), len(prompts))
     return [known[prompt.text] for prompt in prompts]
+
+
+def _localize_chunk(
+    session: Session, prompts: Sequence[str], calibration: Calibration, threshold: float, preserve: Preserve | None
+) -> Iterator[PromptLocalization]:
+    return localize_prompts(session.scorer, prompts, calibration, threshold, preserve)
 
 
 def _verify_all(

@@ -126,6 +126,7 @@ class RunOptions:
         merge: ``union`` of the prompts' neurons, or ``incremental``: each on top of those before it.
         preserve: 0 to 1: how much the search departs from the paper in favour of ordinary captions.
         calibration: a finished calibration; None calibrates on ordinary prompts.
+        published_calibration: whether what was published for a known model counts instead, where it fits.
         include_unresolved: whether sets of unresolved prompts enter the mask.
         publish_examples: whether captions and a before/after grid go into the card.
         overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
@@ -137,6 +138,7 @@ class RunOptions:
     merge: str = "union"
     preserve: float = 0.0
     calibration: Path | None = None
+    published_calibration: bool = False
     include_unresolved: bool = False
     publish_examples: bool = False
     overwrite: bool = False

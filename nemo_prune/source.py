@@ -1,6 +1,7 @@
 """Where the model comes from: the demo model, a local folder or a repo of the Hub."""
 
 import json
+import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,24 @@ def resolve_model(model: str, revision: str | None = None, variant: str | None =
     else:
         source = _download(model, revision, variant)
     _check_pipeline(source.folder, model)
+    return source
+
+
+def find_again(source: ModelSource) -> ModelSource:
+    """The same model on another machine: a Hub repo at the same commit, a folder at the same path.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if source.is_demo:
+        return resolve_model(DEMO_MODEL, variant=source.variant)
+    if source.repo_id:
+        return resolve_model(source.repo_id, source.commit, source.variant)
+    if not source.folder.is_dir():
+        raise ModelError(
+            f"The machine {platform.node()} has no folder {source.folder}. Put the model on a path that all machines "
+            "share, or give a Hub id."
+        )
     return source
 
 

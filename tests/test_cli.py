@@ -147,7 +147,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
         raise AssertionError("the work folder knows it")
 
     monkeypatch.setattr(nemo_prune.localize, "detect", not_again)
-    monkeypatch.setattr(nemo_prune.session, "calibrate", not_again)
+    monkeypatch.setattr(nemo_prune.session, "fit_calibration", not_again)
     again = run(command, "--include-unresolved", "--overwrite", "--publish-examples")
     assert again.exit_code == 0, again.output
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before

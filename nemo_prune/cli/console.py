@@ -82,6 +82,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+def tell(message: str) -> None:
+    """Say something on stderr while the command goes on; a progress bar stays below it."""
+    typer.echo(message, err=True)
+
+
 def quieten_libraries() -> None:
     """Stock loaders chat about optional parts that are none of the user's business here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -22,6 +22,8 @@ from nemo_prune.cli.options import (
     OrdinaryOption,
     PresetOption,
     PromptsOption,
+    RayOption,
+    RayWorkersOption,
     RevisionOption,
     SeedOption,
     ThresholdOption,
@@ -51,6 +53,8 @@ def localize(
     dtype: DtypeOption = "float32",
     batch_size: BatchSizeOption = None,
     margin: MarginOption = MODEL_DEFAULTS.margin,
+    ray: RayOption = None,
+    ray_workers: RayWorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard another run's work folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,18 +66,19 @@ def localize(
         settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
         options = RunOptions(
             out=work, work=work, model=ModelOptions(device, dtype, batch_size, margin), calibration=calibration,
-            overwrite=overwrite,
+            published_calibration=calibration_prompts is None, overwrite=overwrite,
         )  # fmt: skip
         quieten_libraries()
         from nemo_prune.localize import count_statuses
         from nemo_prune.run import localize_model
-        from nemo_prune.session import Session
+        from nemo_prune.session import open_session
         from nemo_prune.source import resolve_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit)
         ordinary = [] if calibration else ordinary_texts(model, calibration_prompts)
-        session = Session(resolve_model(model, revision, variant), options.model, settings)
-        file, localizations = localize_model(session, examined, ordinary, options, progress)
+        source = resolve_model(model, revision, variant)
+        with open_session(source, options.model, settings, ray, ray_workers) as session:
+            file, localizations = localize_model(session, examined, ordinary, options, progress)
         facts = count_statuses(localizations)
     if as_json:
         typer.echo(json.dumps({**facts, "results": str(file)}, indent=2))

@@ -52,29 +52,43 @@ MarginOption = Annotated[
     float,
     typer.Option("--margin", help="Below float32: distance from the threshold within which float32 decides again."),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", help="Compute on Ray workers: `auto` on this machine's GPUs, or HOST:PORT of a cluster."),
+]
+RayWorkersOption = Annotated[
+    int | None,
+    typer.Option("--ray-workers", min=1, help="How many, each with a model. (default: all free GPUs, of CPUs 8)"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
 
 
 def examined_corpus(model: str, prompts: str | None, column: str | None, limit: int | None) -> Any:
-    """The captions to examine; the demo model has its own."""
-    from nemo_prune.demo import DEMO_MODEL, PROMPTS_FILE, demo_folder
+    """The captions to examine; the demo and the models that are known have their own."""
     from nemo_prune.prompts import read_corpus
 
-    if prompts is None and model != DEMO_MODEL:
-        raise PromptError(
-            "This model has no prompts of its own. Give the captions to examine with --prompts and ordinary ones, "
-            "hundreds at best, with --calibration-prompts."
-        )
-    return read_corpus(prompts or demo_folder() / PROMPTS_FILE, column, limit)
+    return read_corpus(prompts or _own_prompts(model, "memorized"), column, limit)
 
 
 def ordinary_texts(model: str, prompts: str | None) -> list[str]:
-    """Ordinary captions; the demo model has its own."""
-    from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, demo_folder
+    """Ordinary captions; the demo and the models that are known have their own."""
     from nemo_prune.prompts import read_prompts
 
-    if prompts is None and model != DEMO_MODEL:
-        raise PromptError(
-            "This model has no ordinary prompts of its own. Give some, hundreds at best, with --calibration-prompts."
-        )
-    return [prompt.text for prompt in read_prompts(prompts or demo_folder() / CALIBRATION_FILE)]
+    return [prompt.text for prompt in read_prompts(prompts or _own_prompts(model, "ordinary"))]
+
+
+def _own_prompts(model: str, kind: str) -> Path:
+    """A file of captions that a model ``memorized``, or of ``ordinary`` ones, where it is known to have them."""
+    from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, demo_folder
+
+    if model == DEMO_MODEL:
+        return demo_folder() / {"memorized": PROMPTS_FILE, "ordinary": CALIBRATION_FILE}[kind]
+    from nemo_prune.known_models import KNOWN_MODELS, fetch
+
+    if model in KNOWN_MODELS:
+        return fetch(getattr(KNOWN_MODELS[model], kind))
+    raise PromptError(
+        f"No {kind} prompts are known for this model. Give the captions to examine with --prompts, and ordinary ones "
+        "that it does not memorize, hundreds at best, with --calibration-prompts. Known are the demo and "
+        f"{', '.join(KNOWN_MODELS)}."
+    )

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries
+from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries, tell
 from nemo_prune.cli.options import (
     MODEL_DEFAULTS,
     BatchSizeOption,
@@ -94,6 +94,7 @@ def run(
             merge=merge,
             preserve=preserve,
             calibration=calibration,
+            published_calibration=calibration_prompts is None,
             include_unresolved=include_unresolved,
             publish_examples=publish_examples,
             overwrite=overwrite,
@@ -112,7 +113,7 @@ def run(
         if guidance_scale is not None:
             verification = VerificationSettings(guidance_scale=guidance_scale)
         source = resolve_model(model, revision, variant)
-        result = prune_model(source, examined, ordinary, options, settings, verification, progress)
+        result = prune_model(source, examined, ordinary, options, settings, verification, progress, tell)
     if as_json:
         typer.echo(json.dumps({**result.facts, "out": str(result.out) if result.out else None}, indent=2))
     else:
