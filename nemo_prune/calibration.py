@@ -2,6 +2,7 @@
 
 import json
 import os
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,20 @@ class MeasuredPrompt:
     prompt: str
     activations: Mapping[str, Tensor]
     similarities: Tensor
+
+    def as_record(self) -> dict:
+        """JSON values, to the last bit."""
+        activations = {name: b64encode(values.numpy().tobytes()).decode() for name, values in self.activations.items()}
+        return {"prompt": self.prompt, "activations": activations, "similarities": self.similarities.tolist()}
+
+    @classmethod
+    def from_record(cls, record: dict) -> "MeasuredPrompt":
+        """What :meth:`as_record` made."""
+        activations = {
+            name: torch.frombuffer(bytearray(b64decode(values)), dtype=torch.float32)[None]
+            for name, values in record["activations"].items()
+        }
+        return cls(record["prompt"], activations, torch.tensor(record["similarities"]))
 
 
 def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda done, total: None) -> Calibration:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,12 @@ class NeuronMask:
     def num_neurons(self) -> int:
         """Number of pruned neurons."""
         return sum(self.counts.values())
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the layers' names and bits."""
+        rows = [(name, pruned.tolist()) for name, pruned in self.layers.items()]
+        return sha256(json.dumps(rows).encode()).hexdigest()
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Refuse a model that the mask was not made for.

@@ -61,21 +61,16 @@ def write_report(work: Path, findings: Findings, facts: Mapping, prompts: Sequen
     return work / "report.md"
 
 
-def save_images(
+def save_grids(
     work: Path, memorized: Sequence[str], training_images: Mapping[str, Image.Image], before: Images, after: Images
 ) -> Path:
-    """Write every image and two grids (training image, before, after) into the work folder.
+    """Write two grids (training image, before, after) into the work folder.
 
     Returns:
         The memorized prompts' grid.
     """
-    for folder in (work / "images", work / "grids"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    for position, text in enumerate(before):
-        for when, images in (("before", before[text]), ("after", after[text])):
-            for seed, image in enumerate(images):
-                image.save(work / "images" / f"{position:03d}_{when}_{seed}.png")
+    shutil.rmtree(work / "grids", ignore_errors=True)
+    (work / "grids").mkdir()
     grids = {
         "memorized": [text for text in before if text in memorized],
         "ordinary": [text for text in before if text not in memorized],

@@ -4,7 +4,6 @@ import ast
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import Neuron
+from nemo_prune.work import LineLog
 
 FORMAT_VERSION = 1
 
@@ -65,7 +65,7 @@ class ResultsFile:
 
     def __init__(self, path: Path, header: ResultsHeader) -> None:
         self._path = path
-        self._drop_torn_line()
+        self._log = LineLog(path)
         if path.exists() and path.stat().st_size:
             known = read_results(path).header
             changed = [name for name in asdict(header) if _as_json(known)[name] != _as_json(header)[name]]
@@ -75,7 +75,7 @@ class ResultsFile:
                     "or --overwrite to start afresh."
                 )
         else:
-            self._append({"nemo_prune_results": FORMAT_VERSION, **asdict(header)})
+            self._log.append({"nemo_prune_results": FORMAT_VERSION, **asdict(header)})
 
     def read(self) -> tuple[PromptLocalization, ...]:
         """What was found so far."""
@@ -83,20 +83,7 @@ class ResultsFile:
 
     def append(self, localization: PromptLocalization) -> None:
         """Keep one prompt's result; it is on disk when this returns."""
-        self._append(asdict(localization))
-
-    def _append(self, record: dict) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _drop_torn_line(self) -> None:
-        """Drop a last line that a kill cut off; its prompt is done again."""
-        content = self._path.read_bytes() if self._path.exists() else b""
-        if content and not content.endswith(b"\n"):
-            with self._path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        self._log.append(asdict(localization))
 
 
 def read_results(path: Path) -> Results:

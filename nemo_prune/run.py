@@ -16,6 +16,7 @@ from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.estimate import estimate_run
 from nemo_prune.export import check_new_file, check_target, export_checkpoint, export_size, staged_folder
+from nemo_prune.images import ImageFolder
 from nemo_prune.known_models import KNOWN_MODELS, KnownModel
 from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
@@ -23,7 +24,7 @@ from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.preserve import Preserve, neuron_costs
 from nemo_prune.prompts import Corpus, Prompt
 from nemo_prune.record import Findings
-from nemo_prune.release import save_images, write_release, write_report
+from nemo_prune.release import save_grids, write_release, write_report
 from nemo_prune.results import ResultsFile
 from nemo_prune.scorer import Scorer
 from nemo_prune.session import BaseSession, Session, choose_dtype, digest
@@ -39,7 +40,7 @@ from nemo_prune.verify import (
     noise_change,
     verify_prompt,
 )
-from nemo_prune.work import WorkFolder
+from nemo_prune.work import LineLog, WorkFolder
 
 Progress = Callable[[str, int, int], None]
 Notify = Callable[[str], None]
@@ -128,7 +129,7 @@ def prune_model(
             notify(f"The calibration is {calibration.origin}.")
     threshold = settings.threshold or calibration.threshold
     with stages.stage("weigh neurons") as report_progress:
-        preserve = _preserve(session, calibration_texts, options.preserve, report_progress)
+        preserve = _preserve(session, calibration_texts, options.preserve, work, report_progress)
     with stages.stage("localize") as report_progress:
         results = ResultsFile(work.localizations, session.results_header(threshold))
         localizations = _localize_all(
@@ -141,7 +142,8 @@ def prune_model(
         else:
             mask = union_mask(localizations, predictor.sizes, options.include_unresolved)
     with stages.stage("score again") as report_progress:
-        verified = _verify_all(session.scorer, localizations, mask, verification, report_progress)
+        log = LineLog(work.verified, {"mask": mask.digest, "threshold": threshold, "seed": verification.score_seed})
+        verified = _verify_all(session.scorer, localizations, mask, verification, log, report_progress)
         cost = _cost(predictor, calibration_texts, mask, calibration)
     findings = Findings(
         source,
@@ -162,8 +164,9 @@ def prune_model(
         return RunResult(facts, None, write_report(work.path, findings, facts, prompts))
 
     shown = findings.memorized[: verification.max_prompts] + list(calibration_texts[:_NUM_ORDINARY_IMAGES])
+    images = ImageFolder(work.images, {"shown": digest(shown), "mask": mask.digest, **dataclasses.asdict(verification)})
     with stages.stage("images before") as report_progress:
-        before = _draw_all(pipe, shown, verification, report_progress)
+        before = _draw_all("before", pipe, shown, verification, images, report_progress)
     with staged_folder(options.out, options.overwrite) as folder:
         with stages.stage("export"):
             exported = export_checkpoint(source.folder, mask, folder)
@@ -172,12 +175,12 @@ def prune_model(
                 dataclasses.replace(source, folder=folder), session.device, choose_dtype(options.model.dtype)
             )
             check_pruned_equals_suppressed(predictor, pruned_pipe, mask, calibration_texts[:2])
-            after = _draw_all(pruned_pipe, shown, verification, report_progress)
+            after = _draw_all("after", pruned_pipe, shown, verification, images, report_progress)
         known, cut = list(training_images.values()), verification.replication_cut
         evidence = [compare_images(text, before[text], after[text], known, cut) for text in shown]
         findings = dataclasses.replace(findings, evidence=evidence, exported=exported)
         facts = findings.facts(stages.seconds)
-        grid = save_images(work.path, findings.memorized, training_images, before, after)
+        grid = save_grids(work.path, findings.memorized, training_images, before, after)
         report = write_report(work.path, findings, facts, prompts)
         write_release(folder, findings, facts, grid)
     return RunResult(facts, options.out, report)
@@ -292,11 +295,13 @@ def _known(session: BaseSession, options: RunOptions) -> KnownModel | None:
 
 
 def _preserve(
-    session: Session, texts: Sequence[str], strength: float, progress: Callable[[int, int], None]
+    session: Session, texts: Sequence[str], strength: float, work: WorkFolder, progress: Callable[[int, int], None]
 ) -> Preserve | None:
     if not strength:
         return None
-    return Preserve(neuron_costs(session.predictor, texts[:_NUM_WEIGHING_PROMPTS], progress), strength)
+    texts = texts[:_NUM_WEIGHING_PROMPTS]
+    log = LineLog(work.costs, {"prompts": digest(texts)})
+    return Preserve(neuron_costs(session.predictor, texts, progress, log), strength)
 
 
 def _localize_all(
@@ -336,13 +341,15 @@ def _verify_all(
     localizations: Sequence[PromptLocalization],
     mask: NeuronMask,
     verification: VerificationSettings,
+    log: LineLog,
     progress: Callable[[int, int], None],
 ) -> list[PromptVerification]:
     fresh_latents = scorer.predictor.initial_latents(seed=verification.score_seed)
-    verified = []
-    for done, localization in enumerate(localizations, start=1):
+    verified = [PromptVerification(**record) for record in log]
+    for localization in localizations[len(verified) :]:
         verified.append(verify_prompt(scorer, localization, mask, fresh_latents))
-        progress(done, len(localizations))
+        log.append(dataclasses.asdict(verified[-1]))
+        progress(len(verified), len(localizations))
     return verified
 
 
@@ -359,13 +366,16 @@ def _cost(
 
 
 def _draw_all(
+    when: str,
     pipe: StableDiffusionPipeline,
     texts: Sequence[str],
     verification: VerificationSettings,
+    images: ImageFolder,
     progress: Callable[[int, int], None],
 ) -> dict[str, list[Image.Image]]:
-    images = {}
-    for done, text in enumerate(texts, start=1):
-        images[text] = draw_images(pipe, text, verification)
-        progress(done, len(texts))
-    return images
+    drawn = {}
+    for place, text in enumerate(texts):
+        draw = partial(draw_images, pipe, text, verification)
+        drawn[text] = images.kept_or_drawn(f"{place:03d}_{when}", verification.images_per_prompt, draw)
+        progress(place + 1, len(texts))
+    return drawn

@@ -20,6 +20,7 @@ from nemo_prune.results import ResultsHeader
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 from nemo_prune.source import ModelSource, load_pipeline
+from nemo_prune.work import LineLog
 
 Progress = Callable[[int, int], None]
 Chunk = TypeVar("Chunk")
@@ -98,10 +99,17 @@ class BaseSession(ABC):
         progress: Progress = lambda done, total: None,
         origin: str = Calibration.origin,
     ) -> Calibration:
-        """Calibrate on ordinary prompts and keep it in a file, in the place of any other."""
+        """Calibrate on ordinary prompts and keep it in a file, in the place of any other.
+
+        What is measured is kept beside the file as it comes, until the file is complete.
+        """
         different = enough_prompts(texts)
-        measured: dict[str, MeasuredPrompt] = {}
-        for each in self.map(_measure_chunk, self.chunks_of(different)):
+        log_file = file.with_name(f".{file.name}.jsonl")
+        log = LineLog(log_file, self._identity_with(texts))
+        measured = {record["prompt"]: MeasuredPrompt.from_record(record) for record in log}
+        waiting = [text for text in different if text not in measured]
+        for each in self.map(_measure_chunk, self.chunks_of(waiting)):
+            log.append(each.as_record())
             measured[each.prompt] = each
             progress(len(measured), len(different))
         # In the order of the prompts: it decides about the last digits.
@@ -109,6 +117,7 @@ class BaseSession(ABC):
         calibration = fit_calibration(in_order, self.settings.threshold_num_std)
         calibration = dataclasses.replace(calibration, origin=origin)
         calibration.save(file, self._identity_with(texts))
+        log_file.unlink()
         return calibration
 
     def _identity_with(self, texts: Sequence[str]) -> dict:

@@ -1,10 +1,11 @@
 """The command as a user types it, on a tiny real pipeline; on the demo model in test_demo.py."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
-import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import nemo_prune.localize
 import nemo_prune.run
+from kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.cli import app
 
@@ -114,7 +116,7 @@ def test_the_work_folder_holds_what_the_run_knows(finished):
     assert {record["prompt"] for record in records} == {f"a {MARKER} cat", "<b>a dog</b> | **x**"}
     assert MARKER in (work / "report.md").read_text()
     assert json.loads((work / "report.json").read_text())["prompts"][0]["kind"] == "VM"
-    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").iterdir())) == 12
+    assert (work / "grids" / "memorized.png").exists() and len(list((work / "images").glob("*.png"))) == 12
 
 
 def test_the_card_has_its_metadata_and_limits_and_no_placeholder(finished):
@@ -191,19 +193,31 @@ def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkey
     assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(finished, arguments, tmp_path):
-    command = [sys.executable, "-m", "nemo_prune.cli", "run", "--include-unresolved"]
-    command += [str(part) for item in arguments.items() for part in item]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "out.work" / "localizations.jsonl"
-    while not log.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert log.exists() and not (tmp_path / "out").exists()
-    assert run(arguments, "--include-unresolved").exit_code == 0
-    for name in ("unet/diffusion_pytorch_model.safetensors", "nemo_prune/mask.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (finished[0] / name).read_bytes()
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_ends_as_an_undisturbed_one(finished, arguments, tmp_path):
+    out = arguments.pop("--out")
+    options = ["--include-unresolved", *(str(part) for item in arguments.items() for part in item)]
+    # Its images are more than those of the run in this process; mask and weights are the same.
+    places = kill_until_done(options, out, random.Random(1), longest=25, most_kills=3)
+    assert len(places) == 3
+    assert result(out) == result(finished[0])
+
+
+def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_path, monkeypatch):
+    """Scores under the mask and images, each stopped half way; the calibration in test_work.py."""
+    out, _, _ = finished
+    work = tmp_path / "work"
+    shutil.copytree(out.with_name("out.work"), work)
+    verified = (work / "verified.jsonl").read_bytes().splitlines(keepends=True)
+    (work / "verified.jsonl").write_bytes(b"".join(verified[:2]))
+    (work / "images" / "002_after_1.png").unlink()
+    spies = {name: Mock(wraps=getattr(nemo_prune.run, name)) for name in ("verify_prompt", "draw_images")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(nemo_prune.run, name, spy)
+    assert run(arguments, "--include-unresolved", work=work).exit_code == 0
+    assert [spy.call_count for spy in spies.values()] == [1, 1]
+    assert (work / "verified.jsonl").read_bytes() == b"".join(verified)
+    assert result(tmp_path / "out") == result(out)
 
 
 def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_path):

@@ -1,0 +1,45 @@
+"""What a stop leaves in the work folder, and that it is taken up again."""
+
+import pytest
+import torch
+
+from nemo_prune.session import Session
+from nemo_prune.settings import LocalizationSettings, ModelOptions
+from nemo_prune.source import ModelSource
+from nemo_prune.work import LineLog
+
+TEXTS = [f"thing number {i}" for i in range(50)]
+
+
+def test_a_log_keeps_its_lines_drops_a_torn_one_and_begins_anew_for_something_else(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = LineLog(path, {"of": "this"})
+    log.append({"a": 1})
+    log.append(["é", None])
+    path.write_bytes(path.read_bytes() + b'{"torn": ')
+    assert list(LineLog(path, {"of": "this"})) == [{"a": 1}, ["é", None]]
+    assert list(LineLog(path, {"of": "that"})) == []
+    assert list(LineLog(path, {"of": "this"})) == []
+    path.write_bytes(b'{"of": "th')
+    assert list(LineLog(path, {"of": "this"})) == []
+
+
+def test_a_calibration_that_is_stopped_goes_on_and_ends_as_an_undisturbed_one(model_folder, tmp_path):
+    session = Session(ModelSource(model_folder), ModelOptions(device="cpu"), LocalizationSettings(num_samples=2))
+    undisturbed = session.measure_calibration(TEXTS, tmp_path / "undisturbed.safetensors")
+
+    def stop(done, total):
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.measure_calibration(TEXTS, tmp_path / "stopped.safetensors", stop)
+    passes_before = session.predictor.sample_passes
+    calibration = session.measure_calibration(TEXTS, tmp_path / "stopped.safetensors")
+    assert session.predictor.sample_passes - passes_before == 30 * 2
+    assert calibration.threshold == undisturbed.threshold
+    for name, mean in undisturbed.statistics.mean.items():
+        assert torch.equal(mean, calibration.statistics.mean[name])
+    contents = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("undisturbed", "stopped")]
+    assert contents[0] == contents[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"undisturbed.safetensors", "stopped.safetensors"}
