@@ -14,8 +14,10 @@ from nemo_prune.calibration import Calibration
 from nemo_prune.mask import Neuron
 from nemo_prune.preserve import Preserve
 from nemo_prune.scorer import ScoredPrompt, Scorer
-from nemo_prune.search import Candidates, SearchResult, Trial, search_neurons
+from nemo_prune.search import SearchResult, search_neurons
+from nemo_prune.selection import Candidates
 from nemo_prune.settings import LocalizationSettings
+from nemo_prune.trials import Trial
 
 Status = Literal["localized", "not_memorized", "unresolved"]
 

@@ -8,7 +8,7 @@ from nemo_prune.localize import Detected, PromptLocalization, detect, localize_o
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.preserve import Preserve
 from nemo_prune.scorer import Scorer
-from nemo_prune.search import Trial
+from nemo_prune.trials import Trial
 
 Progress = Callable[[int, int], None]
 ROUNDS = 3

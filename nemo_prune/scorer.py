@@ -9,8 +9,8 @@ from torch import Tensor
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.mask import Neuron
 from nemo_prune.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
-from nemo_prune.search import Trial
 from nemo_prune.settings import ModelOptions
+from nemo_prune.trials import Trial
 
 _MOST_REMEMBERED = 64
 

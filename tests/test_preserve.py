@@ -4,8 +4,10 @@ import torch
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.preserve import neuron_costs
-from nemo_prune.search import Candidates, drive, search_neurons
+from nemo_prune.search import search_neurons
+from nemo_prune.selection import Candidates
 from nemo_prune.settings import LocalizationSettings
+from nemo_prune.trials import drive
 from nemo_prune.verify import noise_change
 
 NEURONS = [Neuron("down", index) for index in range(8)]

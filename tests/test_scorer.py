@@ -7,8 +7,8 @@ from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError
 from nemo_prune.mask import Neuron
 from nemo_prune.scorer import Scorer
-from nemo_prune.search import Trial
 from nemo_prune.settings import LocalizationSettings
+from nemo_prune.trials import Trial
 
 SETTINGS = LocalizationSettings(num_samples=3)
 

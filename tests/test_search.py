@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_prune.mask import Neuron
-from nemo_prune.search import Candidates, drive, search_neurons
+from nemo_prune.search import search_neurons
+from nemo_prune.selection import Candidates
+from nemo_prune.trials import drive
 
 LAYERS = ["down", "up", "mid"]
 NEURONS = [Neuron(layer, index) for layer in LAYERS for index in range(4)]
