@@ -2,21 +2,18 @@
 
 import json
 import os
-import shutil
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.mask import NeuronMask
+from nemo_prune.stored import StoredTensor, file_hash, read_header
 
 # Weights in formats that can't be patched by offset, or that repeat what safetensors hold.
 _LEFT_OUT_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,6 @@ class ExportReport:
     base_hashes: dict[str, str] = field(default_factory=dict)
     rows_zeroed: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a safetensors file: dtype, shape, first byte and length in bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
 
 
 def files_to_export(base: Path) -> tuple[list[Path], list[Path]]:
@@ -129,109 +116,6 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path) -> ExportReport:
     return report
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file lie.
-
-    Raises:
-        ModelError: the header is damaged or points past the end of the file.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"its header claims {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= size - 8 - length:
-                raise ValueError(f"tensor `{name}` lies outside the file")
-            shape = tuple(entry["shape"])
-            tensors[name] = StoredTensor(entry["dtype"], shape, 8 + length + first, last - first)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(f"{path.name} is no valid safetensors file: {error}. Fetch it anew.") from error
-    return tensors
-
-
-@contextmanager
-def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that takes the place of ``out`` in one step when all went well, and else vanishes.
-
-    Args:
-        out: the target; what stands there stays until the new one is complete.
-        overwrite: whether a target that is not empty may be replaced.
-
-    Yields:
-        An empty folder beside the target to write to.
-
-    Raises:
-        OutputError: the target is not empty, or its parent can't be written.
-    """
-    check_target(out, overwrite)
-    staging, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
-    try:
-        # What a killed run left behind.
-        shutil.rmtree(staging, ignore_errors=True)
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        shutil.rmtree(old, ignore_errors=True)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{out.parent} can't be written: {error}") from error
-    try:
-        yield staging
-        _sync_files(staging)
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(staging, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_new_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file that is there already, and make the folder that it will lie in.
-
-    Raises:
-        OutputError: it exists and may not be replaced.
-    """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists. Choose another --out, or replace it with --overwrite.")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-
-
-def check_target(out: Path, overwrite: bool = False) -> None:
-    """Refuse a target that holds something, unless it may be replaced.
-
-    Raises:
-        OutputError: it is a file, or not empty, or not writable.
-    """
-    if out.is_file():
-        raise OutputError(f"{out} is a file. Give a folder.")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise OutputError(f"{out} exists and is not empty. Choose another folder or use --overwrite.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent} is not writable. Choose another folder.")
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _copy(source: Path, target: Path) -> str:
     """Copy a file's content, never its link, and return the content's sha256."""
     digest = sha256()
@@ -274,14 +158,6 @@ def _zero_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[st
                 file.seek(tensors[name].start + index * row_bytes)
                 file.write(bytes(row_bytes))
     return sum(len(indices) for indices in rows.values())
-
-
-def _sync_files(folder: Path) -> None:
-    """Bring the files to disk before the rename makes them look finished."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _numel(shape: Sequence[int]) -> int:

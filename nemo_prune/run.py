@@ -15,7 +15,7 @@ from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.estimate import estimate_run
-from nemo_prune.export import check_new_file, check_target, export_checkpoint, export_size, staged_folder
+from nemo_prune.export import export_checkpoint, export_size
 from nemo_prune.images import ImageFolder
 from nemo_prune.known_models import KNOWN_MODELS, KnownModel
 from nemo_prune.localize import PromptLocalization, localize_prompts
@@ -28,8 +28,9 @@ from nemo_prune.release import save_grids, write_release, write_report
 from nemo_prune.results import ResultsFile
 from nemo_prune.scorer import Scorer
 from nemo_prune.session import BaseSession, Session, choose_dtype, digest
-from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
+from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
+from nemo_prune.staging import check_new_file, check_target, staged_folder
 from nemo_prune.verify import (
     PromptVerification,
     check_pruned_equals_suppressed,
@@ -187,7 +188,13 @@ def prune_model(
 
 
 def calibrate_model(
-    session: Session, texts: Sequence[str], out: Path, overwrite: bool = False, progress: Progress = _silently
+    source: ModelSource,
+    texts: Sequence[str],
+    out: Path,
+    options: ModelOptions,
+    settings: LocalizationSettings,
+    overwrite: bool = False,
+    progress: Progress = _silently,
 ) -> Calibration:
     """The first stage alone: measure what is usual and keep it in a file; an old one stands until then.
 
@@ -195,6 +202,7 @@ def calibrate_model(
         OutputError: the file is there already.
     """
     check_new_file(out, overwrite)
+    session = Session(source, options, settings)
     return session.measure_calibration(texts, out, lambda done, total: progress("calibrate", done, total))
 
 

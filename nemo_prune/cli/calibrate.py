@@ -51,13 +51,12 @@ def calibrate(
         settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples)
         quieten_libraries()
         from nemo_prune.run import calibrate_model
-        from nemo_prune.session import Session
         from nemo_prune.source import resolve_model
 
         ordinary = ordinary_texts(model, calibration_prompts)
         options = ModelOptions(device, dtype, batch_size, margin)
-        session = Session(resolve_model(model, revision, variant), options, settings)
-        found = calibrate_model(session, ordinary, out, overwrite, progress)
+        source = resolve_model(model, revision, variant)
+        found = calibrate_model(source, ordinary, out, options, settings, overwrite, progress)
     facts = {"threshold": found.threshold, "similarity_mean": found.similarity_mean,
              "similarity_std": found.similarity_std, "num_prompts": found.statistics.num_prompts}  # fmt: skip
     if as_json:
