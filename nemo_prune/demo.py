@@ -7,6 +7,8 @@ from nemo_prune.errors import OutputError
 
 DEMO_MODEL = "demo"
 DEMO_GUIDANCE_SCALE = 3.0
+# At the first step its ordinary captions move the prediction as much as memorized ones do: they name its colours.
+DEMO_NORM_STEP = 25
 PROMPTS_FILE = "prompts.csv"
 CALIBRATION_FILE = "calibration.csv"
 TEST_FILE = "test.csv"

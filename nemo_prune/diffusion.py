@@ -76,6 +76,8 @@ class NoisePredictor:
     Attributes:
         layers: dotted module name -> value projection, in the order of execution.
         sizes: dotted module name -> number of neurons.
+        timesteps: the schedule, the noisiest first.
+        timestep: the one that the settings name.
         sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
     """
 
@@ -92,8 +94,9 @@ class NoisePredictor:
         self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps)
-        self.timestep = int(scheduler.timesteps[settings.timestep_index])
-        self._alpha_cumprod = float(scheduler.alphas_cumprod[self.timestep])
+        self.timesteps = tuple(scheduler.timesteps.tolist())
+        self.timestep = self.timesteps[settings.timestep_index]
+        self._alphas_cumprod = scheduler.alphas_cumprod
         self._prediction_type = scheduler.config.prediction_type
 
     @torch.no_grad()
@@ -151,6 +154,7 @@ class NoisePredictor:
         prompt_embeds: Tensor,
         suppressed: Sequence[Collection[Neuron]],
         batch_size: int | None = None,
+        timestep: int | None = None,
     ) -> Tensor:
         """Predict the noise of latents, each for a text of its own and with neurons of its own suppressed.
 
@@ -162,6 +166,7 @@ class NoisePredictor:
             prompt_embeds: text embeddings [batch, positions, width].
             suppressed: the neurons to suppress, one collection a sample.
             batch_size: how many at once, where it is not the predictor's own.
+            timestep: of the model's training, where it is not the predictor's own.
 
         Returns:
             Predicted noise [batch, channels, height, width], float32, on the model's device.
@@ -170,13 +175,16 @@ class NoisePredictor:
             ModelError: the device's memory does not take a single sample.
         """
         latents = latents.to(self.pipe.unet.device)
+        timestep = self.timestep if timestep is None else timestep
         predicted: list[Tensor] = []
         done = 0
         while done < len(latents):
             size = min(batch_size or self.batch_size, self.batch_size)
             part = slice(done, done + size)
             try:
-                predicted.append(self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size))
+                predicted.append(
+                    self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size, timestep)
+                )
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise ModelError(
@@ -191,17 +199,22 @@ class NoisePredictor:
         return torch.cat(predicted)
 
     def _predict_batch(
-        self, latents: Tensor, prompt_embeds: Tensor, suppressed: Sequence[Collection[Neuron]], size: int
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        suppressed: Sequence[Collection[Neuron]],
+        size: int,
+        timestep: int,
     ) -> Tensor:
         unet, count = self.pipe.unet, len(latents)
         filled = torch.arange(size).clamp_max(count - 1)
         with suppress(self.layers, self._gates([suppressed[sample] for sample in filled])):
             output = unet(
                 latents[filled].to(self._dtype),
-                self.timestep,
+                timestep,
                 encoder_hidden_states=prompt_embeds[filled].to(self._dtype),
             ).sample
-        return self._to_noise(output[:count].float(), latents)
+        return self._to_noise(output[:count].float(), latents, timestep)
 
     def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
         """Dotted module name -> bool [batch, out_features], for the layers where anything is suppressed."""
@@ -217,9 +230,10 @@ class NoisePredictor:
             gates[layer][samples, indices] = True
         return gates
 
-    def _to_noise(self, output: Tensor, latents: Tensor) -> Tensor:
+    def _to_noise(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
         """What the model predicts, as noise (the identities of arXiv 2202.00512, App. D)."""
-        signal, noise = self._alpha_cumprod**0.5, (1 - self._alpha_cumprod) ** 0.5
+        alpha_cumprod = float(self._alphas_cumprod[timestep])
+        signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
         if self._prediction_type == "v_prediction":
             return signal * output + noise * latents
         if self._prediction_type == "sample":

@@ -72,6 +72,22 @@ def read_corpus(source: str | Path, column: str | None = None, limit: int | None
     Raises:
         PromptError: the source is missing, damaged, has no caption column or holds no prompt.
     """
+    unique: dict[str, Prompt] = {}
+    num_duplicates = 0
+    for prompt in iter_prompts(source, column):
+        if prompt.text in unique:
+            num_duplicates += 1
+        else:
+            if len(unique) == limit:
+                break
+            unique[prompt.text] = prompt
+    if not unique:
+        raise PromptError(f"{source} holds no prompt.")
+    return Corpus(tuple(unique.values()), num_duplicates)
+
+
+def iter_prompts(source: str | Path, column: str | None = None) -> Iterator[Prompt]:
+    """The prompts of a source one by one, duplicates too; see :func:`read_corpus`."""
     files = _files(str(source))
     if files:
         found = (prompt for file in files for prompt in _read_file(file, column))
@@ -82,18 +98,7 @@ def read_corpus(source: str | Path, column: str | None = None, limit: int | None
             f"There is no prompts file at {source}. Give a file ({_FORMATS}), a pattern, or a data set of the Hub "
             "(owner/name, owner/name:split:column)."
         )
-    unique: dict[str, Prompt] = {}
-    num_duplicates = 0
-    for prompt in found:
-        if prompt.text in unique:
-            num_duplicates += 1
-        elif prompt.text:
-            if len(unique) == limit:
-                break
-            unique[prompt.text] = prompt
-    if not unique:
-        raise PromptError(f"{source} holds no prompt.")
-    return Corpus(tuple(unique.values()), num_duplicates)
+    yield from (prompt for prompt in found if prompt.text)
 
 
 def near_duplicates(texts: Sequence[str], overlap: float = NEAR_DUPLICATE_OVERLAP) -> list[list[int]]:

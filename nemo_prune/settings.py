@@ -7,6 +7,8 @@ from nemo_prune.errors import SettingsError
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
+SIEVES = ("norm", "anisotropy")
+SCREENED_SUFFIXES = (".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,56 @@ class RunOptions:
         _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
         contradict = self.merge == "incremental" and self.include_unresolved
         _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
+
+
+@dataclass(frozen=True)
+class SieveSettings:
+    """The values of the sieves; the defaults are those published for SD v1-4.
+
+    Attributes:
+        sieve: ``norm`` (arXiv 2407.21720) or ``anisotropy`` (arXiv 2601.20642), which computes both.
+        num_samples: initial latents that a caption's value is the mean over.
+        norm_step: place in the schedule, 0 being the noisiest, at which the norm is taken.
+        cosine_step: place at which anisotropy's cosine is taken; the authors' third last of 50.
+        cosine_weight: weight of the cosine beside the norm; published are 2 for SD v1-4 and 0.1 for SD 2.
+    """
+
+    sieve: str = "anisotropy"
+    num_samples: int = 1
+    norm_step: int = 0
+    cosine_step: int = 47
+    cosine_weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(self.sieve in SIEVES, "sieve", self.sieve, " or ".join(SIEVES))
+        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        for name in ("norm_step", "cosine_step"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+
+
+@dataclass(frozen=True)
+class ScreenOptions:
+    """What to do in a screening, apart from the numbers of the sieves.
+
+    Attributes:
+        out: the file that is written, .parquet or .jsonl.
+        work: folder of what the screening knows; it is not for publication.
+        model: how the model is computed.
+        fdr: accepted share of false alarms among what passes.
+        confirm: whether images are drawn for what passes.
+        overwrite: whether ``out`` may be replaced and another screening's ``work`` discarded.
+    """
+
+    out: Path
+    work: Path
+    model: ModelOptions = field(default_factory=ModelOptions)
+    fdr: float = 0.1
+    confirm: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.out.suffix in SCREENED_SUFFIXES, "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}")
+        _require(0 < self.fdr < 1, "fdr", self.fdr, "between 0 and 1")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -163,6 +163,12 @@ def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[I
     return torch.minimum(image_similarities(images, training_images), a @ b.T / norms.clamp_min(1e-6))
 
 
+def seed_agreement(images: Sequence[Image.Image]) -> float:
+    """How much one prompt's images of several seeds are copies of each other: the median of all pairs."""
+    rows, columns = torch.triu_indices(len(images), len(images), offset=1)
+    return float(copy_similarities(images, images)[rows, columns].median())
+
+
 @dataclass(frozen=True)
 class ImageEvidence:
     """Images of one prompt before and after pruning.

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from nemo_prune import __version__
 from nemo_prune.errors import NemoPruneError
@@ -15,6 +24,10 @@ from nemo_prune.errors import NemoPruneError
 _STAGE_NAMES = {
     "load": "Load the model",
     "calibrate": "Calibrate",
+    "sieve ordinary": "Sieve ordinary captions",
+    "sieve": "Sieve",
+    "score what passed": "Score what passed",
+    "confirm on images": "Confirm on images",
     "weigh neurons": "Weigh the neurons",
     "localize": "Localize",
     "merge": "Merge",
@@ -63,11 +76,24 @@ def errors_reported() -> Iterator[None]:
         raise typer.Exit(130) from interrupt
 
 
+class _Speed(ProgressColumn):
+    """Prompts a second, once it is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} prompts/s" if task.speed else "")
+
+
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar on stderr: stage, i of N, time left; off where stderr is no terminal."""
+def progress_bar(quiet: bool, show_speed: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar on stderr: stage, i of N, time left; off where stderr is no terminal.
+
+    Args:
+        quiet: show nothing.
+        show_speed: also show prompts a second.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               *([_Speed()] if show_speed else []))  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("Load the model", total=None)
         stage_shown = ""
@@ -76,7 +102,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             nonlocal stage_shown
             if stage != stage_shown:
                 stage_shown = stage
-                bar.reset(task, description=_STAGE_NAMES[stage], total=total)
+                # What an earlier run did must not count as speed.
+                bar.reset(task, description=_STAGE_NAMES[stage], total=total, completed=done)
             bar.update(task, completed=done)
 
         yield update

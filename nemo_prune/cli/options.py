@@ -63,21 +63,29 @@ RayWorkersOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
 
 
-def examined_corpus(model: str, prompts: str | None, column: str | None, limit: int | None) -> Any:
-    """The captions to examine; the demo and the models that are known have their own."""
+def examined_corpus(
+    model: str, prompts: str | None, column: str | None, limit: int | None, from_screen: Path | None = None
+) -> Any:
+    """The captions to examine, or those that passed a screening; the demo and the known models have their own."""
     from nemo_prune.prompts import read_corpus
 
-    return read_corpus(prompts or _own_prompts(model, "memorized"), column, limit)
+    if from_screen is not None:
+        from nemo_prune.screened import read_passed
+
+        if prompts is not None or column is not None:
+            raise PromptError("--from-screen names the captions already. Leave out --prompts and --prompt-column.")
+        return read_passed(from_screen, limit)
+    return read_corpus(prompts or own_prompts(model, "memorized"), column, limit)
 
 
 def ordinary_texts(model: str, prompts: str | None) -> list[str]:
     """Ordinary captions; the demo and the models that are known have their own."""
     from nemo_prune.prompts import read_prompts
 
-    return [prompt.text for prompt in read_prompts(prompts or _own_prompts(model, "ordinary"))]
+    return [prompt.text for prompt in read_prompts(prompts or own_prompts(model, "ordinary"))]
 
 
-def _own_prompts(model: str, kind: str) -> Path:
+def own_prompts(model: str, kind: str) -> Path:
     """A file of captions that a model ``memorized``, or of ``ordinary`` ones, where it is known to have them."""
     from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, demo_folder
 

@@ -42,6 +42,10 @@ def run(
         Path | None, typer.Option(help="Folder of what the run knows; not for publication. (default: OUT.work)")
     ] = None,
     prompts: PromptsOption = None,
+    from_screen: Annotated[
+        Path | None,
+        typer.Option("--from-screen", help="A file of `nemo-prune screen`: localize what passed, not --prompts."),
+    ] = None,
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
@@ -105,7 +109,7 @@ def run(
         from nemo_prune.run import prune_model
         from nemo_prune.source import resolve_model
 
-        examined = examined_corpus(model, prompts, prompt_column, limit)
+        examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
         ordinary = ordinary_texts(model, calibration_prompts)
         if guidance_scale is None and model == DEMO_MODEL:
             guidance_scale = DEMO_GUIDANCE_SCALE
