@@ -13,6 +13,10 @@ the zeroed rows also show where to look.
 - Prompts that were not examined, and images that other prompts give back, are not covered.
 - The files are not smaller: zeroed rows take the same space."""
 
+_NOT_MEASURED = """\
+Not measured for this folder: it was made from a base and a finished mask (`nemo-prune export`). What was measured \
+when the mask was found stands in the card that the mask was published with."""
+
 _USE = """\
 ```python
 from diffusers import DiffusionPipeline
@@ -66,17 +70,18 @@ def model_card(facts: Mapping, licence: Mapping[str, str], examples: Sequence[st
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# Pruned against memorization",
-        f"The weights of {_base(facts)} with **{facts['mask']['num_neurons']} memorization neurons zeroed** by "
+        f"The weights of {_base(facts)} with **{facts['mask']['num_neurons']} memorization neurons "
+        f"{_what_was_done(facts)}** by "
         f"[nemo-prune](https://arxiv.org/abs/2406.02366) {facts['versions']['nemo-prune']}. "
         "It loads with stock diffusers.",
         f"> **Notice: files were changed.** {_changed_files(facts)} No other weight differs from the base.",
         "## What is not claimed",
         _NOT_CLAIMED,
         "## What was found",
-        _table(("prompts", "number"), _prompt_rows(facts)),
-        _table(("layer", "zeroed", "of"), _layer_rows(facts)),
+        *([_table(("prompts", "number"), _prompt_rows(facts))] if facts.get("prompts") else []),
+        _table(("layer", "pruned", "of"), _layer_rows(facts)),
         "## Before and after",
-        before_after_table(facts),
+        before_after_table(facts) if "scores" in facts else _NOT_MEASURED,
     ]
     if examples:
         captions = "\n".join(f"- {_as_text(text)}" for text in examples)
@@ -188,8 +193,20 @@ def _base(facts: Mapping) -> str:
 
 
 def _changed_files(facts: Mapping) -> str:
-    changed = facts["files"]["rows_zeroed"]
-    return " ".join(f"`{path}`: {rows} rows set to zero." for path, rows in changed.items())
+    changed = facts["files"]["rows_changed"]
+    done = "set to zero" if not facts["mask"]["scale"] else f"multiplied by {facts['mask']['scale']:g}"
+    return " ".join(f"`{path}`: {rows} rows {done}." for path, rows in changed.items()) + _forced(facts)
+
+
+def _what_was_done(facts: Mapping) -> str:
+    return "zeroed" if not facts["mask"]["scale"] else f"scaled by {facts['mask']['scale']:g}"
+
+
+def _forced(facts: Mapping) -> str:
+    if not facts["mask"].get("forced_on_another_base"):
+        return ""
+    made_for = (facts["mask"]["made_for"] or {}).get("name", "an unknown base")
+    return f" **The mask was made for another base ({made_for}) and was forced on this one.**"
 
 
 def _licence_text(licence: Mapping[str, str]) -> str:

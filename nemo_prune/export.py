@@ -1,19 +1,21 @@
-"""Copy a checkpoint and zero rows in the copy, byte for byte; nothing else changes."""
+"""Copy a checkpoint and zero or scale rows in the copy, byte for byte; nothing else changes."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from math import prod
 from pathlib import Path
+
+import torch
 
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.mask import NeuronMask
-from nemo_prune.stored import StoredTensor, file_hash, read_header
+from nemo_prune.stored import FLOAT_DTYPES, StoredTensor, file_hash, read_header
 
 # Weights in formats that can't be patched by offset, or that repeat what safetensors hold.
 _LEFT_OUT_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,23 @@ class ExportReport:
     Attributes:
         hashes: file relative to the folder -> sha256 of its content, for every file copied.
         base_hashes: the same of the base, for the files that were changed.
-        rows_zeroed: changed file -> number of rows that were set to zero in it.
+        rows_changed: changed file -> number of rows that were set to zero or scaled in it.
         left_out: weights of the base that were not copied.
     """
 
     hashes: dict[str, str] = field(default_factory=dict)
     base_hashes: dict[str, str] = field(default_factory=dict)
-    rows_zeroed: dict[str, int] = field(default_factory=dict)
+    rows_changed: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+
+    def described(self) -> dict:
+        """For the record, as JSON values."""
+        return {
+            "sha256": self.hashes,
+            "base_sha256": self.base_hashes,
+            "rows_changed": self.rows_changed,
+            "left_out": self.left_out,
+        }
 
 
 def files_to_export(base: Path) -> tuple[list[Path], list[Path]]:
@@ -68,7 +79,23 @@ def export_size(base: Path) -> int:
     return sum((base / path).stat().st_size for path in files_to_export(base)[0])
 
 
-def export_checkpoint(base: Path, mask: NeuronMask, out: Path) -> ExportReport:
+def unet_weights(base: Path) -> list[Path]:
+    """The U-Net's safetensors files that an export copies, relative to the folder: shards and variants.
+
+    Raises:
+        ModelError: there is none.
+    """
+    copied = files_to_export(base)[0]
+    weights = [path for path in copied if path.parts[0] == "unet" and path.suffix == ".safetensors"]
+    if not weights:
+        raise ModelError(
+            "The model's U-Net has no safetensors weights. Save it as safetensors first: "
+            "`DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)`, then prune FOLDER."
+        )
+    return weights
+
+
+def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0) -> ExportReport:
     """Copy a diffusers folder file by file and zero the masked rows of the U-Net in the copy.
 
     Every safetensors file of the U-Net that holds a masked layer is patched: shards, and variants
@@ -78,6 +105,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path) -> ExportReport:
         base: the folder of the unpruned model; it is only read.
         mask: what to prune.
         out: an existing, empty folder.
+        scale: what the masked rows are multiplied by; the paper tries -1 to 0.75.
 
     Raises:
         ModelError: the U-Net has no safetensors weights, or a file is damaged.
@@ -85,19 +113,13 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path) -> ExportReport:
         OutputError: the copy can't be written.
     """
     copied, left_out = files_to_export(base)
-    weights = [path for path in copied if path.parts[0] == "unet" and path.suffix == ".safetensors"]
-    if not weights:
-        raise ModelError(
-            "The model's U-Net has no safetensors weights. Save it as safetensors first: "
-            "`DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)`, then prune FOLDER."
-        )
     rows = {
         f"{name}.{part}": pruned.nonzero().flatten().tolist()
         for name, pruned in mask.layers.items()
         for part in ("weight", "bias")
         if pruned.any()
     }
-    headers = {path: read_header(base / path) for path in weights}
+    headers = {path: read_header(base / path) for path in unet_weights(base)}
     _check_rows(mask, headers)
     report = ExportReport(left_out=[path.as_posix() for path in left_out])
     try:
@@ -108,7 +130,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path) -> ExportReport:
             here = {name: rows[name] for name in headers.get(path, {}) if name in rows}
             if here:
                 report.base_hashes[path.as_posix()] = digest
-                report.rows_zeroed[path.as_posix()] = _zero_rows(target, headers[path], here)
+                report.rows_changed[path.as_posix()] = _scale_rows(target, headers[path], here, scale)
                 digest = file_hash(target)
             report.hashes[path.as_posix()] = digest
     except OSError as error:
@@ -140,28 +162,30 @@ def _check_rows(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTens
                     f"Mask layer `{layer}` has {len(pruned)} neurons, {path.as_posix()} has "
                     f"{tensor.shape[0]} rows there. Was the mask made for another model?"
                 )
-            if tensor.dtype not in _FLOAT_BYTES:
+            if tensor.dtype not in FLOAT_DTYPES:
                 raise ModelError(
                     f"`{layer}` is stored as {tensor.dtype} in {path.as_posix()}; rows of quantised weights "
                     "can't be zeroed exactly. Use the float32, float16 or bfloat16 weights."
                 )
-            if tensor.length != _FLOAT_BYTES[tensor.dtype] * _numel(tensor.shape):
+            if tensor.length != FLOAT_DTYPES[tensor.dtype].itemsize * prod(tensor.shape):
                 raise ModelError(f"`{layer}` has the wrong length in {path.as_posix()}. Fetch the file anew.")
 
 
-def _zero_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]]) -> int:
-    """Zero rows in place and return their number; zero is all zero bits in every float format."""
+def _scale_rows(
+    path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]], scale: float
+) -> int:
+    """Multiply rows in place and return their number; zero is all zero bits in every float format."""
     with path.open("r+b") as file:
         for name, indices in rows.items():
             row_bytes = tensors[name].length // tensors[name].shape[0]
+            dtype = FLOAT_DTYPES[tensors[name].dtype]
             for index in indices:
-                file.seek(tensors[name].start + index * row_bytes)
-                file.write(bytes(row_bytes))
+                place = tensors[name].start + index * row_bytes
+                scaled = bytes(row_bytes)
+                if scale:
+                    file.seek(place)
+                    row = torch.frombuffer(bytearray(file.read(row_bytes)), dtype=dtype)
+                    scaled = (row.double() * scale).to(dtype).view(torch.uint8).numpy().tobytes()
+                file.seek(place)
+                file.write(scaled)
     return sum(len(indices) for indices in rows.values())
-
-
-def _numel(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

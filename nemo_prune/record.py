@@ -61,16 +61,10 @@ class Findings:
         Args:
             seconds: wall time per stage.
         """
-        source = self.source
         memorized = set(self.memorized)
         return {
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-            "base": {
-                "name": source.public_name,
-                "repo_id": source.repo_id,
-                "commit": source.commit,
-                "variant": source.variant,
-            },
+            "base": self.source.described(),
             "settings": dataclasses.asdict(self.settings),
             "verification_settings": dataclasses.asdict(self.verification),
             "dtype": self.options.model.dtype,
@@ -100,6 +94,7 @@ class Findings:
                 "num_neurons": self.mask.num_neurons,
                 "counts": self.mask.counts,
                 "sizes": self.mask.sizes,
+                "scale": 0.0,
             },
             "scores": self._scores([each for each in self.verified if each.prompt in memorized]),
             "images": {
@@ -109,12 +104,7 @@ class Findings:
                 "ordinary": _averages([each for each in self.evidence if each.prompt not in memorized]),
             },
             "cost": self.cost,
-            "files": {
-                "sha256": self.exported.hashes,
-                "base_sha256": self.exported.base_hashes,
-                "rows_zeroed": self.exported.rows_zeroed,
-                "left_out": self.exported.left_out,
-            },
+            "files": self.exported.described(),
             "seconds": seconds,
         }
 

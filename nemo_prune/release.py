@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from nemo_prune.card import licence_fields, model_card, run_report
+from nemo_prune.fingerprint import tensor_digests
 from nemo_prune.prompts import Prompt
 from nemo_prune.record import Findings
 from nemo_prune.verify import save_grid
@@ -32,6 +33,7 @@ def write_release(folder: Path, findings: Findings, facts: Mapping, grid: Path) 
     """
     (folder / MASK_FILE).parent.mkdir()
     described = {key: facts[key] for key in ("base", "settings", "prompts", "files", "versions")}
+    described["base_tensors"] = tensor_digests(findings.source.folder, findings.mask)
     findings.mask.save(folder / MASK_FILE, described)
     (folder / RECORD_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
     examples: list[str] = []

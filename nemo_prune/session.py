@@ -155,7 +155,7 @@ class Session(BaseSession):
         self.pipe = load_pipeline(source, self.device, choose_dtype(options.dtype))
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
         self.scorer = Scorer(self.predictor, self._reference(), options.margin)
-        self.model_digest = _digest_of_files(source)
+        self.model_digest = model_digest(source)
         self.sizes = self.predictor.sizes
 
     def _reference(self) -> NoisePredictor | None:
@@ -248,6 +248,7 @@ def digest(texts: Sequence[str]) -> str:
     return sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _digest_of_files(source: ModelSource) -> str:
+def model_digest(source: ModelSource) -> str:
+    """sha256 over the names and contents of the files that results depend on."""
     files = [path for path in files_to_export(source.folder)[0] if path.parts[0] in _RELEVANT_COMPONENTS]
     return digest([source.variant or "", *(path.as_posix() + file_hash(source.folder / path) for path in files)])

@@ -55,6 +55,10 @@ class ModelSource:
             return "the nemo-prune demo model"
         return self.repo_id or "a local checkpoint"
 
+    def described(self) -> dict:
+        """For the record, as JSON values: never a path of the machine."""
+        return {"name": self.public_name, "repo_id": self.repo_id, "commit": self.commit, "variant": self.variant}
+
 
 def resolve_model(model: str, revision: str | None = None, variant: str | None = None) -> ModelSource:
     """Bring a model's files to this machine, or find them there.

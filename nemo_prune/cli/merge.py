@@ -37,7 +37,12 @@ def merge(
         check_new_file(out, overwrite)
         found = merge_results(results)
         mask = union_mask(found.localizations, found.header.layers, include_unresolved)
-        mask.save(out, {"settings": found.header.settings, "threshold": found.header.threshold})
+        described = {
+            "settings": found.header.settings,
+            "threshold": found.header.threshold,
+            "model": found.header.model,
+        }
+        mask.save(out, described)
     facts = {
         "prompts": len(found.localizations),
         **count_statuses(found.localizations),

@@ -1,0 +1,42 @@
+"""A base and a mask into a release: `nemo-prune export`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_prune.cli.console import app, errors_reported, quieten_libraries
+from nemo_prune.cli.options import JsonOption, ModelOption, RevisionOption, VariantOption
+
+
+@app.command()
+def export(
+    model: ModelOption,
+    mask: Annotated[Path, typer.Option(help="A mask file, or a folder that `run` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
+    scale: Annotated[float, typer.Option(help="What the masked rows are multiplied by.")] = 0.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Prune another base than the mask was made for; the card says so.")
+    ] = False,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune a model by a finished mask: whoever has base and mask gets the same weights.
+
+    Example: [bold]nemo-prune export --model demo --mask mask.safetensors --out pruned/[/]
+    """
+    with errors_reported():
+        quieten_libraries()
+        from nemo_prune.rebuild import export_model
+        from nemo_prune.release import MASK_FILE
+        from nemo_prune.source import resolve_model
+
+        file = mask / MASK_FILE if mask.is_dir() else mask
+        facts = export_model(resolve_model(model, revision, variant), file, out, scale, force, overwrite)
+    if as_json:
+        typer.echo(json.dumps({**facts, "out": str(out)}, indent=2))
+    else:
+        typer.echo(f"{facts['mask']['num_neurons']} neurons pruned. Pruned model: {out}")

@@ -1,0 +1,93 @@
+"""What a release changed: every row that a mask accounts for, and everything that it does not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from nemo_prune.cli import app
+from nemo_prune.diff import diff_folders
+from nemo_prune.export import export_checkpoint
+from nemo_prune.mask import Neuron, NeuronMask
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+@pytest.fixture
+def mask():
+    return NeuronMask.from_neurons([Neuron(MID, 1), Neuron(MID, 6)], {MID: 8})
+
+
+@pytest.fixture
+def out(model_folder, mask, tmp_path):
+    """An export with its mask."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    export_checkpoint(model_folder, mask, folder)
+    (folder / "nemo_prune").mkdir()
+    mask.save(folder / "nemo_prune" / "mask.safetensors")
+    return folder
+
+
+def diff(base, out, *options):
+    return CliRunner().invoke(app, ["diff", str(base), str(out), *map(str, options)])
+
+
+def test_a_release_differs_in_the_masked_rows_alone(model_folder, out):
+    result = diff(model_folder, out)
+    assert result.exit_code == 0, result.output
+    assert f"{WEIGHTS}: {MID}.weight rows 1, 6\n" in result.stdout and "Nothing but masked rows" in result.stdout
+    shown = json.loads(diff(model_folder, out, "--json").stdout)
+    assert shown["unexpected"] == 0 and [each["file"] for each in shown["differences"]] == [
+        "nemo_prune/mask.safetensors", WEIGHTS,
+    ]  # fmt: skip
+
+
+def test_a_model_does_not_differ_from_itself(model_folder):
+    assert list(diff_folders(model_folder, model_folder)) == []
+
+
+def test_a_smaller_mask_does_not_account_for_the_rest(model_folder, out, tmp_path):
+    NeuronMask.from_neurons([Neuron(MID, 1)], {MID: 8}).save(tmp_path / "smaller.safetensors")
+    result = diff(model_folder, out, "--mask", tmp_path / "smaller.safetensors")
+    assert result.exit_code == 1 and "not accounted for" in result.stdout
+
+
+@pytest.mark.parametrize("part", ["one bit", "a vector", "another file", "a new file", "a lost file", "the header"])
+def test_anything_else_is_found(model_folder, out, part):
+    path = out / WEIGHTS
+    if part in ("one bit", "a vector"):
+        tensors = load_file(path)
+        name = f"{MID}.weight" if part == "one bit" else "conv_in.bias"
+        before = tensors[name].flatten()
+        # The last bit of the last row, which is not masked.
+        before.view(torch.int32)[-1] ^= 1
+        save_file(tensors, path, metadata={"format": "pt"})
+        expected = {(WEIGHTS, name)}
+    elif part == "another file":
+        (out / "scheduler" / "scheduler_config.json").write_text("{}")
+        expected = {("scheduler/scheduler_config.json", None)}
+    elif part == "a new file":
+        (out / "unet" / "malware.py").touch()
+        expected = {("unet/malware.py", None)}
+    elif part == "a lost file":
+        (out / "model_index.json").rename(out / "unet" / "config.json")
+        expected = {("model_index.json", None), ("unet/config.json", None)}
+    else:
+        save_file(load_file(path), path, metadata={"format": "pt", "note": "x"})
+        expected = {(WEIGHTS, None)}
+    mask = NeuronMask.load(out / "nemo_prune" / "mask.safetensors")
+    found = {(each.file, each.tensor) for each in diff_folders(model_folder, out, mask) if not each.expected}
+    assert found == expected
+
+
+def test_what_an_export_leaves_out_is_accounted_for(model_folder, out, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    (base / "unet" / "model.bin").touch()
+    found = {each.file: each for each in diff_folders(base, out, NeuronMask.load(out / "nemo_prune/mask.safetensors"))}
+    assert found["unet/model.bin"].what == "left out" and found["unet/model.bin"].expected
