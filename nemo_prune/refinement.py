@@ -58,20 +58,16 @@ class Sweep:
         return min(len(self.pending), max(1, round(log(2) / share_needed)))
 
 
-def first_sweep(
-    selection: Selection,
-    schedule: Sequence[Candidates],
-    layer_order: Sequence[str],
-    costs: Mapping[Neuron, float] | None,
-    widening: float,
-) -> Sweep:
-    if costs is not None:
-        first = schedule.index(selection.step)
-        pool = schedule[first + round(widening * (len(schedule) - 1 - first))].neurons
-        return Sweep(tuple(sorted(pool, key=lambda neuron: -costs[neuron])), (), of_layers=True)
-    ordered = sorted(selection.step.neurons, key=lambda neuron: layer_order.index(neuron.layer))
+def sweep_by_layers(candidates: Candidates, layer_order: Sequence[str]) -> Sweep:
+    """The start of the paper's sweep: layers first, in their order, then single neurons."""
+    ordered = sorted(candidates.neurons, key=lambda neuron: layer_order.index(neuron.layer))
     layers = [tuple(neuron for neuron in ordered if neuron.layer == layer) for layer in layer_order]
     return Sweep(tuple(ordered), tuple(layer for layer in layers if layer), of_layers=True)
+
+
+def sweep_by_cost(neurons: Sequence[Neuron], costs: Mapping[Neuron, float]) -> Sweep:
+    """The start of a sweep over single neurons, the most costly first."""
+    return Sweep(tuple(sorted(neurons, key=lambda neuron: -costs[neuron])), (), of_layers=True)
 
 
 def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[Neuron, ...] | None]:

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_prune.mask import Neuron
-from nemo_prune.refinement import first_sweep, refine, refine_in_turn
-from nemo_prune.selection import Candidates, select, select_in_turn
+from nemo_prune.refinement import refine, refine_in_turn, sweep_by_cost, sweep_by_layers
+from nemo_prune.selection import Candidates, Selection, select, select_in_turn
 from nemo_prune.trials import Record, Search
 
 
@@ -67,33 +67,54 @@ def search_neurons(
         seeds: positions of the kept seeds.
         threshold: tau.
         layer_order: dotted module names in the order in which the refinement tests the layers.
-        costs: what suppressing each neuron costs; with them the refinement departs from the paper: it
-            tests single neurons alone, the most costly first, so that what remains is cheap.
+        costs: what suppressing each neuron costs; with them a cheaper set is searched as well, which is
+            not in the paper: single neurons alone are tested, the most costly first, so that what remains
+            is cheap. The cheaper one of both counts.
         widening: with costs, how much of the schedule behind the first set that is enough is added to
             it, 0 to 1: the more candidates there are, the more of the costly ones can be spared.
     """
     record = Record(seeds)
-    neurons, monotone, rounds = None, True, 0
-    # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
-    while neurons is None and monotone and rounds < len(schedule):
-        selection = yield from select(schedule, record, threshold)
-        start = first_sweep(selection, schedule, layer_order, costs, widening)
-        neurons = yield from refine(start, selection, record)
-        monotone = not record.contradicts_monotonicity()
-        rounds += 1
-    fell_back = neurons is None or not monotone
-    if fell_back:
-        selection = yield from select_in_turn(schedule, record, threshold)
-        start = first_sweep(selection, schedule, layer_order, costs, widening)
-        neurons = yield from refine_in_turn(start, selection.limit, record)
+    selection, neurons, fell_back = yield from _search_as_the_paper(schedule, record, threshold, layer_order)
+    if costs is not None:
+        pool = schedule[_widened(schedule.index(selection.step), len(schedule), widening)].neurons
+        cheap = yield from refine(sweep_by_cost(pool, costs), selection, record)
+        # What can't be proven is not needed: the paper's set stands.
+        if cheap is not None and _total(costs, cheap) < _total(costs, neurons):
+            neurons = cheap
     score = yield from record.score(frozenset(neurons), selection.limit)
     return SearchResult(
         selected=selection.step,
-        # Candidates that were widened were never tried as a whole.
-        resolved=selection.resolved and score <= threshold,
+        resolved=selection.resolved,
         selected_score=record.highest_known(frozenset(selection.step.neurons)),
         neurons=neurons,
         neurons_score=score,
         fell_back=fell_back,
         margin=record.margin,
     )
+
+
+def _search_as_the_paper(
+    schedule: Sequence[Candidates], record: Record, threshold: float, layer_order: Sequence[str]
+) -> Search[tuple[Selection, tuple[Neuron, ...], bool]]:
+    """Where the selection ended, the refined set, and whether every set had to be tried in turn."""
+    neurons, monotone, rounds = None, True, 0
+    # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
+    while neurons is None and monotone and rounds < len(schedule):
+        selection = yield from select(schedule, record, threshold)
+        neurons = yield from refine(sweep_by_layers(selection.step, layer_order), selection, record)
+        monotone = not record.contradicts_monotonicity()
+        rounds += 1
+    fell_back = neurons is None or not monotone
+    if fell_back:
+        selection = yield from select_in_turn(schedule, record, threshold)
+        neurons = yield from refine_in_turn(sweep_by_layers(selection.step, layer_order), selection.limit, record)
+    return selection, neurons, fell_back
+
+
+def _widened(first: int, steps: int, widening: float) -> int:
+    """The step of the schedule that lies a share of the way from one to the last."""
+    return first + round(widening * (steps - 1 - first))
+
+
+def _total(costs: Mapping[Neuron, float], neurons: Sequence[Neuron]) -> float:
+    return sum(costs[neuron] for neuron in neurons)

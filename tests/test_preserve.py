@@ -35,3 +35,18 @@ def test_of_neurons_that_do_the_same_the_cheap_ones_stay(widening, expected):
     answer = silenced_by_any_two_of({NEURONS[1], NEURONS[3], NEURONS[6]})
     search = search_neurons(schedule, [0, 1], 0.4, ["down"], costs, widening)
     assert set(drive(search, answer).neurons) == {NEURONS[index] for index in expected}
+
+
+def test_many_cheap_neurons_that_cost_more_than_one_dear_do_not_take_its_place():
+    """Neuron 1 alone silences the caption, or all others together."""
+    costs = dict.fromkeys(NEURONS, 1.0) | {NEURONS[1]: 2.0}
+    others = frozenset(NEURONS) - {NEURONS[1]}
+
+    def answer(trials):
+        return [0.1 if NEURONS[1] in trial.neurons or others <= trial.neurons else 0.9 for trial in trials]
+
+    search = search_neurons([Candidates(5.0, 0, tuple(NEURONS))], [0, 1], 0.4, ["down"], costs, 1.0)
+    assert drive(search, answer).neurons == (NEURONS[1],)
+    costs[NEURONS[1]] = 8.0
+    search = search_neurons([Candidates(5.0, 0, tuple(NEURONS))], [0, 1], 0.4, ["down"], costs, 1.0)
+    assert set(drive(search, answer).neurons) == others
