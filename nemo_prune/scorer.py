@@ -95,14 +95,17 @@ class Scorer:
         prompts = list(prompts)
         latents = self.predictor.initial_latents() if latents is None else latents
         latents = latents.to(self.predictor.pipe.unet.device)
-        prompt_embeds = self.predictor.encode(prompts)
+        # The last digits depend on how much is computed together, so that it is always as much: a prompt's result
+        # must not depend on the prompts beside it. Scores are taken prompt by prompt for the same reason.
+        filled = prompts + prompts[-1:] * (self.prompts_at_once - len(prompts))
+        prompt_embeds = self.predictor.encode(filled)[: len(prompts)]
         noise_pred = self.predictor.predict_each(
             latents.repeat(len(prompts), 1, 1, 1),
             prompt_embeds.repeat_interleave(len(latents), dim=0),
             [neurons] * (len(prompts) * len(latents)),
         ).unflatten(0, (len(prompts), len(latents)))
         differences = noise_difference(noise_pred, latents)
-        scores = memorization_scores(differences, self._betas)
+        scores = [memorization_scores(difference[None], self._betas)[0] for difference in differences]
         return [
             ScoredPrompt(prompt, embeds, latents, difference, score)
             for prompt, embeds, difference, score in zip(prompts, prompt_embeds, differences, scores, strict=True)
@@ -157,7 +160,13 @@ class Scorer:
             batch_size,
         )
         unsuppressed = torch.stack([scored.noise_differences[trial.seed] for scored, trial in asked])
-        return similarity(noise_difference(noise_pred, latents), unsuppressed, self._betas).tolist()
+        differences = noise_difference(noise_pred, latents)
+        size, similarities = batch_size or self.predictor.batch_size, []
+        for start in range(0, len(asked), size):
+            # Filled up, as the batches of the predictions are.
+            filled = torch.arange(start, start + size).clamp_max(len(asked) - 1)
+            similarities += similarity(differences[filled], unsuppressed[filled], self._betas).tolist()
+        return similarities[: len(asked)]
 
     def _exact_similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]]) -> list[float]:
         """The same by the float32 weights; the unsuppressed seeds are predicted along."""
