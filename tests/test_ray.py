@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -16,8 +17,9 @@ from nemo_prune.prompts import Corpus, Prompt
 from nemo_prune.ray_cluster import connect, import_ray, resource_for
 from nemo_prune.results import read_results
 from nemo_prune.run import localize_model
+from nemo_prune.screen import sieve_chunk
 from nemo_prune.session import Session, open_session
-from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions
+from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, SieveSettings
 from nemo_prune.source import ModelSource, find_again
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
@@ -38,6 +40,13 @@ def found_in(localizations):
     return [dataclasses.replace(each, seconds=0.0) for each in localizations]
 
 
+def sieved_by(session):
+    """The sieves' values; not their passes, for every worker predicts the unconditional half once."""
+    chunks = ([(number, f"picture {number}")] for number in range(5))
+    records = session.map(partial(sieve_chunk, settings=SieveSettings()), chunks)
+    return sorted((record["first"], record["norm"], record["anisotropy"]) for record in records)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Ray on this machine with two CPUs, for all tests of this file that need one."""
@@ -49,9 +58,10 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def alone(model_folder, tmp_path_factory):
-    """What a single process finds, and its work folder."""
+    """What a single process localizes, its work folder, and what it sieves."""
     work = tmp_path_factory.mktemp("alone") / "work"
-    return localize(Session(ModelSource(model_folder), ON_CPU, SETTINGS), work)[1], work
+    session = Session(ModelSource(model_folder), ON_CPU, SETTINGS)
+    return localize(session, work)[1], work, sieved_by(session)
 
 
 @needs_ray
@@ -66,9 +76,11 @@ def test_two_workers_of_which_one_is_killed_find_what_a_single_process_finds(clu
 
     with open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto", 2) as session:
         file, localizations = localize(session, tmp_path, kill_one)
+        sieved = sieved_by(session)
         assert killed and session.workers_lost == 1
         assert killed[0] not in [place.pid for place in session.places]
-    expected, work = alone
+    expected, work, expected_sieved = alone
+    assert sieved == expected_sieved
     assert {each.status for each in expected} == {"not_memorized", "unresolved"} and any(e.neurons for e in expected)
     assert found_in(localizations) == found_in(expected)
     assert [each.prompt for each in localizations] == [prompt.text for prompt in CORPUS.prompts]
@@ -118,7 +130,7 @@ def test_what_the_cluster_has_not_is_an_error_and_not_a_wait(cluster, model_fold
 @needs_ray
 @pytest.mark.slow
 def test_the_typed_command_is_quiet_and_finds_the_same(alone, model_folder, tmp_path):
-    expected, work = alone
+    expected, work, _ = alone
     (tmp_path / "prompts.txt").write_text("".join(f"{each.prompt}\n" for each in expected[:3]))
     command = [sys.executable, "-m", "nemo_prune.cli", "localize", "--model", str(model_folder), "--num-samples", "2"]
     command += ["--threshold", "0.9", "--prompts", str(tmp_path / "prompts.txt"), "--work", str(tmp_path / "work")]
