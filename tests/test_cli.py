@@ -37,19 +37,6 @@ def prompt_files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def arguments(model_folder, prompt_files, tmp_path):
-    """A complete command; a test changes what it is about. The tiny model is random: all are unresolved."""
-    return {
-        "--model": model_folder,
-        "--out": tmp_path / "out",
-        "--prompts": prompt_files / "prompts.csv",
-        "--calibration-prompts": prompt_files / "ordinary.txt",
-        "--num-samples": 2,
-        "--threshold": 0.05,
-    }
-
-
 def run(arguments, *flags, **changes):
     merged = {**arguments, **{f"--{name.replace('_', '-')}": value for name, value in changes.items()}}
     return nemo_prune_command("run", *[part for item in merged.items() for part in item], *flags)
@@ -77,6 +64,17 @@ def finished(few_images, model_folder, prompt_files, tmp_path_factory):
     result = run(command, "--include-unresolved", "--json")
     assert result.exit_code == 0, result.output
     return out, result, command
+
+
+@pytest.fixture
+def arguments(finished, tmp_path):
+    """A complete command, with a finished calibration; a test changes what it is about.
+
+    The tiny model is random: all prompts are unresolved.
+    """
+    out, _, command = finished
+    calibration = out.with_name("out.work") / "calibration.safetensors"
+    return {**command, "--out": tmp_path / "out", "--calibration": calibration}
 
 
 def test_json_is_one_object_on_stdout_with_what_was_found(finished):
@@ -262,6 +260,7 @@ def test_a_model_without_prompts_of_its_own_says_which_options_to_give(model_fol
 
 
 def test_too_few_calibration_prompts_are_refused(arguments, tmp_path):
+    del arguments["--calibration"]
     (tmp_path / "few.txt").write_text("\n".join(f"caption {i}" for i in range(49)))
     assert_named_error(run(arguments, calibration_prompts=tmp_path / "few.txt"), "at least 50", "got 49")
 

@@ -25,7 +25,7 @@ from nemo_prune.source import load_pipeline, resolve_model
 from nemo_prune.verify import copy_similarities, draw_images, matched_random_mask
 from oracle import Oracle, agrees
 
-VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE)
+VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE, images_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def scorer(predictor):
 @pytest.fixture(scope="module")
 def calibration(scorer):
     texts = [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)]
-    return calibrate(scorer, texts[:60])
+    return calibrate(scorer, texts[:50])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def mask(predictor, localization):
 
 
 def copies(pipe, prompt):
-    """How many of four images are copies of the prompt's training image."""
+    """How many of two images are copies of the prompt's training image."""
     images = draw_images(pipe, prompt.text, VERIFICATION)
     similarities = copy_similarities(images, [Image.open(prompt.image)])
     return int((similarities >= VERIFICATION.replication_cut).sum())
@@ -101,11 +101,11 @@ def test_no_single_neuron_can_be_spared(scorer, calibration, memorized, localiza
 
 
 def test_pruning_stops_the_copies_and_random_neurons_do_not(demo_pipe, calibration, memorized, mask):
-    assert copies(demo_pipe, memorized) == 4
+    assert copies(demo_pipe, memorized) == 2
     with apply_mask(demo_pipe, mask):
         assert copies(demo_pipe, memorized) == 0
     with apply_mask(demo_pipe, matched_random_mask(mask, calibration.statistics.mean, seed=0)):
-        assert copies(demo_pipe, memorized) >= 3
+        assert copies(demo_pipe, memorized) == 2
 
 
 def test_ordinary_captions_score_lower(scorer, localization):
@@ -181,8 +181,8 @@ def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(scorer, calibra
 
 @pytest.mark.slow
 def test_the_whole_way_on_the_demo_model(tmp_path):
-    """The README's command: what it finds, what it removes, and what lies in the folder."""
-    command = [sys.executable, "-m", "nemo_prune.cli", "run", "--model", "demo", "--out", "pruned", "--json"]
+    """The README's command on its first prompts: what it finds, what it removes, and what lies in the folder."""
+    command = [sys.executable, "-m", "nemo_prune.cli", "run", "--model", "demo", "--out", "pruned", "--limit", "8", "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

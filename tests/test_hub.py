@@ -55,26 +55,26 @@ def resolve(home, *models, endpoint="http://127.0.0.1:9", **environment):
     )
 
 
-def test_a_repo_is_fetched_with_its_licence_and_used_offline_afterwards(hub, tmp_path):
-    online = resolve(tmp_path, "owner/tiny", endpoint=hub)
-    assert online.stdout.split() == ["owner/tiny", "c0ffee" + "0" * 34, "True"], online.stderr
+# What can't be had, and a word of the error that says so.
+REFUSED = {
+    "owner/nowhere": "neither a local folder nor a repo",
+    "owner/gated": "gated",
+    "owner/tiny@no-such-branch": "--revision",
+}
+
+
+def test_a_repo_is_fetched_with_its_licence_and_used_offline_afterwards_and_others_are_named_errors(hub, tmp_path):
+    online = resolve(tmp_path, "owner/tiny", *REFUSED, endpoint=hub)
+    first, *refused = online.stdout.splitlines(keepends=True)
+    assert first.split() == ["owner/tiny", "c0ffee" + "0" * 34, "True"], online.stderr
+    for line, message in zip(refused, REFUSED.values(), strict=True):
+        assert line.startswith("named error") and message in line
     offline = resolve(tmp_path, "owner/tiny", "owner/other", endpoint=hub, HF_HUB_OFFLINE="1")
     found, missing = offline.stdout.splitlines(keepends=True)
-    assert found == online.stdout, offline.stderr
+    assert found == first, offline.stderr
     assert "named error" in missing and "give a local folder or `demo`" in missing
     unreachable = resolve(tmp_path, "owner/tiny")
-    assert unreachable.stdout == online.stdout, unreachable.stderr
-
-
-def test_repos_that_can_not_be_had_are_named_errors(hub, tmp_path):
-    messages = {
-        "owner/nowhere": "neither a local folder nor a repo",
-        "owner/gated": "gated",
-        "owner/tiny@no-such-branch": "--revision",
-    }
-    result = resolve(tmp_path, *messages, endpoint=hub)
-    for line, message in zip(result.stdout.splitlines(), messages.values(), strict=True):
-        assert line.startswith("named error") and message in line, result.stderr
+    assert unreachable.stdout == first, unreachable.stderr
 
 
 READ = """
