@@ -18,6 +18,7 @@ import nemo_prune.run
 from kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.cli import app
+from nemo_prune.estimate import Estimate
 
 MARKER = "zanzibarquokka"
 
@@ -223,6 +224,14 @@ def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_pat
     assert result.exit_code == 0, result.output
     assert "nothing to prune" in result.stdout and not (tmp_path / "out").exists()
     assert (tmp_path / "out.work" / "report.md").exists()
+
+
+def test_a_run_that_will_take_long_says_so_and_goes_on(arguments, monkeypatch):
+    slow = Estimate(a_pass=60.0, localization=(1e5, 1e6), images=1e5)
+    monkeypatch.setattr(nemo_prune.run, "estimate_run", lambda *given: slow)
+    result = run(arguments, "--json", threshold=0.999999)
+    assert result.exit_code == 0 and "2 prompts will take 28 hours" in result.stderr
+    assert json.loads(result.stdout)["prompts"]["total"] == 2
 
 
 def test_a_threshold_of_ones_own_decides(arguments):

@@ -182,7 +182,19 @@ def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(scorer, calibra
 @pytest.mark.slow
 def test_the_whole_way_on_the_demo_model(tmp_path):
     """The README's command on its first prompts: what it finds, what it removes, and what lies in the folder."""
-    command = [sys.executable, "-m", "nemo_prune.cli", "run", "--model", "demo", "--out", "pruned", "--limit", "8", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_prune.cli",
+        "run",
+        "--model",
+        "demo",
+        "--out",
+        "pruned",
+        "--limit",
+        "8",
+        "--json",
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
