@@ -58,8 +58,8 @@ def merging_table(figures: dict) -> str:
         silenced = f"{way['silenced']} of {way['memorized']}"
         lines.append((name, str(way["neurons"]), str(way["sample_passes"]), silenced, f"{change:.1%}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-        "\n\nThe change of the noise prediction is a share of that with everything suppressed. "
-        "`python benchmarks/merging.py` reproduces it."
+        "\n\nThe change of the noise prediction is a share of that with everything suppressed; `order` is a shuffled "
+        "corpus. `python benchmarks/merging.py` reproduces it."
     )
 
 
