@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+FINISHED = "finished, before the process ended"
 WEIGHTS, MASK = "unet/diffusion_pytorch_model.safetensors", "nemo_prune/mask.safetensors"
 
 
@@ -74,7 +75,7 @@ def kill_until_done(
         most_kills: after so many it may finish.
 
     Returns:
-        Where each kill hit.
+        Where each kill hit. One after the result was in its place ends it too: that is refused from then on.
     """
     places: list[str] = []
     while True:
@@ -85,6 +86,8 @@ def kill_until_done(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             places.append(place(out))
+            if places[-1] == FINISHED:
+                return places
         else:
             if process.returncode:
                 raise RuntimeError(f"A run that was killed does not go on: exit code {process.returncode}.")
@@ -101,7 +104,7 @@ def place(out: Path) -> str:
     """The stage that a run was in, by what it left; a folder of the result means that it is whole."""
     work = out.with_name(f"{out.name}.work")
     if out.exists():
-        return "finished"
+        return FINISHED
     if any(work.glob("images/*_after_*.png")):
         return "images after"
     stages = {"images": "images before or export", "verified.jsonl": "score again", "localizations.jsonl": "localize",
