@@ -74,6 +74,7 @@ def test_other_files_are_refused(tmp_path, content):
         read_results(tmp_path / "nowhere.jsonl")
 
 
+@pytest.mark.slow
 def test_the_stages_alone_give_the_mask_of_the_run(model_folder, tmp_path):
     """calibrate, localize in two halves, merge; and a calibration serves no other settings."""
     (tmp_path / "a.txt").write_text("a zebra\n")
