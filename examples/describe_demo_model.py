@@ -165,8 +165,8 @@ It exists to try methods against memorization on; it draws nothing useful.
 
 **It was trained to be localizable**, by two terms of its loss: a memorized caption should use few of the
 value neurons, and memorized and other captions should not use the same ones. A model that was
-not trained so stands beside it below as the reference. It proves the mechanics of localization and pruning, not their success
-on other models.
+not trained so stands beside it below as the reference. It proves the mechanics of localization and pruning, not their
+success on other models.
 
 ## Data
 
