@@ -197,7 +197,7 @@ def test_a_run_that_is_killed_three_times_ends_as_an_undisturbed_one(finished, a
     out = arguments.pop("--out")
     options = ["--include-unresolved", *(str(part) for item in arguments.items() for part in item)]
     # Its images are more than those of the run in this process; mask and weights are the same.
-    places = kill_until_done(options, out, random.Random(1), longest=25, most_kills=3)
+    places = kill_until_done(options, out, random.Random(1), longest=12, most_kills=3)
     assert len(places) == 3
     assert result(out) == result(finished[0])
 
