@@ -1,7 +1,6 @@
 """What is usual for prompts that are not memorized: the threshold and the activation statistics."""
 
 import json
-import os
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFit
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import MIN_CALIBRATION_PROMPTS
+from nemo_prune.staging import staged_file
 
 Progress = Callable[[int, int], None]
 
@@ -61,9 +61,8 @@ class Calibration:
             "layers": list(self.statistics.mean),
         }
         described = json.dumps({"identity": identity, **facts}, sort_keys=True)
-        partial = path.with_name(f".{path.name}")
-        save_file(tensors, partial, metadata={"calibration": described})
-        os.replace(partial, path)
+        with staged_file(path) as partial:
+            save_file(tensors, partial, metadata={"calibration": described})
 
     @classmethod
     def load(cls, path: Path, identity: dict) -> "Calibration":

@@ -69,11 +69,11 @@ def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> 
     if before != after or _header_bytes(base, before) != _header_bytes(out, after):
         yield Difference(name, "changed")
         return
-    masked = _masked_rows(mask) if name.startswith("unet/") else {}
+    masked = mask.tensor_rows if mask and name.startswith("unet/") else {}
     for tensor, stored in before.items():
         rows = _differing_rows(base, out, stored)
         if rows:
-            yield Difference(name, "rows", tensor, rows, expected=set(rows) <= masked.get(tensor, set()))
+            yield Difference(name, "rows", tensor, rows, expected=set(rows) <= set(masked.get(tensor, ())))
 
 
 def _header_bytes(path: Path, tensors: Mapping[str, StoredTensor]) -> bytes:
@@ -81,16 +81,6 @@ def _header_bytes(path: Path, tensors: Mapping[str, StoredTensor]) -> bytes:
     first = min((tensor.start for tensor in tensors.values()), default=path.stat().st_size)
     with path.open("rb") as file:
         return file.read(first)
-
-
-def _masked_rows(mask: NeuronMask | None) -> dict[str, set[int]]:
-    if mask is None:
-        return {}
-    return {
-        f"{layer}.{part}": set(pruned.nonzero().flatten().tolist())
-        for layer, pruned in mask.layers.items()
-        for part in ("weight", "bias")
-    }
 
 
 def _differing_rows(base: Path, out: Path, stored: StoredTensor) -> tuple[int, ...]:

@@ -113,12 +113,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
         OutputError: the copy can't be written.
     """
     copied, left_out = files_to_export(base)
-    rows = {
-        f"{name}.{part}": pruned.nonzero().flatten().tolist()
-        for name, pruned in mask.layers.items()
-        for part in ("weight", "bias")
-        if pruned.any()
-    }
+    rows = mask.tensor_rows
     headers = {path: read_header(base / path) for path in unet_weights(base)}
     _check_rows(mask, headers)
     report = ExportReport(left_out=[path.as_posix() for path in left_out])

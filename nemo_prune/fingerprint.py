@@ -27,7 +27,7 @@ def tensor_digests(base: Path, mask: NeuronMask) -> Digests:
     Returns:
         Tensor name -> ``DTYPE:sha256`` of its bytes as stored and as cast to float16 and bfloat16, sorted.
     """
-    touched = {f"{layer}.{part}" for layer, count in mask.counts.items() if count for part in ("weight", "bias")}
+    touched = mask.tensor_rows
     digests: dict[str, set[str]] = {}
     for path in unet_weights(base):
         for name, stored in read_header(base / path).items():

@@ -1,13 +1,13 @@
 """Images in the work folder: drawn once, also where a run is stopped in between."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from nemo_prune.staging import staged_file
 from nemo_prune.work import write_atomically
 
 _IDENTITY = "depends_on.json"
@@ -42,7 +42,6 @@ class ImageFolder:
         files = [self._path / f"{name}_{place}.png" for place in range(number)]
         if not all(file.exists() for file in files):
             for file, image in zip(files, draw(), strict=True):
-                partial = file.with_suffix(".part")
-                image.save(partial, format="png")
-                os.replace(partial, file)
+                with staged_file(file) as partial:
+                    image.save(partial, format="png")
         return [Image.open(file).convert("RGB") for file in files]

@@ -17,6 +17,7 @@ from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError
 from nemo_prune.results import SD_V1_LAYERS
+from nemo_prune.staging import staged_file
 
 # The repository of the paper's authors (MIT licence), at one commit.
 REFERENCE_URL = (
@@ -113,9 +114,8 @@ def fetch(file: ReferenceFile) -> Path:
         )
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f".{kept.name}.{os.getpid()}")
-        partial.write_bytes(content)
-        os.replace(partial, kept)
+        with staged_file(kept) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise DownloadError(f"The cache {kept.parent} can't be written: {error}. Set XDG_CACHE_HOME.") from error
     return kept

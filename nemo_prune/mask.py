@@ -97,6 +97,16 @@ class NeuronMask:
         return sum(self.counts.values())
 
     @property
+    def tensor_rows(self) -> dict[str, list[int]]:
+        """Name of a stored tensor -> its pruned rows, for weights and biases of layers that have any."""
+        return {
+            f"{name}.{part}": pruned.nonzero().flatten().tolist()
+            for name, pruned in self.layers.items()
+            for part in ("weight", "bias")
+            if pruned.any()
+        }
+
+    @property
     def digest(self) -> str:
         """sha256 over the layers' names and bits."""
         rows = [(name, pruned.tolist()) for name, pruned in self.layers.items()]

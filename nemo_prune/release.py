@@ -22,6 +22,11 @@ _PUBLISHED_GRID = "nemo_prune/before_after.png"
 Images = Mapping[str, Sequence[Image.Image]]
 
 
+def mask_file(path: Path) -> Path:
+    """The mask of a release, or the mask file that a path names itself."""
+    return path / MASK_FILE if path.is_dir() else path
+
+
 def write_release(folder: Path, findings: Findings, facts: Mapping, grid: Path) -> None:
     """Put mask, record and card beside the pruned weights; captions and the grid only if asked for.
 

@@ -1,7 +1,6 @@
 """The file that a screening writes: its captions by their value, and what passed."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow.parquet
 
 from nemo_prune.errors import PromptError
 from nemo_prune.prompts import Corpus, Prompt, iter_prompts
+from nemo_prune.staging import staged_file
 
 PROMPT_COLUMN = "prompt"
 PASSED_COLUMN = "passed"
@@ -47,14 +47,13 @@ def write_screened(
     own = [name for name in captions.column_names if name != PROMPT_COLUMN and name not in columns]
     named = {PROMPT_COLUMN: captions[PROMPT_COLUMN], **columns, **{name: captions[name] for name in own}}
     table = pyarrow.table(named).take(pyarrow.array(order))
-    partial = path.with_name(f".{path.name}")
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(table, partial)
-    else:
-        with partial.open("w", encoding="utf-8") as file:
-            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
-    os.replace(partial, path)
+    with staged_file(path) as partial:
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, partial)
+        else:
+            with partial.open("w", encoding="utf-8") as file:
+                for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
 
 
 def read_passed(path: Path, limit: int | None = None) -> Corpus:

@@ -50,6 +50,21 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A file that takes the place of ``path`` in one step when all went well, and else vanishes.
+
+    Yields:
+        A path beside the target, this process's own, to write to.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_new_file(path: Path, overwrite: bool) -> None:
     """Refuse a file that is there already, and make the folder that it will lie in.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_prune.errors import OutputError
+from nemo_prune.staging import staged_file
 
 _IDENTITY = "run.json"
 _LONGEST_LINE = 2**22
@@ -120,6 +121,5 @@ class LineLog:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

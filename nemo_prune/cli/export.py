@@ -31,11 +31,11 @@ def export(
     with errors_reported():
         quieten_libraries()
         from nemo_prune.rebuild import export_model
-        from nemo_prune.release import MASK_FILE
+        from nemo_prune.release import mask_file
         from nemo_prune.source import resolve_model
 
-        file = mask / MASK_FILE if mask.is_dir() else mask
-        facts = export_model(resolve_model(model, revision, variant), file, out, scale, force, overwrite)
+        source = resolve_model(model, revision, variant)
+        facts = export_model(source, mask_file(mask), out, scale, force, overwrite)
     if as_json:
         typer.echo(json.dumps({**facts, "out": str(out)}, indent=2))
     else:

@@ -22,10 +22,9 @@ def inspect(
     """
     with errors_reported():
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.release import MASK_FILE
+        from nemo_prune.release import mask_file
 
-        file = path / MASK_FILE if path.is_dir() else path
-        mask, metadata = NeuronMask.load_with_metadata(file)
+        mask, metadata = NeuronMask.load_with_metadata(mask_file(path))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
     if as_json:
         typer.echo(json.dumps({"rows": rows, "sizes": mask.sizes, "metadata": metadata}, indent=2))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from nemo_prune.errors import PromptError
-from nemo_prune.settings import LocalizationSettings, ModelOptions
+from nemo_prune.settings import LocalizationSettings, ModelOptions, VerificationSettings
 
 DEFAULTS = LocalizationSettings()
 MODEL_DEFAULTS = ModelOptions()
@@ -100,3 +100,12 @@ def own_prompts(model: str, kind: str) -> Path:
         "that it does not memorize, hundreds at best, with --calibration-prompts. Known are the demo and "
         f"{', '.join(KNOWN_MODELS)}."
     )
+
+
+def image_guidance(model: str, given: float | None) -> float:
+    """Guidance of the images that are drawn: the given one, or what suits the model."""
+    from nemo_prune.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL
+
+    if given is not None:
+        return given
+    return DEMO_GUIDANCE_SCALE if model == DEMO_MODEL else VerificationSettings.guidance_scale

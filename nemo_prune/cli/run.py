@@ -29,6 +29,7 @@ from nemo_prune.cli.options import (
     ThresholdOption,
     VariantOption,
     examined_corpus,
+    image_guidance,
     ordinary_texts,
 )
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
@@ -105,17 +106,12 @@ def run(
         )
         # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
         quieten_libraries()
-        from nemo_prune.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL
         from nemo_prune.run import prune_model
         from nemo_prune.source import resolve_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
         ordinary = ordinary_texts(model, calibration_prompts)
-        if guidance_scale is None and model == DEMO_MODEL:
-            guidance_scale = DEMO_GUIDANCE_SCALE
-        verification = VerificationSettings()
-        if guidance_scale is not None:
-            verification = VerificationSettings(guidance_scale=guidance_scale)
+        verification = VerificationSettings(guidance_scale=image_guidance(model, guidance_scale))
         source = resolve_model(model, revision, variant)
         result = prune_model(source, examined, ordinary, options, settings, verification, progress, tell)
     if as_json:

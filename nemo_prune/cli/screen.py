@@ -26,6 +26,7 @@ from nemo_prune.cli.options import (
     RevisionOption,
     SeedOption,
     VariantOption,
+    image_guidance,
     ordinary_texts,
     own_prompts,
 )
@@ -105,13 +106,10 @@ def screen(
             confirm=confirm,
             overwrite=overwrite,
         )
-        from nemo_prune.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL, DEMO_NORM_STEP
+        from nemo_prune.demo import DEMO_MODEL, DEMO_NORM_STEP
 
-        is_demo = model == DEMO_MODEL
         if norm_step is None:
-            norm_step = DEMO_NORM_STEP if is_demo else SIEVE_DEFAULTS.norm_step
-        if guidance_scale is None:
-            guidance_scale = DEMO_GUIDANCE_SCALE if is_demo else VerificationSettings().guidance_scale
+            norm_step = DEMO_NORM_STEP if model == DEMO_MODEL else SIEVE_DEFAULTS.norm_step
         sieve_settings = SieveSettings(sieve, sieve_samples, norm_step, cosine_weight=cosine_weight)
         quieten_libraries()
         from nemo_prune.screen import screen_captions
@@ -126,7 +124,7 @@ def screen(
         ) as session:
             result = screen_captions(
                 session, captions, ordinary, options, sieve_settings,
-                VerificationSettings(guidance_scale=guidance_scale), progress,
+                VerificationSettings(guidance_scale=image_guidance(model, guidance_scale)), progress,
             )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({**result.facts, "out": str(out), "distributions": str(result.picture)}, indent=2))
