@@ -25,6 +25,10 @@ class MaskError(NemoPruneError):
     """A mask is malformed or does not belong to the model."""
 
 
+class RecordError(NemoPruneError):
+    """A release's record is damaged, or does not fit what lies beside it."""
+
+
 class OutputError(NemoPruneError):
     """The output or work folder can't be used."""
 

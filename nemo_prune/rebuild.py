@@ -1,6 +1,5 @@
 """A release from a base and a mask, without searching for anything: whoever has both gets the same weights."""
 
-import json
 import platform
 import shutil
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from nemo_prune.export import export_checkpoint
 from nemo_prune.fingerprint import check_base, tensor_digests
 from nemo_prune.mask import NeuronMask
 from nemo_prune.release import MASK_FILE, RECORD_FILE
+from nemo_prune.sealed import write_record
 from nemo_prune.session import model_digest
 from nemo_prune.source import ModelSource
 from nemo_prune.staging import staged_folder
@@ -65,7 +65,7 @@ def export_model(
         }
         (folder / MASK_FILE).parent.mkdir()
         shutil.copyfile(mask_file, folder / MASK_FILE)
-        (folder / RECORD_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        write_record(folder / RECORD_FILE, facts, folder / MASK_FILE)
         (folder / "README.md").write_text(model_card(facts, licence_fields(source.folder)), encoding="utf-8")
     return facts
 

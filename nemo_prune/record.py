@@ -104,6 +104,8 @@ class Findings:
                 "ordinary": _averages([each for each in self.evidence if each.prompt not in memorized]),
             },
             "cost": self.cost,
+            # A run stops with an error where the exported files don't predict what the suppressed model does.
+            "export_verified": bool(self.exported.hashes),
             "files": self.exported.described(),
             "seconds": seconds,
         }

@@ -12,6 +12,7 @@ from nemo_prune.card import licence_fields, model_card, run_report
 from nemo_prune.fingerprint import tensor_digests
 from nemo_prune.prompts import Prompt
 from nemo_prune.record import Findings
+from nemo_prune.sealed import write_record
 from nemo_prune.verify import save_grid
 from nemo_prune.work import write_atomically
 
@@ -40,7 +41,7 @@ def write_release(folder: Path, findings: Findings, facts: Mapping, grid: Path) 
     described = {key: facts[key] for key in ("base", "settings", "prompts", "files", "versions")}
     described["base_tensors"] = tensor_digests(findings.source.folder, findings.mask)
     findings.mask.save(folder / MASK_FILE, described)
-    (folder / RECORD_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    write_record(folder / RECORD_FILE, facts, folder / MASK_FILE)
     examples: list[str] = []
     if findings.options.publish_examples:
         memorized = set(findings.memorized)
