@@ -39,9 +39,10 @@ def read_record(path: Path) -> dict:
         raise RecordError(f"There is no {path.name} in {path.parent}. Give a folder that nemo-prune wrote.") from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path.name} is no record of nemo-prune: {error}. Export the model again.") from error
-    if not isinstance(recorded, dict) or not all(
+    complete = isinstance(recorded, dict) and all(
         isinstance(recorded.get(key), kind) for key, kind in _EXPECTED.items()
-    ):
+    )
+    if not complete:
         raise RecordError(f"{path.name} is no record of nemo-prune, or one of another version. Export the model again.")
     if recorded.pop(_SEAL, None) != _seal(recorded):
         raise RecordError(f"{path.name} was changed after the export. Export the model again.")
