@@ -14,16 +14,19 @@ from nemo_prune.settings import LocalizationSettings
 
 
 @contextmanager
-def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Make neurons output 0 while the context lasts.
+def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor], scale: float = 0.0) -> Iterator[None]:
+    """Make neurons output 0, or a multiple of what they would, while the context lasts.
 
     Args:
         layers: dotted module name -> projection.
-        gates: dotted module name -> bool [batch or 1, out_features], True = output 0. A batch of 1
+        gates: dotted module name -> bool [batch or 1, out_features], True = suppressed. A batch of 1
             holds for every sample.
+        scale: what the suppressed outputs are multiplied by.
     """
 
     def hook(gate: Tensor):
+        if scale:
+            return lambda module, inputs, output: torch.where(gate[:, None, :], output * scale, output)
         # Filling instead of multiplying gives +0 as a zeroed row does, and stops NaN as well.
         return lambda module, inputs, output: output.masked_fill(gate[:, None, :], 0.0)
 
@@ -40,15 +43,20 @@ def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor]) -> It
 
 
 @contextmanager
-def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask) -> Iterator[None]:
+def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0.0) -> Iterator[None]:
     """Suppress a mask's neurons in a live pipeline while the context lasts; nothing is written.
+
+    Args:
+        pipe: the unpruned model; it is given back untouched.
+        mask: neurons of value projections, key projections or both.
+        scale: what their outputs are multiplied by.
 
     Raises:
         MaskError: the mask was made for a model with other layers.
     """
-    layers = dict(find_text_projections(pipe.unet))
+    layers = find_text_projections(pipe.unet, "both")
     mask.check(layer_sizes(layers))
-    with suppress(layers, {name: pruned[None] for name, pruned in mask.layers.items()}):
+    with suppress(layers, {name: pruned[None] for name, pruned in mask.layers.items()}, scale):
         yield
 
 
@@ -72,9 +80,10 @@ class NoisePredictor:
         batch_size: latents that go through the U-Net at once, always as many: the last digits of a
             prediction depend on it, but on nothing else in the batch. Halved where memory is short.
             By default those of one prompt, on a GPU of four.
+        scale: what the outputs of suppressed neurons are multiplied by.
 
     Attributes:
-        layers: dotted module name -> value projection, in the order of execution.
+        layers: dotted module name -> projection that is searched, in the order of execution.
         sizes: dotted module name -> number of neurons.
         timesteps: the schedule, the noisiest first.
         timestep: the one that the settings name.
@@ -82,12 +91,17 @@ class NoisePredictor:
     """
 
     def __init__(
-        self, pipe: StableDiffusionPipeline, settings: LocalizationSettings, batch_size: int | None = None
+        self,
+        pipe: StableDiffusionPipeline,
+        settings: LocalizationSettings,
+        batch_size: int | None = None,
+        scale: float = 0.0,
     ) -> None:
         self.pipe = pipe
         self.settings = settings
+        self.scale = scale
         self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
-        self.layers = find_text_projections(pipe.unet)
+        self.layers = find_text_projections(pipe.unet, settings.projections)
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = 0
         # The U-Net walks through all of its weights whenever it is asked for its dtype.
@@ -208,7 +222,7 @@ class NoisePredictor:
     ) -> Tensor:
         unet, count = self.pipe.unet, len(latents)
         filled = torch.arange(size).clamp_max(count - 1)
-        with suppress(self.layers, self._gates([suppressed[sample] for sample in filled])):
+        with suppress(self.layers, self._gates([suppressed[sample] for sample in filled]), self.scale):
             output = unet(
                 latents[filled].to(self._dtype),
                 timestep,

@@ -9,10 +9,10 @@ from nemo_prune.errors import ModelError
 
 # No image is 13 positions long at any resolution that a U-Net halves, so an input of 13 is text.
 _PROBE_TEXT_LENGTH = 13
-_PROJECTIONS = {"value": "to_v", "key": "to_k"}
+_SUFFIXES = {"value": (".to_v",), "key": (".to_k",), "both": (".to_k", ".to_v")}
 
 
-def find_text_projections(unet: nn.Module, projection: str = "value") -> dict[str, nn.Linear]:
+def find_text_projections(unet: nn.Module, projections: str = "value") -> dict[str, nn.Linear]:
     """The projections through which text enters the down blocks and the mid block.
 
     One dry pass over tiny latents with a text of odd length shows which linear layers see the
@@ -20,7 +20,7 @@ def find_text_projections(unet: nn.Module, projection: str = "value") -> dict[st
 
     Args:
         unet: a ``UNet2DConditionModel`` of SD 1.x's kind.
-        projection: ``value`` or ``key``.
+        projections: ``value``, ``key`` or ``both``.
 
     Returns:
         Dotted module name -> layer, in the order of execution: down blocks, then the mid block.
@@ -29,13 +29,13 @@ def find_text_projections(unet: nn.Module, projection: str = "value") -> dict[st
         ModelError: the projections are fused, wrapped by a LoRA or quantised, or there is none.
     """
     refuse_altered_projections(unet)
-    suffix = _PROJECTIONS[projection]
-    linears = {name: m for name, m in unet.named_modules() if name.endswith(f".{suffix}")}
+    suffixes = _SUFFIXES[projections]
+    linears = {name: module for name, module in unet.named_modules() if name.endswith(suffixes)}
     found = [name for name in _names_that_see_text(unet, linears) if not name.startswith("up_blocks.")]
     if not found:
-        listed = "\n  ".join(linears) or f"no layer whose name ends in .{suffix}"
+        listed = "\n  ".join(linears) or f"no layer whose name ends in {' or '.join(suffixes)}"
         raise ModelError(
-            f"No {projection} projection of the down and mid blocks sees the text. The model has:\n"
+            f"No text projection ({projections}) of the down and mid blocks sees the text. The model has:\n"
             f"  {listed}\nSupported are U-Nets of SD 1.x's kind, with cross-attention in these blocks."
         )
     return {name: linears[name] for name in found}

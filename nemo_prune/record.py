@@ -94,7 +94,7 @@ class Findings:
                 "num_neurons": self.mask.num_neurons,
                 "counts": self.mask.counts,
                 "sizes": self.mask.sizes,
-                "scale": 0.0,
+                "scale": self.options.scale,
             },
             "scores": self._scores([each for each in self.verified if each.prompt in memorized]),
             "images": {

@@ -143,9 +143,12 @@ def prune_model(
         else:
             mask = union_mask(localizations, predictor.sizes, options.include_unresolved)
     with stages.stage("score again") as report_progress:
-        log = LineLog(work.verified, {"mask": mask.digest, "threshold": threshold, "seed": verification.score_seed})
-        verified = _verify_all(session.scorer, localizations, mask, verification, log, report_progress)
-        cost = _cost(predictor, calibration_texts, mask, calibration)
+        # The search suppresses; what is proven from here on is what the release will hold.
+        scaled = NoisePredictor(pipe, settings, predictor.batch_size, options.scale)
+        scored = {"mask": mask.digest, "scale": options.scale, "threshold": threshold, "seed": verification.score_seed}
+        log = LineLog(work.verified, scored)
+        verified = _verify_all(Scorer(scaled), localizations, mask, verification, log, report_progress)
+        cost = _cost(predictor, scaled, calibration_texts, mask, calibration)
     findings = Findings(
         source,
         options,
@@ -165,17 +168,18 @@ def prune_model(
         return RunResult(facts, None, write_report(work.path, findings, facts, prompts))
 
     shown = findings.memorized[: verification.max_prompts] + list(calibration_texts[:_NUM_ORDINARY_IMAGES])
-    images = ImageFolder(work.images, {"shown": digest(shown), "mask": mask.digest, **dataclasses.asdict(verification)})
+    drawn = {"shown": digest(shown), "mask": mask.digest, "scale": options.scale, **dataclasses.asdict(verification)}
+    images = ImageFolder(work.images, drawn)
     with stages.stage("images before") as report_progress:
         before = _draw_all("before", pipe, shown, verification, images, report_progress)
     with staged_folder(options.out, options.overwrite) as folder:
         with stages.stage("export"):
-            exported = export_checkpoint(source.folder, mask, folder)
+            exported = export_checkpoint(source.folder, mask, folder, options.scale)
         with stages.stage("images after") as report_progress:
             pruned_pipe = load_pipeline(
                 dataclasses.replace(source, folder=folder), session.device, choose_dtype(options.model.dtype)
             )
-            check_pruned_equals_suppressed(predictor, pruned_pipe, mask, calibration_texts[:2])
+            check_pruned_equals_suppressed(scaled, pruned_pipe, mask, calibration_texts[:2])
             after = _draw_all("after", pruned_pipe, shown, verification, images, report_progress)
         known, cut = list(training_images.values()), verification.replication_cut
         evidence = [compare_images(text, before[text], after[text], known, cut) for text in shown]
@@ -362,15 +366,17 @@ def _verify_all(
 
 
 def _cost(
-    predictor: NoisePredictor, calibration_texts: Sequence[str], mask: NeuronMask, calibration: Calibration
+    predictor: NoisePredictor,
+    scaled: NoisePredictor,
+    calibration_texts: Sequence[str],
+    mask: NeuronMask,
+    calibration: Calibration,
 ) -> dict[str, float]:
-    """Change on ordinary prompts under the mask, beside as many random neurons and everything."""
-    masks = {
-        "mask": mask,
-        "random": matched_random_mask(mask, calibration.statistics.mean, predictor.settings.seed),
-        "everything": full_mask(predictor.sizes),
-    }
-    return noise_change(predictor, calibration_texts[:_NUM_COST_PROMPTS], masks)
+    """Change on ordinary prompts under the mask, beside as many random neurons and everything suppressed."""
+    texts = calibration_texts[:_NUM_COST_PROMPTS]
+    random = matched_random_mask(mask, calibration.statistics.mean, predictor.settings.seed)
+    everything = noise_change(predictor, texts, {"everything": full_mask(predictor.sizes)})
+    return noise_change(scaled, texts, {"mask": mask, "random": random}) | everything
 
 
 def _draw_all(

@@ -1,12 +1,14 @@
 """The numbers of the method, in one place; the command line takes its defaults from here."""
 
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 
 from nemo_prune.errors import SettingsError
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
+PROJECTIONS = ("value", "key", "both")
 SIEVES = ("norm", "anisotropy")
 SCREENED_SUFFIXES = (".parquet", ".jsonl")
 
@@ -28,6 +30,8 @@ class LocalizationSettings:
             it as mean + ``threshold_num_std`` standard deviations over ordinary prompts.
         threshold_num_std: standard deviations above the mean in that calibration.
         ssim_betas: exponents of the multi-scale SSIM, one per scale.
+        projections: whose neurons are searched: ``value``, ``key`` or ``both``. The paper prunes values; keys
+            damage alignment or quality, because the softmax couples them (App. C.8).
         layers_backwards: whether the refinement tests the layers from the mid block back to the
             first down block, as the released code does, or in the order of execution.
     """
@@ -42,9 +46,11 @@ class LocalizationSettings:
     threshold: float | None = None
     threshold_num_std: float = 1.0
     ssim_betas: tuple[float, ...] = (0.33, 0.33, 0.33)
+    projections: str = "value"
     layers_backwards: bool = True
 
     def __post_init__(self) -> None:
+        _require(self.projections in PROJECTIONS, "projections", self.projections, " or ".join(PROJECTIONS))
         _require(self.num_samples >= 2, "num_samples", self.num_samples, "at least 2 (pairs)")
         _require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "at least 1")
         in_schedule = 0 <= self.timestep_index < self.num_inference_steps
@@ -129,6 +135,8 @@ class RunOptions:
         preserve: 0 to 1: how much the search departs from the paper in favour of ordinary captions.
         calibration: a finished calibration; None calibrates on ordinary prompts.
         published_calibration: whether what was published for a known model counts instead, where it fits.
+        scale: what the masked rows are multiplied by; 0 prunes, the paper also tries -1 to 0.75. The search
+            suppresses in any case.
         include_unresolved: whether sets of unresolved prompts enter the mask.
         publish_examples: whether captions and a before/after grid go into the card.
         overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
@@ -141,12 +149,15 @@ class RunOptions:
     preserve: float = 0.0
     calibration: Path | None = None
     published_calibration: bool = False
+    scale: float = 0.0
     include_unresolved: bool = False
     publish_examples: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
+        changes = isfinite(self.scale) and self.scale != 1
+        _require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")
         _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
         contradict = self.merge == "incremental" and self.include_unresolved
         _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")

@@ -20,6 +20,7 @@ from nemo_prune import __version__
 from nemo_prune.cli import app
 from nemo_prune.estimate import Estimate
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MARKER = "zanzibarquokka"
 
 
@@ -226,6 +227,22 @@ def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_pat
     assert (tmp_path / "out.work" / "report.md").exists()
 
 
+def test_a_run_scales_the_rows_of_keys_and_values(arguments, tmp_path, model_folder):
+    del arguments["--calibration"]
+    changes = {"projections": "both", "scale": -0.3}
+    result = run(arguments, "--include-unresolved", "--json", **changes)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert len(facts["mask"]["counts"]) == 14 and facts["mask"]["scale"] == -0.3
+    before, after = (load_file(folder / WEIGHTS) for folder in (model_folder, tmp_path / "out"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    rows = [(before[name][row], after[name][row]) for name in changed for row in range(len(before[name]))]
+    scaled = [pair for pair in rows if not torch.equal(*pair)]
+    assert len(scaled) == facts["mask"]["num_neurons"] > 0
+    assert all(torch.allclose(new, old * -0.3) for old, new in scaled)
+    assert "multiplied by -0.3" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_run_that_will_take_long_says_so_and_goes_on(arguments, monkeypatch):
     slow = Estimate(a_pass=60.0, localization=(1e5, 1e6), images=1e5)
     monkeypatch.setattr(nemo_prune.run, "estimate_run", lambda *given: slow)
@@ -245,6 +262,8 @@ def test_a_threshold_of_ones_own_decides(arguments):
         ({"model": "./nowhere"}, ["no model at", "demo"]),
         ({"model": "a/b/c"}, ["no model at"]),
         ({"preset": "fast"}, ["released-code"]),
+        ({"projections": "query"}, ["value or key or both"]),
+        ({"scale": 1}, ["scale", "other than 1"]),
         ({"num_samples": 1}, ["num_samples"]),
         ({"threshold": 2}, ["threshold", "between 0 and 1"]),
         ({"prompts": "nowhere.txt"}, ["no prompts file"]),

@@ -38,6 +38,34 @@ def test_suppressing_equals_pruning_to_the_last_bit(tmp_path):
     assert torch.equal(predictor.predict_noise(latents, embeds), suppressed)
 
 
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", num_inference_steps=2, generator=generator, output_type="latent").images
+
+
+@pytest.mark.parametrize("projections", ["value", "key", "both"])
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_keys_and_values_are_suppressed_or_scaled_as_their_rows_are(tmp_path, projections, scale):
+    settings = LocalizationSettings(num_samples=3, projections=projections)
+    predictor = NoisePredictor(tiny_pipeline(tmp_path), settings, scale=scale)
+    assert len(predictor.layers) == (14 if projections == "both" else 7)
+    mask = random_mask(predictor, 0, share=0.9)
+    latents, embeds = predictor.initial_latents(), predictor.encode(["a cat"])[0]
+    unsuppressed, suppressed = predictor.predict_noise(latents, embeds, [None, mask])
+    with apply_mask(predictor.pipe, mask, scale):
+        drawn = draw(predictor.pipe)
+    with torch.no_grad():
+        for name, layer in predictor.layers.items():
+            layer.weight[mask.layers[name]] *= scale
+    in_the_weights = predictor.predict_noise(latents, embeds)[0]
+    assert not torch.allclose(unsuppressed, suppressed, atol=1e-4)
+    if scale:
+        torch.testing.assert_close(in_the_weights, suppressed, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(draw(predictor.pipe), drawn, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(in_the_weights, suppressed) and torch.equal(draw(predictor.pipe), drawn)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_many_masks_at_once_are_as_one_by_one(pipe, batch_size):
     predictor = NoisePredictor(pipe, SETTINGS, batch_size)
@@ -96,15 +124,11 @@ def test_hooks_are_gone_when_one_can_not_be_registered(predictor):
 
 
 def test_apply_mask_suppresses_a_live_pipeline_and_gives_it_back(pipe, predictor):
-    def draw():
-        generator = torch.Generator().manual_seed(0)
-        return pipe("a cat", num_inference_steps=2, generator=generator, output_type="latent").images
-
-    before = draw()
+    before = draw(pipe)
     with apply_mask(pipe, random_mask(predictor, 3, share=0.9)):
-        masked = draw()
+        masked = draw(pipe)
     assert not torch.equal(before, masked)
-    assert torch.equal(before, draw())
+    assert torch.equal(before, draw(pipe))
 
 
 def test_a_mask_of_another_model_is_refused(predictor):

@@ -30,6 +30,12 @@ def test_a_unet_without_text_is_refused_with_what_it_has():
         find_text_projections(unet)
 
 
+def test_keys_and_values_together_come_in_the_order_of_execution():
+    assert list(find_text_projections(tiny_unet(), "both")) == [
+        f"{name}.{suffix}" for name in SEVEN_LAYERS for suffix in ("to_k", "to_v")
+    ]
+
+
 def test_fused_projections_are_refused():
     unet = tiny_unet()
     unet.fuse_qkv_projections()

@@ -8,6 +8,7 @@ import typer
 
 from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries
 from nemo_prune.cli.options import (
+    DEFAULTS,
     MODEL_DEFAULTS,
     BatchSizeOption,
     DeviceOption,
@@ -18,6 +19,7 @@ from nemo_prune.cli.options import (
     NumSamplesOption,
     OrdinaryOption,
     PresetOption,
+    ProjectionsOption,
     RevisionOption,
     SeedOption,
     VariantOption,
@@ -32,6 +34,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The file to write, such as calibration.safetensors.")],
     calibration_prompts: OrdinaryOption = None,
     preset: PresetOption = "released-code",
+    projections: ProjectionsOption = DEFAULTS.projections,
     seed: SeedOption = None,
     num_samples: NumSamplesOption = None,
     revision: RevisionOption = None,
@@ -48,7 +51,7 @@ def calibrate(
     Example: [bold]nemo-prune calibrate --model demo --out calibration.safetensors[/]
     """
     with errors_reported(), progress_bar(quiet=as_json) as progress:
-        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples)
+        settings = LocalizationSettings.preset(preset, projections=projections, seed=seed, num_samples=num_samples)
         quieten_libraries()
         from nemo_prune.run import calibrate_model
         from nemo_prune.source import resolve_model

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nemo_prune.cli.console import app, errors_reported, quieten_libraries
-from nemo_prune.cli.options import JsonOption, ModelOption, RevisionOption, VariantOption
+from nemo_prune.cli.options import JsonOption, ModelOption, RevisionOption, ScaleOption, VariantOption
 
 
 @app.command()
@@ -15,7 +15,7 @@ def export(
     model: ModelOption,
     mask: Annotated[Path, typer.Option(help="A mask file, or a folder that `run` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
-    scale: Annotated[float, typer.Option(help="What the masked rows are multiplied by.")] = 0.0,
+    scale: ScaleOption = 0.0,
     force: Annotated[
         bool, typer.Option("--force", help="Prune another base than the mask was made for; the card says so.")
     ] = False,

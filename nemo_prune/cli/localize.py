@@ -8,6 +8,7 @@ import typer
 
 from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries
 from nemo_prune.cli.options import (
+    DEFAULTS,
     MODEL_DEFAULTS,
     BatchSizeOption,
     CalibrationOption,
@@ -21,6 +22,7 @@ from nemo_prune.cli.options import (
     NumSamplesOption,
     OrdinaryOption,
     PresetOption,
+    ProjectionsOption,
     PromptsOption,
     RayOption,
     RayWorkersOption,
@@ -44,6 +46,7 @@ def localize(
     calibration_prompts: OrdinaryOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = "released-code",
+    projections: ProjectionsOption = DEFAULTS.projections,
     seed: SeedOption = None,
     num_samples: NumSamplesOption = None,
     threshold: ThresholdOption = None,
@@ -63,7 +66,9 @@ def localize(
     Example: [bold]nemo-prune localize --model demo --calibration calibration.safetensors --work found/[/]
     """
     with errors_reported(), progress_bar(quiet=as_json) as progress:
-        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        settings = LocalizationSettings.preset(
+            preset, projections=projections, seed=seed, num_samples=num_samples, threshold=threshold
+        )
         options = RunOptions(
             out=work, work=work, model=ModelOptions(device, dtype, batch_size, margin), calibration=calibration,
             published_calibration=calibration_prompts is None, overwrite=overwrite,

@@ -40,6 +40,14 @@ ThresholdOption = Annotated[
     float | None,
     typer.Option("--threshold", help="Similarity above which a prompt counts as memorized. (default: calibrated)"),
 ]
+ProjectionsOption = Annotated[
+    str,
+    typer.Option("--projections", help="Whose neurons are searched: `value` (the paper's), `key` or `both`."),
+]
+ScaleOption = Annotated[
+    float,
+    typer.Option("--scale", help="What the masked rows are multiplied by; the paper also tries -1 to 0.75."),
+]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the Hub repo.")]
 VariantOption = Annotated[str | None, typer.Option("--variant", help="Weights variant, such as fp16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="torch device; `auto` takes a GPU where there is one.")]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries, tell
 from nemo_prune.cli.options import (
+    DEFAULTS,
     MODEL_DEFAULTS,
     BatchSizeOption,
     CalibrationOption,
@@ -23,8 +24,10 @@ from nemo_prune.cli.options import (
     NumSamplesOption,
     OrdinaryOption,
     PresetOption,
+    ProjectionsOption,
     PromptsOption,
     RevisionOption,
+    ScaleOption,
     SeedOption,
     ThresholdOption,
     VariantOption,
@@ -52,6 +55,7 @@ def run(
     calibration_prompts: OrdinaryOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = "released-code",
+    projections: ProjectionsOption = DEFAULTS.projections,
     seed: SeedOption = None,
     num_samples: NumSamplesOption = None,
     threshold: ThresholdOption = None,
@@ -68,6 +72,7 @@ def run(
             f"(default: {VerificationSettings().guidance_scale:g}, demo 3)"
         ),
     ] = None,
+    scale: ScaleOption = 0.0,
     include_unresolved: Annotated[
         bool, typer.Option("--include-unresolved", help="Also prune the sets of unresolved prompts.")
     ] = False,
@@ -90,7 +95,9 @@ def run(
     Example: [bold]nemo-prune run --model demo --out pruned/[/]
     """
     with errors_reported(), progress_bar(quiet=as_json) as progress:
-        settings = LocalizationSettings.preset(preset, seed=seed, num_samples=num_samples, threshold=threshold)
+        settings = LocalizationSettings.preset(
+            preset, projections=projections, seed=seed, num_samples=num_samples, threshold=threshold
+        )
         out = out.absolute()
         options = RunOptions(
             out=out,
@@ -100,6 +107,7 @@ def run(
             preserve=preserve,
             calibration=calibration,
             published_calibration=calibration_prompts is None,
+            scale=scale,
             include_unresolved=include_unresolved,
             publish_examples=publish_examples,
             overwrite=overwrite,
