@@ -25,11 +25,11 @@ import torch
 from full_size import full_size_unet
 from nemo_prune.diff import diff_folders
 from nemo_prune.export import export_checkpoint
+from nemo_prune.hashing import file_hash
 from nemo_prune.layers import layer_sizes
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.results import SD_V1_LAYERS
 from nemo_prune.staging import staged_folder
-from nemo_prune.stored import file_hash
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 NUM_NEURONS = 221

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 
 from nemo_prune.export import files_to_export
+from nemo_prune.hashing import file_hash
 from nemo_prune.mask import NeuronMask
-from nemo_prune.stored import StoredTensor, file_hash, read_header
+from nemo_prune.stored import StoredTensor, read_header
 
 # What a release adds to the base's files, and what it may write anew.
 _OF_THE_RELEASE = ("README.md", "nemo_prune.json", "nemo_prune/")

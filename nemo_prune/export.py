@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from nemo_prune.errors import MaskError, ModelError, OutputError
+from nemo_prune.hashing import file_hash
 from nemo_prune.mask import NeuronMask
-from nemo_prune.stored import FLOAT_DTYPES, StoredTensor, file_hash, read_header
+from nemo_prune.stored import FLOAT_DTYPES, StoredTensor, read_header
 
 # Weights in formats that can't be patched by offset, or that repeat what safetensors hold.
 _LEFT_OUT_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")

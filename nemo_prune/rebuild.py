@@ -9,8 +9,8 @@ from nemo_prune.card import licence_fields, model_card
 from nemo_prune.errors import MaskError
 from nemo_prune.export import export_checkpoint
 from nemo_prune.fingerprint import check_base, tensor_digests
+from nemo_prune.layout import CARD_FILE, MASK_FILE, RECORD_FILE
 from nemo_prune.mask import NeuronMask
-from nemo_prune.release import MASK_FILE, RECORD_FILE
 from nemo_prune.sealed import write_record
 from nemo_prune.session import model_digest
 from nemo_prune.source import ModelSource
@@ -66,7 +66,7 @@ def export_model(
         (folder / MASK_FILE).parent.mkdir()
         shutil.copyfile(mask_file, folder / MASK_FILE)
         write_record(folder / RECORD_FILE, facts, folder / MASK_FILE)
-        (folder / "README.md").write_text(model_card(facts, licence_fields(source.folder)), encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(facts, licence_fields(source.folder)), encoding="utf-8")
     return facts
 
 

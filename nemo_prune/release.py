@@ -10,15 +10,12 @@ from PIL import Image
 
 from nemo_prune.card import licence_fields, model_card, run_report
 from nemo_prune.fingerprint import tensor_digests
+from nemo_prune.layout import CARD_FILE, GRID_FILE, MASK_FILE, RECORD_FILE
 from nemo_prune.prompts import Prompt
 from nemo_prune.record import Findings
 from nemo_prune.sealed import write_record
 from nemo_prune.verify import save_grid
 from nemo_prune.work import write_atomically
-
-RECORD_FILE = "nemo_prune.json"
-MASK_FILE = "nemo_prune/mask.safetensors"
-_PUBLISHED_GRID = "nemo_prune/before_after.png"
 
 Images = Mapping[str, Sequence[Image.Image]]
 
@@ -46,9 +43,9 @@ def write_release(folder: Path, findings: Findings, facts: Mapping, grid: Path) 
     if findings.options.publish_examples:
         memorized = set(findings.memorized)
         examples = [each.prompt for each in findings.evidence if each.prompt in memorized]
-        shutil.copyfile(grid, folder / _PUBLISHED_GRID)
-    card = model_card(facts, licence_fields(findings.source.folder), examples, _PUBLISHED_GRID)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        shutil.copyfile(grid, folder / GRID_FILE)
+    card = model_card(facts, licence_fields(findings.source.folder), examples, GRID_FILE)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def write_report(work: Path, findings: Findings, facts: Mapping, prompts: Sequence[Prompt]) -> Path:

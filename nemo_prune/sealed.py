@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nemo_prune.errors import RecordError
-from nemo_prune.stored import file_hash
+from nemo_prune.hashing import file_hash
 
 _SEAL = "seal"
 # What every reader may count on.

@@ -15,12 +15,12 @@ from nemo_prune.calibration import Calibration, MeasuredPrompt, enough_prompts, 
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import SettingsError
 from nemo_prune.export import files_to_export
+from nemo_prune.hashing import file_hash
 from nemo_prune.known_models import KnownModel, published_calibration, why_not
 from nemo_prune.results import ResultsHeader
 from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 from nemo_prune.source import ModelSource, load_pipeline
-from nemo_prune.stored import file_hash
 from nemo_prune.work import LineLog
 
 Progress = Callable[[int, int], None]

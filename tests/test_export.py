@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.export import export_checkpoint, files_to_export
+from nemo_prune.hashing import file_hash
 from nemo_prune.mask import NeuronMask
 from nemo_prune.settings import LocalizationSettings
 from nemo_prune.staging import check_target, staged_folder
-from nemo_prune.stored import file_hash
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

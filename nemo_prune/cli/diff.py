@@ -29,8 +29,8 @@ def diff(
     with errors_reported():
         quieten_libraries()
         from nemo_prune.diff import diff_folders
+        from nemo_prune.layout import MASK_FILE
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.release import MASK_FILE
         from nemo_prune.source import resolve_model
 
         before, after = resolve_model(base, revision, variant).folder, resolve_model(out).folder
