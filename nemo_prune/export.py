@@ -12,6 +12,7 @@ import torch
 
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.hashing import file_hash
+from nemo_prune.layout import is_licence_file
 from nemo_prune.mask import NeuronMask
 from nemo_prune.stored import FLOAT_DTYPES, StoredTensor, read_header
 
@@ -71,8 +72,7 @@ def files_to_export(base: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _belongs_at_root(path: Path) -> bool:
-    is_licence = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-    return path.is_file() and (path.name == "model_index.json" or is_licence)
+    return path.is_file() and (path.name == "model_index.json" or is_licence_file(path.name))
 
 
 def export_size(base: Path) -> int:

@@ -1,5 +1,6 @@
 """The numbers of the method, in one place; the command line takes its defaults from here."""
 
+import re
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -124,6 +125,44 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class Statement:
+    """What a publisher states in a card where the files of the base do not say it.
+
+    Attributes:
+        base_model: Hub id of a base that is given as a local folder.
+        license: identifier as the Hub lists them, ``other`` for one that it does not list.
+        license_name: its name, where it is ``other``.
+        license_link: an address where its text stands.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+    def __post_init__(self) -> None:
+        stated = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in stated.items():
+            pattern, expected = _STATED[name]
+            _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
+        for name in ("license_name", "license_link"):
+            _require(name not in stated or "license" in stated, name, stated.get(name), "none without `license`")
+        named = self.license != "other" or self.license_name is not None
+        _require(named, "license_name", None, "the licence's name, because `license` is `other`")
+
+
+_STATED = {
+    "base_model": (r"\w[\w.-]*(/\w[\w.-]*)?", "a Hub id such as CompVis/stable-diffusion-v1-4"),
+    "license": (
+        r"[a-z0-9][a-z0-9.+-]*",
+        "an identifier from https://huggingface.co/docs/hub/repositories-licenses, or `other`",
+    ),
+    "license_name": (r"[\w][\w .+()-]{0,99}", "a name of letters, digits and -_.+()"),
+    "license_link": (r"https?://[!-~]{1,500}", "an address that begins with https://"),
+}
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """What to do, apart from the numbers of the method.
 
@@ -139,6 +178,7 @@ class RunOptions:
             suppresses in any case.
         include_unresolved: whether sets of unresolved prompts enter the mask.
         publish_examples: whether captions and a before/after grid go into the card.
+        statement: what the publisher states about base and licence.
         overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
     """
 
@@ -152,6 +192,7 @@ class RunOptions:
     scale: float = 0.0
     include_unresolved: bool = False
     publish_examples: bool = False
+    statement: Statement = field(default_factory=Statement)
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -22,9 +22,7 @@ from huggingface_hub.errors import (
 
 from nemo_prune.demo import DEMO_MODEL, demo_folder
 from nemo_prune.errors import ModelError
-
-# diffusers leaves these behind when it downloads a pipeline; the release needs them.
-_BESIDE_THE_MODEL = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE.MD")
+from nemo_prune.layout import CARD_FILE, is_licence_file
 
 # The client's transport differs between its versions; its errors are the bases of the client's own.
 _NO_ANSWER = HfHubHTTPError.__bases__
@@ -159,12 +157,14 @@ def _check_pipeline(folder: Path, model: str) -> None:
 def _download(repo_id: str, revision: str | None, variant: str | None) -> ModelSource:
     where = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
     try:
-        reachable = _is_reachable(repo_id, revision)
+        listed = _listed_files(repo_id, revision)
         folder = Path(
-            DiffusionPipeline.download(repo_id, revision=revision, variant=variant, local_files_only=not reachable)
+            DiffusionPipeline.download(repo_id, revision=revision, variant=variant, local_files_only=listed is None)
         )
-        for name in _BESIDE_THE_MODEL if reachable else ():
-            _fetch_if_there(repo_id, name, folder.name)
+        # diffusers leaves card and licence behind when it downloads a pipeline; the release needs them.
+        for name in listed or ():
+            if "/" not in name and (name == CARD_FILE or is_licence_file(name)):
+                _fetch_if_there(repo_id, name, folder.name)
     except GatedRepoError as error:
         raise ModelError(
             f"{where} is gated. Accept its terms on its page and log in: `hf auth login`, or set HF_TOKEN."
@@ -189,15 +189,15 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> ModelS
     return ModelSource(folder, repo_id, folder.name, variant)
 
 
-def _is_reachable(repo_id: str, revision: str | None) -> bool:
-    """Whether the Hub answers; what it refuses is an error, silence leaves the local cache."""
+def _listed_files(repo_id: str, revision: str | None) -> list[str] | None:
+    """The files of a repo; what the Hub refuses is an error, its silence is None and leaves the local cache."""
     try:
-        HfApi().model_info(repo_id, revision=revision)
+        info = HfApi().model_info(repo_id, revision=revision)
     except HfHubHTTPError:
         raise
     except _NO_ANSWER:
-        return False
-    return True
+        return None
+    return [sibling.rfilename for sibling in info.siblings or ()]
 
 
 def _fetch_if_there(repo_id: str, name: str, commit: str) -> None:

@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from hub_server import COMMIT, Hub
 
 RESOLVE = """
 import sys
@@ -20,7 +21,7 @@ for name in sys.argv[1:]:
         print("named error:", " ".join(str(error).split()))
     else:
         load_pipeline(source, "cpu", torch.float32)
-        print(source.repo_id, source.commit, (source.folder / "LICENSE.md").exists())
+        print(source.repo_id, source.commit, (source.folder / "Model-License.txt").exists())
 """
 
 
@@ -28,20 +29,15 @@ for name in sys.argv[1:]:
 def hub(model_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(model_folder, root / "owner" / "tiny")
-    (root / "owner" / "tiny" / "LICENSE.md").write_text("a licence")
+    (root / "owner" / "tiny" / "Model-License.txt").write_text("a licence")
     shutil.copytree(model_folder, root / "owner" / "gated")
     (root / "owner" / "gated" / ".gated").touch()
     (root / "owner" / "captions").mkdir()
     (root / "owner" / "captions" / "train.jsonl").write_text(
         '{"title": "x", "caption": "a cat"}\n{"caption": "a dog"}\n'
     )
-    program = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root)]
-    server = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
-    try:
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-    finally:
-        server.kill()
-        server.wait()
+    with Hub(root) as server:
+        yield server.url
 
 
 def resolve(home, *models, endpoint="http://127.0.0.1:9", **environment):
@@ -66,7 +62,7 @@ REFUSED = {
 def test_a_repo_is_fetched_with_its_licence_and_used_offline_afterwards_and_others_are_named_errors(hub, tmp_path):
     online = resolve(tmp_path, "owner/tiny", *REFUSED, endpoint=hub)
     first, *refused = online.stdout.splitlines(keepends=True)
-    assert first.split() == ["owner/tiny", "c0ffee" + "0" * 34, "True"], online.stderr
+    assert first.split() == ["owner/tiny", COMMIT, "True"], online.stderr
     for line, message in zip(refused, REFUSED.values(), strict=True):
         assert line.startswith("named error") and message in line
     offline = resolve(tmp_path, "owner/tiny", "owner/other", endpoint=hub, HF_HUB_OFFLINE="1")
