@@ -1,16 +1,15 @@
 """Copy a checkpoint and zero or scale rows in the copy, byte for byte; nothing else changes."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from math import prod
 from pathlib import Path
 
 import torch
 
 from nemo_prune.errors import MaskError, ModelError, OutputError
+from nemo_prune.folder import check_files, component_names
 from nemo_prune.hashing import file_hash
 from nemo_prune.layout import is_licence_file
 from nemo_prune.mask import NeuronMask
@@ -56,18 +55,20 @@ def files_to_export(base: Path) -> tuple[list[Path], list[Path]]:
 
     Returns:
         Both relative to the folder, sorted.
+
+    Raises:
+        ModelError: a file is damaged, missing, or lies outside of the folder.
     """
-    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
-    components = sorted(name for name, kind in index.items() if isinstance(kind, list) and kind[0])
     copied = [path.relative_to(base) for path in base.iterdir() if _belongs_at_root(path)]
     left_out = []
-    for component in components:
+    for component in component_names(base):
         for folder, names, files in os.walk(base / component):
             names[:] = sorted(name for name in names if not name.startswith("."))
             for name in files:
                 unpruned_twin = name.endswith(_LEFT_OUT_SUFFIXES) or "non_ema" in name
                 path = Path(folder, name).relative_to(base)
                 (left_out if unpruned_twin or name.startswith(".") else copied).append(path)
+    check_files(base, copied)
     return sorted(copied), sorted(left_out)
 
 
@@ -153,18 +154,16 @@ def _check_rows(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTens
         if f"{layer}.weight" not in found:
             raise MaskError(f"Mask layer `{layer}` is not in the model's weights. Is it another model's?")
         for path, tensor in found[f"{layer}.weight"] + found.get(f"{layer}.bias", []):
-            if tensor.shape[0] != len(pruned):
+            if tensor.shape[:1] != (len(pruned),):
                 raise MaskError(
                     f"Mask layer `{layer}` has {len(pruned)} neurons, {path.as_posix()} has "
-                    f"{tensor.shape[0]} rows there. Was the mask made for another model?"
+                    f"{list(tensor.shape)} there. Was the mask made for another model?"
                 )
             if tensor.dtype not in FLOAT_DTYPES:
                 raise ModelError(
                     f"`{layer}` is stored as {tensor.dtype} in {path.as_posix()}; rows of quantised weights "
                     "can't be zeroed exactly. Use the float32, float16 or bfloat16 weights."
                 )
-            if tensor.length != FLOAT_DTYPES[tensor.dtype].itemsize * prod(tensor.shape):
-                raise ModelError(f"`{layer}` has the wrong length in {path.as_posix()}. Fetch the file anew.")
 
 
 def _scale_rows(

@@ -31,7 +31,7 @@ def tensor_digests(base: Path, mask: NeuronMask) -> Digests:
     digests: dict[str, set[str]] = {}
     for path in unet_weights(base):
         for name, stored in read_header(base / path).items():
-            if name in touched:
+            if name in touched and stored.dtype in FLOAT_DTYPES and stored.length:
                 digests.setdefault(name, set()).update(_digests(base / path, stored))
     return {name: sorted(digests[name]) for name in sorted(digests)}
 

@@ -1,6 +1,7 @@
 """Which neurons are pruned: a boolean mask per layer, saved as a small safetensors file."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -9,13 +10,25 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import BoolTensor
+from safetensors.torch import save
+from torch import BoolTensor, Tensor
 
-from nemo_prune.errors import MaskError
+from nemo_prune.errors import MaskError, ModelError
+from nemo_prune.staging import staged_file
+from nemo_prune.stored import read_header
+from nemo_prune.untrusted import parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "nemo_prune"
+# A mask of the largest models takes a hundredth of it.
+_MAX_BYTES = 16 << 20
+_LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+# What others rely on in the metadata, where it is there; the rest is only shown.
+_EXPECTED = {
+    "base": dict, "settings": dict, "prompts": dict, "base_tensors": dict, "model": str | None, "digest": str,
+}  # fmt: skip
+_BASE = ("name", "repo_id", "commit", "variant")
+_COUNTS = ("total", "localized", "not_memorized", "unresolved", "unresolved_included")
 
 
 class Neuron(NamedTuple):
@@ -39,13 +52,15 @@ class NeuronMask:
             there, also those in which nothing is pruned.
 
     Raises:
-        MaskError: a layer's tensor is not a one-dimensional bool tensor.
+        MaskError: a layer's tensor is not a one-dimensional bool tensor, or its name none of a module.
     """
 
     layers: Mapping[str, BoolTensor]
 
     def __post_init__(self) -> None:
         for name, pruned in self.layers.items():
+            if not _LAYER_NAME.fullmatch(name):
+                raise MaskError(f"Mask layer {name!r} is no dotted module name, such as `mid_block.attn2.to_v`.")
             if pruned.dtype != torch.bool or pruned.ndim != 1:
                 raise MaskError(
                     f"Mask layer `{name}` is {pruned.dtype} of shape {list(pruned.shape)}, expected "
@@ -137,6 +152,9 @@ class NeuronMask:
         Args:
             path: the file; an existing one is replaced.
             metadata: JSON values to keep beside the mask, such as base model and settings.
+
+        Raises:
+            OutputError: the file can't be written.
         """
         # One metadata key keeps the file the same byte for byte: the writer does not sort the keys.
         described = {
@@ -144,9 +162,11 @@ class NeuronMask:
             "true_means": "pruned",
             "layers": list(self.layers),
             **(metadata or {}),
+            "digest": self.digest,
         }
         encoded = json.dumps(described, sort_keys=True)
-        save_file(dict(self.layers), path, metadata={METADATA_KEY: encoded})
+        with staged_file(path) as partial:
+            partial.write_bytes(save(dict(self.layers), metadata={METADATA_KEY: encoded}))
 
     @classmethod
     def load(cls, path: Path) -> "NeuronMask":
@@ -160,19 +180,61 @@ class NeuronMask:
     @classmethod
     def load_with_metadata(cls, path: Path) -> tuple["NeuronMask", dict]:
         """Read a mask and what was saved beside it. Raises as :meth:`load`."""
-        if not Path(path).is_file():
+        path = Path(path)
+        if not path.is_file():
             raise MaskError(f"There is no mask at {path}.")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-                # The header lists the layers by name; the order of execution was saved beside them.
-                names = metadata.get("layers") or sorted(file.keys())
-                layers = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise MaskError(f"{path} is no mask of nemo-prune: {error}") from error
-        if metadata.get("format_version") != FORMAT_VERSION:
-            raise MaskError(
-                f"{path} has mask format {metadata.get('format_version')}, this version reads "
-                f"{FORMAT_VERSION}. Is it a mask, and made by a newer nemo-prune?"
+            if path.stat().st_size > _MAX_BYTES:
+                raise ValueError(f"it has {path.stat().st_size} bytes, a mask has kilobytes")
+            metadata, tensors = _read(path)
+            _check_metadata(metadata)
+            mask = cls({name: tensors[name] for name in _in_order(metadata, tensors)})
+        except (ModelError, SafetensorError, ValueError, OSError) as error:
+            raise MaskError(f"{path} is no mask of nemo-prune, or it was damaged: {error}") from error
+        if metadata.get("digest", mask.digest) != mask.digest:
+            raise MaskError(f"{path} was damaged: its rows are not those that were saved. Fetch it anew.")
+        return mask, metadata
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Metadata and tensors, which are bits or refused."""
+    stored = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}").encode())
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata are no JSON object")
+        if type(version := metadata.get("format_version")) is not int or version != FORMAT_VERSION:
+            raise ValueError(
+                f"it has format {version!r}, this version reads {FORMAT_VERSION}. Is it a mask, and made by a newer "
+                "nemo-prune?"
             )
-        return cls(layers), metadata
+        if other := {tensor.dtype for tensor in stored.values()} - {"BOOL"}:
+            raise ValueError(f"it holds {', '.join(sorted(other))}, expected BOOL, where True means pruned")
+        tensors = {name: file.get_tensor(name) for name in stored}
+    if any((tensor.view(torch.uint8) > 1).any() for tensor in tensors.values()):
+        raise ValueError("it holds bytes that are neither 0 nor 1")
+    return metadata, tensors
+
+
+def _check_metadata(metadata: dict) -> None:
+    for key, kind in _EXPECTED.items():
+        if key in metadata and not isinstance(metadata[key], kind):
+            raise ValueError(f"`{key}` of its metadata is of type {type(metadata[key]).__name__}")
+    base, counts = metadata.get("base", {}), metadata.get("prompts", {})
+    if not all(isinstance(base.get(key), str | None) for key in _BASE):
+        raise ValueError(f"`base` of its metadata holds what is no text as {', '.join(_BASE)}")
+    for digests in metadata.get("base_tensors", {}).values():
+        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+            raise ValueError("`base_tensors` of its metadata are no digests")
+    if counts and not all(isinstance(counts.get(key), int) for key in _COUNTS):
+        raise ValueError(f"`prompts` of its metadata lacks one of the numbers {', '.join(_COUNTS)}")
+
+
+def _in_order(metadata: dict, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The layers in the order of execution, which is saved beside them: the header lists them by name."""
+    names = metadata.get("layers", sorted(tensors))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("`layers` of its metadata are no names")
+    if sorted(names) != sorted(tensors):
+        raise ValueError("`layers` of its metadata are not those that it holds")
+    return names

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from nemo_prune.card import licence_fields, model_card
 from nemo_prune.errors import MaskError
-from nemo_prune.export import export_checkpoint
+from nemo_prune.export import export_checkpoint, export_size
 from nemo_prune.fingerprint import check_base, tensor_digests
 from nemo_prune.layout import CARD_FILE, MASK_FILE, RECORD_FILE
 from nemo_prune.mask import NeuronMask
 from nemo_prune.sealed import write_record
 from nemo_prune.session import model_digest
 from nemo_prune.source import ModelSource
-from nemo_prune.staging import staged_folder
+from nemo_prune.staging import check_release_target, staged_folder
 
 
 def export_model(
@@ -37,6 +37,7 @@ def export_model(
         MaskError: the mask holds no neuron, or was made for another base.
         OutputError: the folder can't be written.
     """
+    check_release_target(out, source.folder, export_size(source.folder), overwrite)
     mask, described = NeuronMask.load_with_metadata(mask_file)
     if not mask.num_neurons:
         raise MaskError(f"{mask_file} holds no neuron, so that there is nothing to prune.")

@@ -1,7 +1,6 @@
 """The whole way, from a model and prompts to a pruned release."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from nemo_prune.scorer import Scorer
 from nemo_prune.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
-from nemo_prune.staging import check_new_file, check_target, staged_folder
+from nemo_prune.staging import check_new_file, check_release_target, staged_folder
 from nemo_prune.verify import (
     PromptVerification,
     check_pruned_equals_suppressed,
@@ -244,18 +243,9 @@ def localize_model(
 def _check(source: ModelSource, options: RunOptions) -> None:
     """What can be known before the long work."""
     out, work = options.out.absolute(), options.work.absolute()
-    check_target(out, options.overwrite)
+    check_release_target(out, source.folder, export_size(source.folder), options.overwrite)
     if work == out or out in work.parents:
         raise OutputError(f"The work folder {work} must not lie in {out}: what lies there can be published.")
-    if source.folder == out.resolve() or source.folder in out.resolve().parents:
-        raise OutputError(f"{out} lies in the model's own folder. Choose another --out.")
-    existing = next(folder for folder in out.parents if folder.exists())
-    needed, free = export_size(source.folder), shutil.disk_usage(existing).free
-    if needed > free:
-        raise OutputError(
-            f"{existing} has {free / 1e9:.1f} GB free, the pruned model takes {needed / 1e9:.1f} GB. Make room or "
-            "choose another --out."
-        )
 
 
 def _open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:

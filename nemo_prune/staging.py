@@ -1,10 +1,13 @@
 """Write beside, then rename: what a run leaves is either the old folder or the whole new one."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from nemo_prune.errors import OutputError
 
@@ -12,6 +15,9 @@ from nemo_prune.errors import OutputError
 @contextmanager
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that takes the place of ``out`` in one step when all went well, and else vanishes.
+
+    An old folder is moved aside first, as no rename replaces one that is not empty. Who is killed between the two
+    renames leaves no ``out``; the old one comes back when the next folder is staged for it.
 
     Args:
         out: the target; what stands there stays until the new one is complete.
@@ -21,33 +27,36 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         An empty folder beside the target to write to.
 
     Raises:
-        OutputError: the target is not empty, or its parent can't be written.
+        OutputError: the target is not empty, can't be written, or is written by another process.
     """
     check_target(out, overwrite)
-    staging, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
-    try:
-        # What a killed run left behind.
-        shutil.rmtree(staging, ignore_errors=True)
+    # A link stays one: what it leads to is replaced.
+    out = Path(os.path.realpath(out))
+    staging, old = _beside(out, "partial"), _beside(out, "old")
+    with writing(out), _alone(out):
+        _remove(staging)
         if old.exists() and not out.exists():
             os.replace(old, out)
-        shutil.rmtree(old, ignore_errors=True)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{out.parent} can't be written: {error}") from error
-    try:
-        yield staging
-        _sync_files(staging)
-        if out.exists():
-            os.replace(out, old)
+            check_target(out, overwrite)
+        _remove(old)
+        staging.mkdir()
         try:
-            os.replace(staging, out)
-        except OSError:
+            yield staging
+            _sync_all(staging)
+            if out.exists():
+                os.replace(out, old)
+            try:
+                os.replace(staging, out)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, out)
+                raise
+            _sync(out.parent)
             if old.exists():
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+                # Under its own name it must never be half removed: that one comes back.
+                os.replace(old, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
@@ -56,13 +65,31 @@ def staged_file(path: Path) -> Iterator[Path]:
 
     Yields:
         A path beside the target, this process's own, to write to.
+
+    Raises:
+        OutputError: it can't be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Name what the system refuses while something is written: a full disk, a missing right.
+
+    Raises:
+        OutputError: instead of the system's error.
+    """
     try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out} can't be written: {error}. Make it writable, or choose another place.") from error
 
 
 def check_new_file(path: Path, overwrite: bool) -> None:
@@ -71,9 +98,10 @@ def check_new_file(path: Path, overwrite: bool) -> None:
     Raises:
         OutputError: it exists and may not be replaced.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists. Choose another --out, or replace it with --overwrite.")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists. Choose another --out, or replace it with --overwrite.")
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_target(out: Path, overwrite: bool = False) -> None:
@@ -82,18 +110,94 @@ def check_target(out: Path, overwrite: bool = False) -> None:
     Raises:
         OutputError: it is a file, or not empty, or not writable.
     """
-    if out.is_file():
-        raise OutputError(f"{out} is a file. Give a folder.")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise OutputError(f"{out} exists and is not empty. Choose another folder or use --overwrite.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent} is not writable. Choose another folder.")
+    real = Path(os.path.realpath(out))
+    with writing(out):
+        if real.exists() and not real.is_dir():
+            raise OutputError(f"{out} is a file. Give a folder.")
+        if os.path.ismount(real):
+            raise OutputError(f"{out} is mounted, so that no folder can take its place. Give a folder inside of it.")
+        if real.exists() and any(real.iterdir()) and not overwrite:
+            raise OutputError(f"{out} exists and is not empty. Choose another folder or use --overwrite.")
+        parent = _existing_parent(real)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OutputError(f"{parent} is not writable. Choose another folder.")
 
 
-def _sync_files(folder: Path) -> None:
-    """Bring the files to disk before the rename makes them look finished."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def check_release_target(out: Path, base: Path, size: int, overwrite: bool = False) -> None:
+    """Refuse a target that :func:`check_target` refuses, that would take the model's place, or without room for it.
+
+    Args:
+        out: the folder of the pruned model.
+        base: the unpruned model.
+        size: bytes that will be written.
+        overwrite: whether a target that is not empty may be replaced.
+
+    Raises:
+        OutputError: nothing was written.
+    """
+    check_target(out, overwrite)
+    real, base = Path(os.path.realpath(out)), Path(os.path.realpath(base))
+    if real.is_relative_to(base):
+        raise OutputError(f"{out} lies in the model's own folder. Choose another --out.")
+    if base.is_relative_to(real):
+        raise OutputError(f"The model {base} lies in {out}, which would be replaced. Choose another --out.")
+    parent = _existing_parent(real)
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise OutputError(
+            f"{parent} has {free / 1e9:.1f} GB free, the pruned model takes {size / 1e9:.1f} GB. Make room or "
+            "choose another --out."
+        )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from a target while the context lasts; the lock of one that is killed ends with it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = _beside(out, "lock")
+    busy = OutputError(f"Another process writes {out}. Wait until it is done, or choose another --out.")
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:
+            # A file system without locks; then nobody is told of the other.
+            pass
+        # Who had it may have removed it since.
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise busy
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f".{out.name}.{what}")
+
+
+def _existing_parent(out: Path) -> Path:
+    return next(folder for folder in out.parents if folder.exists())
+
+
+def _remove(path: Path) -> None:
+    """Remove what a killed process left, also where it is no folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_all(folder: Path) -> None:
+    """Bring files and the folders' entries to disk before the rename makes them look finished."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

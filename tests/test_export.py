@@ -84,9 +84,9 @@ def test_shards_and_half_precision_variants_are_all_patched(pipe, mask, tmp_path
 
 
 def test_unpatched_twins_and_foreign_files_stay_behind_and_links_are_copied(model_folder, mask, tmp_path):
-    base = tmp_path / "base"
+    base = tmp_path / "models--a--b" / "snapshots" / "commit"
     shutil.copytree(model_folder, base)
-    real = tmp_path / "blob"
+    real = tmp_path / "models--a--b" / "blob"
     shutil.move(base / WEIGHTS, real)
     (base / WEIGHTS).symlink_to(real)
     blob_hash = file_hash(real)

@@ -29,7 +29,7 @@ def test_a_neuron_that_does_not_exist_is_refused(neuron):
 def test_saving_keeps_layers_order_and_metadata_and_is_reproducible(tmp_path):
     mask = NeuronMask.from_neurons([Neuron("mid.to_v", 1)], SIZES)
     for name in ("a", "b"):
-        mask.save(tmp_path / name, {"settings": {"theta": 5.0}, "base": "x"})
+        mask.save(tmp_path / name, {"settings": {"theta": 5.0}, "base": {"name": "x"}})
     loaded, metadata = NeuronMask.load_with_metadata(tmp_path / "a")
     assert list(loaded.layers) == list(SIZES)
     assert loaded.neurons == mask.neurons
