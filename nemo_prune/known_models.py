@@ -15,7 +15,7 @@ from huggingface_hub.constants import is_offline_mode
 from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
-from nemo_prune.errors import DownloadError
+from nemo_prune.errors import DownloadError, OutputError
 from nemo_prune.results import SD_V1_LAYERS
 from nemo_prune.staging import staged_file
 
@@ -116,7 +116,7 @@ def fetch(file: ReferenceFile) -> Path:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(kept) as partial:
             partial.write_bytes(content)
-    except OSError as error:
+    except (OSError, OutputError) as error:
         raise DownloadError(f"The cache {kept.parent} can't be written: {error}. Set XDG_CACHE_HOME.") from error
     return kept
 

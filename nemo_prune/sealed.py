@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_prune.errors import RecordError
 from nemo_prune.hashing import file_hash
+from nemo_prune.untrusted import read_json
 
 _SEAL = "seal"
 # What every reader may count on.
@@ -34,10 +35,10 @@ def read_record(path: Path) -> dict:
         RecordError: there is none, it is damaged, or it was changed since.
     """
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = read_json(path)
     except FileNotFoundError as error:
         raise RecordError(f"There is no {path.name} in {path.parent}. Give a folder that nemo-prune wrote.") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise RecordError(f"{path.name} is no record of nemo-prune: {error}. Export the model again.") from error
     complete = isinstance(recorded, dict) and all(
         isinstance(recorded.get(key), kind) for key, kind in _EXPECTED.items()

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from nemo_prune import __version__
 from nemo_prune.errors import NemoPruneError
+from nemo_prune.untrusted import printable
 
 _STAGE_NAMES = {
     "load": "Load the model",
@@ -69,7 +70,7 @@ def errors_reported() -> Iterator[None]:
         yield
     except NemoPruneError as error:
         console.print("[bold red]Error:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(str(error)), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
         console.print("Stopped. The same command goes on from here.")

@@ -9,6 +9,7 @@ import typer
 
 from nemo_prune.cli.console import app, errors_reported, quieten_libraries
 from nemo_prune.cli.options import JsonOption, RevisionOption, VariantOption
+from nemo_prune.untrusted import printable
 
 
 @app.command()
@@ -43,7 +44,7 @@ def diff(
         for each in differences:
             rows = f" rows {', '.join(map(str, each.rows))}" if each.rows else ""
             mark = "" if each.expected else "  <- not accounted for"
-            typer.echo(f"{each.file}: {each.tensor or each.what}{rows}{mark}")
+            typer.echo(printable(f"{each.file}: {each.tensor or each.what}{rows}{mark}"))
         typer.echo(
             f"{len(unexpected)} differences that no mask accounts for." if unexpected
             else "Nothing but masked rows differs, beside the files that a release adds or leaves out."

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_prune.cli.console import app, errors_reported
+from nemo_prune.untrusted import printable
 
 
 @app.command()
@@ -35,6 +36,7 @@ def inspect(
         table.add_row(name, str(len(indices)), str(mask.sizes[name]), ", ".join(map(str, indices)))
     console.print(table)
     base = metadata.get("base", {})
-    console.print(f"Base: {base.get('name', 'unknown')}, commit {base.get('commit') or 'none'}", markup=False)
-    for name, value in metadata.get("settings", {}).items():
-        console.print(f"{name}: {value}", markup=False)
+    told = [f"Base: {base.get('name') or 'unknown'}, commit {base.get('commit') or 'none'}"]
+    told += [f"{name}: {value}" for name, value in metadata.get("settings", {}).items()]
+    for line in told:
+        console.print(printable(line), markup=False)
