@@ -48,12 +48,7 @@ class Sweep:
 
     @property
     def likely_run(self) -> int:
-        """How many groups at once are dispensable with about even odds, going by those so far.
-
-        Layers are tested one by one: there are few, and what they do is the least monotone.
-        """
-        if self.of_layers:
-            return 1
+        """How many groups at once are dispensable with about even odds, going by those so far."""
         share_needed = (self.needed + 1) / (self.tested + 3)
         return min(len(self.pending), max(1, round(log(2) / share_needed)))
 
@@ -152,7 +147,7 @@ def _none_can_be_spared(neurons: Sequence[Neuron], limit: Limit, record: Record)
 
 
 def refine_in_turn(start: Sweep, limit: Limit, record: Record) -> Search[tuple[Neuron, ...]]:
-    """The greedy sweep as the released code does it: one group after the other."""
+    """The greedy sweep as the released code does it: one group after the other, see :meth:`Record.refuting_seed`."""
     sweep = start
     while sweep.pending or sweep.of_layers:
         if not sweep.pending:

@@ -13,7 +13,9 @@ batch. Three things make it cheap:
 The last two hold only if the similarity is monotone: suppressing more never raises it. The result is
 therefore proven: every seed under the threshold, and for every neuron a seed above it without that
 neuron. Where this, or any two trials on the way, contradict monotonicity, the prompt is searched
-again as the released code does it, one set after the other.
+again as the released code does it, one set after the other, all seeds of each. There a seed is left
+out only where the trials so far leave no room for another answer, even if scores are twice as far
+from monotone as the furthest that was seen. Scores without any rule leave no such place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,9 @@ from nemo_prune.mask import Neuron
 from nemo_prune.refinement import refine, refine_in_turn, sweep_by_cost, sweep_by_layers
 from nemo_prune.selection import Candidates, Selection, select, select_in_turn
 from nemo_prune.trials import Record, Search
+
+# How much further from monotone than was seen scores may be, in a search set by set.
+_SLACK = 2.0
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,26 @@ def _search_as_the_paper(
         rounds += 1
     fell_back = neurons is None or not monotone
     if fell_back:
+        selection, neurons = yield from _search_in_turn(schedule, record, threshold, layer_order)
+    return selection, neurons, fell_back
+
+
+def _search_in_turn(
+    schedule: Sequence[Candidates], record: Record, threshold: float, layer_order: Sequence[str]
+) -> Search[tuple[Selection, tuple[Neuron, ...]]]:
+    """The released code's procedure, set by set; a seed is asked unless it is known what it must answer.
+
+    It must answer what the trials so far leave no room for, if no score is further from monotone than twice
+    the furthest that was seen. Where a trial on the way is, all of it is decided again with more room.
+    """
+    record.slack = _SLACK * record.largest_violation()
+    while True:
         selection = yield from select_in_turn(schedule, record, threshold)
         neurons = yield from refine_in_turn(sweep_by_layers(selection.step, layer_order), selection.limit, record)
-    return selection, neurons, fell_back
+        needed = _SLACK * record.largest_violation()
+        if needed <= record.slack:
+            return selection, neurons
+        record.slack = needed
 
 
 def _widened(first: int, steps: int, widening: float) -> int:

@@ -53,28 +53,36 @@ _CLOSE = 0.1
 class Record:
     """The trials made so far; none is made twice.
 
+    Similarities are monotone as long as suppressing more never raises them. What a set's similarity on a seed
+    must then be on others is only *reckoned*, with a slack for how far scores were seen to be from it.
+
     Attributes:
         seeds: the seeds, the one that refuted a set last in front.
         margin: the smallest distance of any similarity from its threshold.
+        slack: how much higher the similarity of a set may be than that of a part of it; with infinity
+            nothing is reckoned, and everything asked.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(seeds)
         self.margin = inf
-        self._similarities: dict[tuple[frozenset[Neuron], int], float] = {}
+        self.slack = inf
+        self._similarities: dict[int, dict[frozenset[Neuron], float]] = {seed: {} for seed in seeds}
         self._limits: dict[tuple[frozenset[Neuron], int], set[Limit]] = {}
 
     def ask(self, pairs: Sequence[tuple[frozenset[Neuron], int]], limit: Limit) -> Search[list[float]]:
         """Similarities of sets on seeds. To suppress nothing is never enough, and is not tried."""
-        unknown = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair not in self._similarities]
+        known = self._similarities
+        unknown = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair[0] not in known[pair[1]]]
         if unknown:
             answers = yield [Trial(neurons, seed, limit.value) for neurons, seed in unknown]
-            self._similarities.update(zip(unknown, answers, strict=True))
-        for pair in pairs:
-            if pair[0]:
-                self._limits.setdefault(pair, set()).add(limit)
-                self.margin = min(self.margin, abs(self._similarities[pair] - limit.value))
-        return [self._similarities.get(pair, inf) for pair in pairs]
+            for (neurons, seed), answer in zip(unknown, answers, strict=True):
+                known[seed][neurons] = answer
+        for neurons, seed in pairs:
+            if neurons:
+                self._limits.setdefault((neurons, seed), set()).add(limit)
+                self.margin = min(self.margin, abs(known[seed][neurons] - limit.value))
+        return [known[seed].get(neurons, inf) for neurons, seed in pairs]
 
     def score(self, neurons: frozenset[Neuron], limit: Limit) -> Search[float]:
         """The highest similarity over all seeds, NaN where any is."""
@@ -83,8 +91,7 @@ class Record:
 
     def highest_known(self, neurons: frozenset[Neuron]) -> float:
         """The highest similarity of the seeds that were tried under a set."""
-        pairs = [(neurons, seed) for seed in self.seeds]
-        return max(self._similarities[pair] for pair in pairs if pair in self._similarities)
+        return max(known[neurons] for known in self._similarities.values() if neurons in known)
 
     def is_refuted(self, neurons: frozenset[Neuron], limit: Limit) -> Search[bool]:
         """Whether the seed that refuted last refutes this set too: one trial."""
@@ -99,31 +106,64 @@ class Record:
         return (yield from self.refuting_seed(neurons, limit)) is not None
 
     def refuting_seed(self, neurons: frozenset[Neuron], limit: Limit) -> Search[int | None]:
-        """A seed that is not under the limit, None if all are; it becomes the first to be asked."""
-        for seeds in (self.seeds[:1], self.seeds[1:]):
-            similarities = yield from self.ask([(neurons, seed) for seed in seeds], limit)
-            for seed, similarity in zip(seeds, similarities, strict=True):
-                if not limit.holds(similarity):
-                    self.seeds.remove(seed)
-                    self.seeds.insert(0, seed)
-                    return seed
-        return None
+        """A seed that is not under the limit, None if all are; it becomes the first to be asked.
+
+        What must be so, going by other sets and the slack, is not asked.
+        """
+        found = next((seed for seed in self.seeds if self._must_be_above(neurons, seed, limit)), None)
+        if found is None:
+            open_seeds = [seed for seed in self.seeds if not self._must_be_below(neurons, seed, limit)]
+            for seeds in (open_seeds[:1], open_seeds[1:]):
+                similarities = yield from self.ask([(neurons, seed) for seed in seeds], limit)
+                above = (seed for seed, each in zip(seeds, similarities, strict=True) if not limit.holds(each))
+                found = next(above, None)
+                if found is not None:
+                    break
+        if found is not None:
+            self.seeds.remove(found)
+            self.seeds.insert(0, found)
+        return found
 
     def likely_refuter(self, neurons: frozenset[Neuron], limit: Limit) -> int:
         """The seed to ask first: one that even a larger set did not pass, if there is one."""
-        for (larger, seed), similarity in reversed(self._similarities.items()):
-            if neurons <= larger and not limit.holds(similarity):
-                return seed
+        for seed in self.seeds:
+            for larger, similarity in self._similarities[seed].items():
+                if neurons <= larger and not limit.holds(similarity):
+                    return seed
         return self.seeds[0]
 
     def contradicts_monotonicity(self) -> bool:
         """Whether a set failed a seed that a part of it passed."""
         passed, failed = [], []
-        for pair, limits in self._limits.items():
+        for (neurons, seed), limits in self._limits.items():
             for limit in limits:
-                (passed if limit.holds(self._similarities[pair]) else failed).append((*pair, limit))
+                holds = limit.holds(self._similarities[seed][neurons])
+                (passed if holds else failed).append((neurons, seed, limit))
         return any(
             seed == other_seed and limit == other_limit and part < whole
             for whole, seed, limit in failed
             for part, other_seed, other_limit in passed
         )
+
+    def largest_violation(self) -> float:
+        """By how much, at most, a set's similarity was seen to be higher than that of a part of it; NaN is endless."""
+        found = [
+            similarity - of_part
+            for known in self._similarities.values()
+            for whole, similarity in known.items()
+            for part, of_part in known.items()
+            if part < whole and not similarity <= of_part
+        ]
+        return max((inf if value != value else value for value in found), default=0.0)
+
+    def _must_be_above(self, neurons: frozenset[Neuron], seed: int, limit: Limit) -> bool:
+        """Whether a seed is known not to be under the limit, or must be so because a larger set is far above it."""
+        known = self._similarities[seed]
+        if neurons in known:
+            return not limit.holds(known[neurons])
+        return any(neurons < larger and similarity - self.slack > limit.value for larger, similarity in known.items())
+
+    def _must_be_below(self, neurons: frozenset[Neuron], seed: int, limit: Limit) -> bool:
+        """Whether a seed must be under the limit because a part of the set is far below it."""
+        known = self._similarities[seed]
+        return any(part < neurons and similarity + self.slack < limit.value for part, similarity in known.items())
