@@ -33,5 +33,9 @@ class OutputError(NemoPruneError):
     """The output or work folder can't be used."""
 
 
+class PushError(NemoPruneError):
+    """A release can't be pushed to the Hub, or should not be."""
+
+
 class WorkerError(NemoPruneError):
     """Workers can't be started or reached, or die again and again."""

@@ -8,14 +8,19 @@ import sys
 import pytest
 
 from hub_server import COMMIT, Hub
+from nemo_prune.layout import MASK_FILE
 
 RESOLVE = """
 import sys
 from nemo_prune.errors import NemoPruneError
+from nemo_prune.find_mask import find_mask
 from nemo_prune.source import load_pipeline, resolve_model
 import torch
 for name in sys.argv[1:]:
     try:
+        if name.startswith("mask of "):
+            print(find_mask(name.removeprefix("mask of ")).read_text())
+            continue
         source = resolve_model(*name.split("@"))
     except NemoPruneError as error:
         print("named error:", " ".join(str(error).split()))
@@ -36,6 +41,10 @@ def hub(model_folder, tmp_path_factory):
     (root / "owner" / "captions" / "train.jsonl").write_text(
         '{"title": "x", "caption": "a cat"}\n{"caption": "a dog"}\n'
     )
+    for name, file in (("release", MASK_FILE), ("release", "unet.bin"), ("mask", "mask.safetensors")):
+        path = root / "owner" / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"what lies in {name}")
     with Hub(root) as server:
         yield server.url
 
@@ -56,21 +65,31 @@ REFUSED = {
     "owner/nowhere": "neither a local folder nor a repo",
     "owner/gated": "gated",
     "owner/tiny@no-such-branch": "--revision",
+    "mask of owner/captions": "the repo has no such file",
+    "mask of owner/nowhere": "Check the name",
+    "mask of owner/mask@no-such-branch": "no such branch",
+    "mask of no/such/file": "There is no mask at no/such/file",
 }
 
 
-def test_a_repo_is_fetched_with_its_licence_and_used_offline_afterwards_and_others_are_named_errors(hub, tmp_path):
-    online = resolve(tmp_path, "owner/tiny", *REFUSED, endpoint=hub)
-    first, *refused = online.stdout.splitlines(keepends=True)
+def test_repos_and_masks_are_fetched_and_used_offline_afterwards_and_others_are_named_errors(hub, tmp_path):
+    """A model with its licence; of a release or a mask that file alone."""
+    masks = ["mask of owner/release", "mask of owner/mask@main"]
+    online = resolve(tmp_path, "owner/tiny", *masks, *REFUSED, endpoint=hub)
+    first, *found = online.stdout.splitlines()
     assert first.split() == ["owner/tiny", COMMIT, "True"], online.stderr
-    for line, message in zip(refused, REFUSED.values(), strict=True):
+    assert found[:2] == ["what lies in release", "what lies in mask"]
+    for line, message in zip(found[2:], REFUSED.values(), strict=True):
         assert line.startswith("named error") and message in line
-    offline = resolve(tmp_path, "owner/tiny", "owner/other", endpoint=hub, HF_HUB_OFFLINE="1")
-    found, missing = offline.stdout.splitlines(keepends=True)
-    assert found == first, offline.stderr
+    assert not list(tmp_path.rglob("unet.bin"))
+    offline = resolve(tmp_path, "owner/tiny", *masks, "owner/other", "mask of owner/other", endpoint=hub,
+                      HF_HUB_OFFLINE="1")  # fmt: skip
+    *again, missing, missing_mask = offline.stdout.splitlines()
+    assert again == [first, *found[:2]], offline.stderr
     assert "named error" in missing and "give a local folder or `demo`" in missing
-    unreachable = resolve(tmp_path, "owner/tiny")
-    assert unreachable.stdout == first, unreachable.stderr
+    assert "named error" in missing_mask and "not in the local cache" in missing_mask
+    unreachable = resolve(tmp_path, "owner/tiny", *masks)
+    assert unreachable.stdout == offline.stdout.partition("named error")[0], unreachable.stderr
 
 
 READ = """

@@ -14,10 +14,11 @@ from nemo_prune.untrusted import printable
 
 @app.command()
 def diff(
-    base: Annotated[str, typer.Argument(help="The unpruned model: `demo`, a diffusers folder or a Hub id.")],
-    out: Annotated[str, typer.Argument(help="The pruned model: a diffusers folder or a Hub id.")],
+    base: Annotated[str, typer.Argument(help="The unpruned model: `demo`, a folder, a single file or a Hub id.")],
+    out: Annotated[str, typer.Argument(help="The pruned model: a folder, a single file or a Hub id.")],
     mask: Annotated[
-        Path | None, typer.Option(help="Mask whose rows may differ. (default: the one that lies in OUT)")
+        str | None,
+        typer.Option(help="Mask whose rows may differ: a file, a release or a Hub id. (default: the one in OUT)"),
     ] = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
@@ -29,14 +30,13 @@ def diff(
     """
     with errors_reported():
         quieten_libraries()
-        from nemo_prune.diff import diff_folders
-        from nemo_prune.layout import MASK_FILE
+        from nemo_prune.diff import diff_models
+        from nemo_prune.find_mask import find_mask
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.source import resolve_model
 
-        before, after = resolve_model(base, revision, variant).folder, resolve_model(out).folder
-        file = mask or (after / MASK_FILE if (after / MASK_FILE).exists() else None)
-        differences = list(diff_folders(before, after, NeuronMask.load(file) if file else None))
+        before, after = _place(base, revision, variant), _place(out, None, variant)
+        file = find_mask(mask) if mask else _own_mask(after)
+        differences = list(diff_models(before, after, NeuronMask.load(file) if file else None, variant))
         unexpected = [each for each in differences if not each.expected]
     if as_json:
         typer.echo(json.dumps({"differences": [asdict(each) for each in differences], "unexpected": len(unexpected)}))
@@ -44,9 +44,27 @@ def diff(
         for each in differences:
             rows = f" rows {', '.join(map(str, each.rows))}" if each.rows else ""
             mark = "" if each.expected else "  <- not accounted for"
-            typer.echo(printable(f"{each.file}: {each.tensor or each.what}{rows}{mark}"))
+            what = f"{each.tensor}{'' if each.rows else f' {each.what}'}" if each.tensor else each.what
+            layer = f" ({each.layer})" if each.layer else ""
+            typer.echo(printable(f"{each.file}: {what}{layer}{rows}{mark}"))
         typer.echo(
             f"{len(unexpected)} differences that no mask accounts for." if unexpected
             else "Nothing but masked rows differs, beside the files that a release adds or leaves out."
         )  # fmt: skip
     raise typer.Exit(1 if unexpected else 0)
+
+
+def _place(name: str, revision: str | None, variant: str | None) -> Path:
+    """The folder or the single file of a model."""
+    from nemo_prune.source import resolve_model
+
+    path = Path(name)
+    return path if path.is_file() else resolve_model(name, revision, variant).folder
+
+
+def _own_mask(out: Path) -> Path | None:
+    """The mask that lies in a release, or beside one in a single file."""
+    from nemo_prune.layout import MASK_FILE, folder_beside
+
+    mask = out / MASK_FILE if out.is_dir() else folder_beside(out) / Path(MASK_FILE).name
+    return mask if mask.is_file() else None

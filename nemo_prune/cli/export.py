@@ -1,24 +1,32 @@
 """A base and a mask into a release: `nemo-prune export`."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nemo_prune.cli.console import app, errors_reported, quieten_libraries
-from nemo_prune.cli.options import JsonOption, ModelOption, RevisionOption, ScaleOption, VariantOption
+from nemo_prune.cli.options import (
+    ConfigOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    RevisionOption,
+    ScaleOption,
+    VariantOption,
+)
 
 
 @app.command()
 def export(
     model: ModelOption,
-    mask: Annotated[Path, typer.Option(help="A mask file, or a folder that `run` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
+    mask: Annotated[str, typer.Option(help="A mask file, a release, or a Hub id of either: owner/name[@revision].")],
+    out: OutOption,
     scale: ScaleOption = 0.0,
     force: Annotated[
         bool, typer.Option("--force", help="Prune another base than the mask was made for; the card says so.")
     ] = False,
+    config: ConfigOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -30,12 +38,12 @@ def export(
     """
     with errors_reported():
         quieten_libraries()
+        from nemo_prune.find_mask import find_mask
         from nemo_prune.rebuild import export_model
-        from nemo_prune.release import mask_file
         from nemo_prune.source import resolve_model
 
-        source = resolve_model(model, revision, variant)
-        facts = export_model(source, mask_file(mask), out, scale, force, overwrite)
+        source = resolve_model(model, revision, variant, config)
+        facts = export_model(source, find_mask(mask), out, scale, force, overwrite)
     if as_json:
         typer.echo(json.dumps({**facts, "out": str(out)}, indent=2))
     else:

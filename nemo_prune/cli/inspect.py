@@ -1,7 +1,6 @@
 """What a mask holds: `nemo-prune inspect`."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from nemo_prune.untrusted import printable
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A mask file or a folder that `run` wrote.")],
+    name: Annotated[str, typer.Argument(metavar="MASK", help="A mask file, a release, or a Hub id of either.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show a mask: layers, rows, source and settings.
@@ -22,10 +21,10 @@ def inspect(
     Example: [bold]nemo-prune inspect pruned/[/]
     """
     with errors_reported():
+        from nemo_prune.find_mask import find_mask
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.release import mask_file
 
-        mask, metadata = NeuronMask.load_with_metadata(mask_file(path))
+        mask, metadata = NeuronMask.load_with_metadata(find_mask(name))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
     if as_json:
         typer.echo(json.dumps({"rows": rows, "sizes": mask.sizes, "metadata": metadata}, indent=2))

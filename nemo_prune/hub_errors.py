@@ -1,0 +1,85 @@
+"""What the Hub's client raises, as named errors: one place, for every version of the client that is supported."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from nemo_prune.errors import NemoPruneError
+
+# The client's transport differs between its versions; its errors are the bases of the client's own.
+NO_ANSWER = HfHubHTTPError.__bases__
+_TRANSPORT_ERRORS = (*(base for base in NO_ANSWER if base is not OSError), ConnectionError, TimeoutError)
+
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, which goes before the login."
+_MISSING = f"the Hub does not have it, or does not show it to you. Check the name; for a private repo: {_LOG_IN}"
+_AGAIN = "Run the same command again."
+_BY_KIND = {
+    LocalTokenNotFoundError: f"there is no token. {_LOG_IN}",
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set. Unset it.",
+    HFValidationError: "that is no name of a repo. Give owner/name.",
+    GatedRepoError: f"it is gated. Accept its terms on its page. {_LOG_IN}",
+    RevisionNotFoundError: "the Hub has no such branch, tag or commit of it.",
+    RepositoryNotFoundError: _MISSING,
+    LocalEntryNotFoundError: "it is not in the local cache and the Hub can't be reached.",
+    EntryNotFoundError: "the repo has no such file.",
+}
+_BY_STATUS = {
+    401: f"the Hub does not accept the token. Make one with write access on your account's page. {_LOG_IN}",
+    403: "the token may not do this. Take one with write access to the repo; a fine-grained one must name its owner.",
+    404: _MISSING,
+    409: f"something else is going on there. {_AGAIN}",
+    412: f"the repo changed meanwhile. {_AGAIN}",
+    429: f"too many requests. Wait some minutes. {_AGAIN}",
+    507: f"the Hub has no room left. Make room. {_AGAIN}",
+}
+_FAILED = f"the Hub failed. {_AGAIN} What was uploaded is not sent again."
+_CUT = f"the Hub can't be reached, or the connection was cut. {_AGAIN} What was uploaded is not sent again."
+_LONGEST_QUOTE = 300
+
+
+@contextmanager
+def named_errors(kind: type[NemoPruneError], failing: str) -> Iterator[None]:
+    """Turn what the client raises into a named error that does not hold the token.
+
+    Args:
+        kind: the error to raise.
+        failing: what failed then, such as "`owner/name` can't be read".
+    """
+    try:
+        yield
+    except (*NO_ANSWER, RuntimeError, ValueError) as error:
+        # The client wraps what happens in the threads of an upload.
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise kind(f"{failing}: {_remedy(cause)}{_quoted(cause)}") from error
+
+
+def _remedy(error: BaseException) -> str:
+    for kind, remedy in _BY_KIND.items():
+        if isinstance(error, kind):
+            return remedy
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _BY_STATUS.get(status, _FAILED if status >= 500 else "the Hub refuses it.")
+    return _CUT if isinstance(error, _TRANSPORT_ERRORS) else "the Hub's client gave up."
+
+
+def _quoted(error: BaseException) -> str:
+    """What the Hub or the client says itself, in one line and without the token."""
+    message = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
+    text, token = " ".join((message or "").split()), get_token()
+    # A server, or the transport, may quote a request's headers.
+    if token:
+        text = text.replace(token, "[the token]")
+    return f" ({text[:_LONGEST_QUOTE]})" if text else ""
