@@ -1,20 +1,21 @@
-"""What differs between a base and a pruned folder: every file, every tensor, every row."""
+"""What differs between a base and a pruned model: every file, every tensor, every row."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from nemo_prune.export import files_to_export
 from nemo_prune.hashing import file_hash
+from nemo_prune.layout import SAFETENSORS
+from nemo_prune.ldm_names import PREFIXES, full_name
 from nemo_prune.mask import NeuronMask
+from nemo_prune.single_file import folder_tensors, masked_tensors, read_tensors
 from nemo_prune.stored import StoredTensor, read_header
+from nemo_prune.tensors import TensorBytes, differing_rows, stored_tensor
 
 # What a release adds to the base's files, and what it may write anew.
 _OF_THE_RELEASE = ("README.md", "nemo_prune.json", "nemo_prune/")
-_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Difference:
     """One file or tensor that differs.
 
     Attributes:
-        file: relative to the folders.
+        file: relative to the folders, or the name of the single file.
         what: ``left out`` of the base's, ``added``, ``changed`` as a whole, or ``rows`` of a tensor changed.
         tensor: its name, where a tensor differs.
         rows: the rows that differ.
         expected: whether a mask accounts for it: masked rows alone, or a file that belongs to a release.
+        layer: what a diffusers folder calls the tensor, where a mask touches it in a single file.
     """
 
     file: str
@@ -34,6 +36,33 @@ class Difference:
     tensor: str | None = None
     rows: tuple[int, ...] = ()
     expected: bool = False
+    layer: str | None = None
+
+
+def diff_models(
+    base: Path, out: Path, mask: NeuronMask | None = None, variant: str | None = None
+) -> Iterator[Difference]:
+    """Compare a pruned model with its base; tensors are read in blocks and never held as a whole.
+
+    Two folders are compared file by file, two .safetensors files byte by byte. Of a folder and a single file, and of
+    a .ckpt, the tensors are compared: what a conversion leaves out is accounted for.
+
+    Args:
+        base: the unpruned diffusers folder or single file.
+        out: the pruned one.
+        mask: rows that may differ; none may without it.
+        variant: of a folder's weights, where the other is a single file.
+
+    Yields:
+        What differs.
+
+    Raises:
+        ModelError: a file of either is damaged.
+    """
+    if base.is_dir() and out.is_dir():
+        yield from diff_folders(base, out, mask)
+    else:
+        yield from _diff_single(base, out, mask, variant)
 
 
 def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Iterator[Difference]:
@@ -72,7 +101,7 @@ def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> 
         return
     masked = mask.tensor_rows if mask and name.startswith("unet/") else {}
     for tensor, stored in before.items():
-        rows = _differing_rows(base, out, stored)
+        rows = differing_rows(stored_tensor(base, stored), stored_tensor(out, after[tensor]))
         if rows:
             yield Difference(name, "rows", tensor, rows, expected=set(rows) <= set(masked.get(tensor, ())))
 
@@ -84,22 +113,45 @@ def _header_bytes(path: Path, tensors: Mapping[str, StoredTensor]) -> bytes:
         return file.read(first)
 
 
-def _differing_rows(base: Path, out: Path, stored: StoredTensor) -> tuple[int, ...]:
-    """Rows of a tensor whose bytes differ; a tensor without rows counts as one."""
-    num_rows = stored.shape[0] if stored.shape and stored.shape[0] else 1
-    row_bytes = stored.length // num_rows
-    if not row_bytes:
-        return ()
-    rows_at_once = max(1, _BLOCK_BYTES // row_bytes)
-    found: list[int] = []
-    with base.open("rb") as first, out.open("rb") as second:
-        first.seek(stored.start)
-        second.seek(stored.start)
-        for start in range(0, num_rows, rows_at_once):
-            size = min(rows_at_once, num_rows - start) * row_bytes
-            before, after = first.read(size), second.read(size)
-            if before != after:
-                pair = (np.frombuffer(block, dtype=np.uint8).reshape(-1, row_bytes) for block in (before, after))
-                differs = np.not_equal(*pair).any(axis=1)
-                found += (np.flatnonzero(differs) + start).tolist()
-    return tuple(found)
+@dataclass(frozen=True)
+class _Named:
+    """A tensor under the name that both sides share, and how its own side calls it."""
+
+    file: str
+    name: str
+    content: TensorBytes
+
+
+def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | None) -> Iterator[Difference]:
+    in_place = base.suffix == out.suffix == SAFETENSORS
+    if in_place and _header_bytes(base, read_header(base)) != _header_bytes(out, read_header(out)):
+        yield Difference(out.name, "changed")
+    before, after = _tensors(base, variant), _tensors(out, variant)
+    masked = masked_tensors(mask, after) if mask else {}
+    for name in sorted(before.keys() | after.keys()):
+        shown = after.get(name) or before[name]
+        where = {"file": shown.file, "tensor": shown.name, "layer": masked.get(name) if out.is_file() else None}
+        if name not in after:
+            is_extra = not name.startswith(tuple(PREFIXES.values())) or name.endswith(".position_ids")
+            yield Difference(what="left out", expected=is_extra and not in_place, **where)
+        elif name not in before:
+            yield Difference(what="added", **where)
+        elif _form(before[name].content) != _form(after[name].content):
+            yield Difference(what="changed", **where)
+        elif rows := differing_rows(before[name].content, after[name].content):
+            allowed = mask.tensor_rows[masked[name]] if name in masked else ()
+            yield Difference(what="rows", rows=rows, expected=set(rows) <= set(allowed), **where)
+
+
+def _tensors(path: Path, variant: str | None) -> dict[str, _Named]:
+    """The tensors of a folder or a single file, by the full names of single files."""
+    if path.is_dir():
+        return {
+            name: _Named(each.file, each.name, each.content) for name, each in folder_tensors(path, variant).items()
+        }
+    return {full_name(name): _Named(path.name, name, content) for name, content in read_tensors(path).items()}
+
+
+def _form(tensor: TensorBytes) -> tuple[str, int, tuple[int, ...]]:
+    """Dtype, length and rows: a matrix and a 1x1 convolution are the same."""
+    return tensor.dtype, tensor.length, tensor.shape[:1]

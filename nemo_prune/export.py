@@ -1,22 +1,21 @@
 """Copy a checkpoint and zero or scale rows in the copy, byte for byte; nothing else changes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-
-import torch
 
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.folder import check_files, component_names
 from nemo_prune.hashing import file_hash
 from nemo_prune.layout import is_licence_file
 from nemo_prune.mask import NeuronMask
-from nemo_prune.stored import FLOAT_DTYPES, StoredTensor, read_header
+from nemo_prune.rows import check_rows, scale_rows
+from nemo_prune.stored import StoredTensor, read_header
 
 # Weights in formats that can't be patched by offset, or that repeat what safetensors hold.
-_LEFT_OUT_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")
+_OTHER_FORMATS = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,18 @@ class ExportReport:
     """What an export wrote.
 
     Attributes:
-        hashes: file relative to the folder -> sha256 of its content, for every file copied.
+        hashes: file relative to the release -> sha256 of its content, for every file of the base's.
         base_hashes: the same of the base, for the files that were changed.
         rows_changed: changed file -> number of rows that were set to zero or scaled in it.
-        left_out: weights of the base that were not copied.
+        left_out: what of the base is not in the release -> why.
+        notes: what a publisher should say of the form of the weights, in sentences.
     """
 
     hashes: dict[str, str] = field(default_factory=dict)
     base_hashes: dict[str, str] = field(default_factory=dict)
     rows_changed: dict[str, int] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def described(self) -> dict:
         """For the record, as JSON values."""
@@ -42,10 +43,11 @@ class ExportReport:
             "base_sha256": self.base_hashes,
             "rows_changed": self.rows_changed,
             "left_out": self.left_out,
+            "notes": list(self.notes),
         }
 
 
-def files_to_export(base: Path) -> tuple[list[Path], list[Path]]:
+def files_to_export(base: Path) -> tuple[list[Path], dict[Path, str]]:
     """Files of a checkpoint folder that an export copies, and weights that it leaves out.
 
     Copied are model_index.json, the folders of the components that it names, and the licence.
@@ -54,22 +56,34 @@ def files_to_export(base: Path) -> tuple[list[Path], list[Path]]:
     sample images, is none of the pipeline's and stays behind.
 
     Returns:
-        Both relative to the folder, sorted.
+        The files relative to the folder, sorted; and those left out -> why.
 
     Raises:
         ModelError: a file is damaged, missing, or lies outside of the folder.
     """
     copied = [path.relative_to(base) for path in base.iterdir() if _belongs_at_root(path)]
-    left_out = []
+    left_out = {}
     for component in component_names(base):
         for folder, names, files in os.walk(base / component):
             names[:] = sorted(name for name in names if not name.startswith("."))
             for name in files:
-                unpruned_twin = name.endswith(_LEFT_OUT_SUFFIXES) or "non_ema" in name
                 path = Path(folder, name).relative_to(base)
-                (left_out if unpruned_twin or name.startswith(".") else copied).append(path)
+                if reason := _why_left_out(name):
+                    left_out[path] = reason
+                else:
+                    copied.append(path)
     check_files(base, copied)
-    return sorted(copied), sorted(left_out)
+    return sorted(copied), dict(sorted(left_out.items()))
+
+
+def _why_left_out(name: str) -> str | None:
+    if name.startswith("."):
+        return "a hidden file"
+    if "non_ema" in name:
+        return "weights of another average (non_ema)"
+    if name.endswith(_OTHER_FORMATS) or ".bin.index." in name:
+        return "not safetensors; the weights lie there as safetensors too"
+    return None
 
 
 def _belongs_at_root(path: Path) -> bool:
@@ -117,17 +131,16 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
     copied, left_out = files_to_export(base)
     rows = mask.tensor_rows
     headers = {path: read_header(base / path) for path in unet_weights(base)}
-    _check_rows(mask, headers)
-    report = ExportReport(left_out=[path.as_posix() for path in left_out])
+    _check_layers(mask, headers)
+    report = ExportReport(left_out={path.as_posix(): reason for path, reason in left_out.items()})
     try:
         for path in copied:
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            digest = _copy(base / path, target)
-            here = {name: rows[name] for name in headers.get(path, {}) if name in rows}
-            if here:
+            digest = copy_file(base / path, target)
+            if rows.keys() & headers.get(path, {}).keys():
                 report.base_hashes[path.as_posix()] = digest
-                report.rows_changed[path.as_posix()] = _scale_rows(target, headers[path], here, scale)
+                report.rows_changed[path.as_posix()] = scale_rows(target, headers[path], rows, scale)
                 digest = file_hash(target)
             report.hashes[path.as_posix()] = digest
     except OSError as error:
@@ -135,7 +148,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
     return report
 
 
-def _copy(source: Path, target: Path) -> str:
+def copy_file(source: Path, target: Path) -> str:
     """Copy a file's content, never its link, and return the content's sha256."""
     digest = sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
@@ -145,42 +158,9 @@ def _copy(source: Path, target: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_rows(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
-    found: dict[str, list[tuple[Path, StoredTensor]]] = {}
-    for path, tensors in headers.items():
-        for name, tensor in tensors.items():
-            found.setdefault(name, []).append((path, tensor))
-    for layer, pruned in mask.layers.items():
-        if f"{layer}.weight" not in found:
+def _check_layers(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
+    for layer in mask.layers:
+        if not any(f"{layer}.weight" in tensors for tensors in headers.values()):
             raise MaskError(f"Mask layer `{layer}` is not in the model's weights. Is it another model's?")
-        for path, tensor in found[f"{layer}.weight"] + found.get(f"{layer}.bias", []):
-            if tensor.shape[:1] != (len(pruned),):
-                raise MaskError(
-                    f"Mask layer `{layer}` has {len(pruned)} neurons, {path.as_posix()} has "
-                    f"{list(tensor.shape)} there. Was the mask made for another model?"
-                )
-            if tensor.dtype not in FLOAT_DTYPES:
-                raise ModelError(
-                    f"`{layer}` is stored as {tensor.dtype} in {path.as_posix()}; rows of quantised weights "
-                    "can't be zeroed exactly. Use the float32, float16 or bfloat16 weights."
-                )
-
-
-def _scale_rows(
-    path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]], scale: float
-) -> int:
-    """Multiply rows in place and return their number; zero is all zero bits in every float format."""
-    with path.open("r+b") as file:
-        for name, indices in rows.items():
-            row_bytes = tensors[name].length // tensors[name].shape[0]
-            dtype = FLOAT_DTYPES[tensors[name].dtype]
-            for index in indices:
-                place = tensors[name].start + index * row_bytes
-                scaled = bytes(row_bytes)
-                if scale:
-                    file.seek(place)
-                    row = torch.frombuffer(bytearray(file.read(row_bytes)), dtype=dtype)
-                    scaled = (row.double() * scale).to(dtype).view(torch.uint8).numpy().tobytes()
-                file.seek(place)
-                file.write(scaled)
-    return sum(len(indices) for indices in rows.values())
+    for path, tensors in headers.items():
+        check_rows(path.as_posix(), tensors, mask)

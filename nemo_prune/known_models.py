@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.constants import is_offline_mode
 
 from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
+from nemo_prune.cache import cache_folder
 from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError, OutputError
@@ -102,7 +103,7 @@ def fetch(file: ReferenceFile) -> Path:
     Raises:
         DownloadError: it can't be downloaded, or is not what was published.
     """
-    kept = _cache_folder() / file.sha256[:16] / Path(file.path).name
+    kept = cache_folder() / file.sha256[:16] / Path(file.path).name
     if kept.is_file() and sha256(kept.read_bytes()).hexdigest() == file.sha256:
         return kept
     url = (os.environ.get(URL_VARIABLE) or REFERENCE_URL).rstrip("/") + "/" + file.path
@@ -135,10 +136,6 @@ def _download(url: str) -> bytes:
             f"{url} is not in the cache and can't be downloaded: {error}. Connect, set {URL_VARIABLE} to an address "
             f"that has the same files, or give files of your own: {_OWN_FILES}."
         ) from error
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_prune"
 
 
 def published_calibration(known: KnownModel) -> Calibration:

@@ -1,31 +1,23 @@
-"""Where the model comes from: the demo model, a local folder or a repo of the Hub."""
+"""Where the model comes from: the demo model, a folder, a single file or a repo of the Hub."""
 
 import json
 import platform
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
+from nemo_prune.conversion import Conversion, convert_pickled, convert_single_file, pickled_weights
 from nemo_prune.demo import DEMO_MODEL, demo_folder
+from nemo_prune.download import download_configs, download_pipeline
 from nemo_prune.errors import ModelError
-from nemo_prune.layout import CARD_FILE, is_licence_file
+from nemo_prune.folder import INDEX_FILE, read_model_index
+from nemo_prune.single_file import SUFFIXES
 
-# The client's transport differs between its versions; its errors are the bases of the client's own.
-_NO_ANSWER = HfHubHTTPError.__bases__
+# Whose configs, tokenizer and scheduler a single file of Stable Diffusion 1.x takes.
+DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True)
@@ -33,11 +25,15 @@ class ModelSource:
     """A pipeline's files on this machine and where they are from.
 
     Attributes:
-        folder: the diffusers folder.
-        repo_id: the Hub id, None for a local folder.
-        commit: the commit that the revision resolved to, None for a local folder.
+        folder: the diffusers folder, with safetensors weights.
+        repo_id: the Hub id, None for what is local.
+        commit: the commit that the revision resolved to, None for what is local.
         variant: weights variant such as ``fp16``, None for the plain files.
         is_demo: whether it is the demo model that the package carries.
+        given: what was given, where the folder was converted from it: a single file, or a folder.
+        config: what a single file took its configs from: a folder or a Hub id.
+        converted: what was converted, in words; None where nothing was.
+        left_out: what the conversion left out -> why.
     """
 
     folder: Path
@@ -45,6 +41,15 @@ class ModelSource:
     commit: str | None = None
     variant: str | None = None
     is_demo: bool = False
+    given: Path | None = None
+    config: str | None = None
+    converted: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def single_file(self) -> Path | None:
+        """The single file that was given, None for all other forms."""
+        return self.given if self.config else None
 
     @property
     def public_name(self) -> str:
@@ -55,34 +60,61 @@ class ModelSource:
 
     def described(self) -> dict:
         """For the record, as JSON values: never a path of the machine."""
-        return {"name": self.public_name, "repo_id": self.repo_id, "commit": self.commit, "variant": self.variant}
+        config = "a local folder" if self.config and _is_local(self.config) else self.config
+        return {
+            "name": self.public_name,
+            "repo_id": self.repo_id,
+            "commit": self.commit,
+            "variant": self.variant,
+            "converted": self.converted,
+            "config": config,
+        }
 
 
-def resolve_model(model: str, revision: str | None = None, variant: str | None = None) -> ModelSource:
-    """Bring a model's files to this machine, or find them there.
+def resolve_model(
+    model: str, revision: str | None = None, variant: str | None = None, config: str | None = None
+) -> ModelSource:
+    """Bring a model's files to this machine, or find them there; other forms are converted, in the cache.
 
     Args:
-        model: ``demo``, a local diffusers folder, or a Hub id such as ``CompVis/stable-diffusion-v1-4``.
+        model: ``demo``, a local diffusers folder, a single file (.safetensors or .ckpt), or a Hub id such as
+            ``CompVis/stable-diffusion-v1-4``.
         revision: branch, tag or commit of the Hub repo.
         variant: weights variant such as ``fp16``.
+        config: for a single file: a diffusers folder or a Hub id of the same architecture, whose configs, tokenizer
+            and scheduler it takes; those of Stable Diffusion v1-5 unless given.
 
     Raises:
-        ModelError: there is no such folder or repo, it is gated, or it is no Stable Diffusion pipeline.
+        ModelError: there is no such model, it is gated, damaged, or no Stable Diffusion pipeline.
+        OutputError: what was converted can't be kept.
     """
+    path = Path(model)
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return _single_file(path, revision or variant, config)
+    if config is not None:
+        raise ModelError(f"--config is for single files, and {model} is none. Leave it out.")
     if model == DEMO_MODEL:
         source = ModelSource(demo_folder(), variant=variant, is_demo=True)
-    elif Path(model).is_dir():
-        source = ModelSource(Path(model).resolve(), variant=variant)
+    elif path.is_dir():
+        source = ModelSource(path.resolve(), variant=variant)
     elif _looks_like_path(model):
-        raise ModelError(f"There is no model at {model}. Give a diffusers folder, a Hub id or `demo`.")
+        raise ModelError(
+            f"There is no model at {model}. Give a diffusers folder, a single file ({', '.join(SUFFIXES)}), a Hub id "
+            "or `demo`."
+        )
     else:
-        source = _download(model, revision, variant)
+        folder = download_pipeline(model, revision, variant)
+        # The cache names a snapshot's folder by its commit.
+        source = ModelSource(folder, model, folder.name, variant)
     _check_pipeline(source.folder, model)
-    return source
+    pickled = pickled_weights(source.folder, variant)
+    if not pickled:
+        return source
+    return _converted(replace(source, given=source.folder), convert_pickled(source.folder, pickled))
 
 
 def find_again(source: ModelSource) -> ModelSource:
-    """The same model on another machine: a Hub repo at the same commit, a folder at the same path.
+    """The same model on another machine: a Hub repo at the same commit, a folder or file at the same path.
 
     Raises:
         ModelError: it is not there.
@@ -91,12 +123,31 @@ def find_again(source: ModelSource) -> ModelSource:
         return resolve_model(DEMO_MODEL, variant=source.variant)
     if source.repo_id:
         return resolve_model(source.repo_id, source.commit, source.variant)
-    if not source.folder.is_dir():
+    if source.folder.is_dir():
+        return source
+    given = source.given or source.folder
+    if not given.exists():
         raise ModelError(
-            f"The machine {platform.node()} has no folder {source.folder}. Put the model on a path that all machines "
-            "share, or give a Hub id."
+            f"The machine {platform.node()} has no {given}. Put the model on a path that all machines share, or give "
+            "a Hub id."
         )
-    return source
+    return resolve_model(str(given), None, source.variant, source.config)
+
+
+def _single_file(path: Path, chosen: str | None, config: str | None) -> ModelSource:
+    if not path.is_file():
+        raise ModelError(f"There is no single file at {path}. Check the name.")
+    if chosen is not None:
+        raise ModelError(f"A single file has no variants or revisions, so that `{chosen}` names nothing. Leave it out.")
+    config = str(Path(config).resolve()) if config and Path(config).is_dir() else config or DEFAULT_CONFIG
+    configs = Path(config) if _is_local(config) else download_configs(config)
+    _check_pipeline(configs, config)
+    source = ModelSource(configs, given=path.resolve(), config=config)
+    return _converted(source, convert_single_file(path.resolve(), configs))
+
+
+def _converted(source: ModelSource, conversion: Conversion) -> ModelSource:
+    return replace(source, folder=conversion.folder, converted=conversion.converted, left_out=conversion.left_out)
 
 
 def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -135,71 +186,21 @@ def _refuse_nan(module: torch.nn.Module, component: str) -> None:
             )
 
 
+def _is_local(name: str) -> bool:
+    return Path(name).is_absolute()
+
+
 def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1 or Path(model).exists()
 
 
 def _check_pipeline(folder: Path, model: str) -> None:
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not (folder / INDEX_FILE).is_file():
         raise ModelError(
-            f"{model} is no diffusers pipeline: it has no model_index.json. A single-file checkpoint "
-            "must be converted to a diffusers folder first."
-        ) from error
-    except ValueError as error:
-        raise ModelError(f"The model_index.json of {model} is damaged: {error}") from error
+            f"{model} is no diffusers pipeline: it has no {INDEX_FILE}. Give a diffusers folder, or a single file "
+            f"({', '.join(SUFFIXES)})."
+        )
+    index = read_model_index(folder)
     missing = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if part not in index]
     if missing:
-        raise ModelError(f"{model} is no Stable Diffusion pipeline: its model_index.json has no {', '.join(missing)}.")
-
-
-def _download(repo_id: str, revision: str | None, variant: str | None) -> ModelSource:
-    where = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
-    try:
-        listed = _listed_files(repo_id, revision)
-        folder = Path(
-            DiffusionPipeline.download(repo_id, revision=revision, variant=variant, local_files_only=listed is None)
-        )
-        # diffusers leaves card and licence behind when it downloads a pipeline; the release needs them.
-        for name in listed or ():
-            if "/" not in name and (name == CARD_FILE or is_licence_file(name)):
-                _fetch_if_there(repo_id, name, folder.name)
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{where} is gated. Accept its terms on its page and log in: `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"The Hub has no {where}. Check --revision.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"{where} is neither a local folder nor a repo of the Hub that you may read. Check the name; "
-            "for a private repo log in: `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise ModelError(
-            f"{where} is not in the local cache and the Hub can't be reached. Connect (unset "
-            "HF_HUB_OFFLINE), or give a local folder or `demo`."
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(f"The Hub refused {where}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{where} can't be downloaded as a pipeline: {error}") from error
-    # The cache names a snapshot's folder by its commit.
-    return ModelSource(folder, repo_id, folder.name, variant)
-
-
-def _listed_files(repo_id: str, revision: str | None) -> list[str] | None:
-    """The files of a repo; what the Hub refuses is an error, its silence is None and leaves the local cache."""
-    try:
-        info = HfApi().model_info(repo_id, revision=revision)
-    except HfHubHTTPError:
-        raise
-    except _NO_ANSWER:
-        return None
-    return [sibling.rfilename for sibling in info.siblings or ()]
-
-
-def _fetch_if_there(repo_id: str, name: str, commit: str) -> None:
-    with suppress(EntryNotFoundError):
-        hf_hub_download(repo_id, name, revision=commit)
+        raise ModelError(f"{model} is no Stable Diffusion pipeline: its {INDEX_FILE} has no {', '.join(missing)}.")

@@ -51,7 +51,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 if old.exists():
                     os.replace(old, out)
                 raise
-            _sync(out.parent)
+            sync(out.parent)
             if old.exists():
                 # Under its own name it must never be half removed: that one comes back.
                 os.replace(old, staging)
@@ -73,7 +73,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -192,10 +192,11 @@ def _remove(path: Path) -> None:
 def _sync_all(folder: Path) -> None:
     """Bring files and the folders' entries to disk before the rename makes them look finished."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -94,7 +94,9 @@ def test_unpatched_twins_and_foreign_files_stay_behind_and_links_are_copied(mode
         (base / name).write_bytes(b"x")
     report = export(base, mask, tmp_path / "out")
     assert file_hash(real) == blob_hash and not (tmp_path / "out" / WEIGHTS).is_symlink()
-    assert report.left_out == ["unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.bin"]
+    assert list(report.left_out) == ["unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.bin"]
+    assert "average" in report.left_out["unet/diffusion_pytorch_model.non_ema.safetensors"]
+    assert "not safetensors" in report.left_out["unet/model.bin"]
     assert (tmp_path / "out" / "LICENSE").exists() and not (tmp_path / "out" / "holiday.png").exists()
 
 

@@ -1,0 +1,65 @@
+"""Which files of a pipeline's component hold its weights, by the names that stock loaders look for."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_prune.errors import ModelError
+
+_NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([\w.-]*)\.(safetensors|bin)", re.ASCII)
+_SHARD = re.compile(r"-\d+-of-\d+")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights and what its name says.
+
+    Attributes:
+        path: relative to the model's folder.
+        variant: such as ``fp16``; None for the plain weights.
+        is_shard: whether it holds a part of them.
+        is_safetensors: or a pickle, a ``.bin``.
+    """
+
+    path: Path
+    variant: str | None
+    is_shard: bool
+    is_safetensors: bool
+
+    @property
+    def converted_name(self) -> str:
+        """The file in its place that holds the same as safetensors, in one piece."""
+        stem = "diffusion_pytorch_model" if self.path.name.startswith("diffusion") else "model"
+        return f"{stem}.{self.variant}.safetensors" if self.variant else f"{stem}.safetensors"
+
+
+def weights_files(base: Path, component: str) -> list[WeightsFile]:
+    """The files of weights of a component, sorted by name."""
+    found = []
+    for path in sorted((base / component).iterdir()) if (base / component).is_dir() else ():
+        if match := _NAME.fullmatch(path.name):
+            variant = _SHARD.sub("", match[2]).strip(".") or None
+            is_shard = bool(_SHARD.search(match[2]))
+            found.append(WeightsFile(path.relative_to(base), variant, is_shard, match[3] == "safetensors"))
+    return found
+
+
+def loaded_weights(files: Iterable[WeightsFile], variant: str | None) -> list[WeightsFile]:
+    """Those that a loader takes: of the variant where there are any, safetensors first, in one piece first."""
+    files = list(files)
+    chosen = [each for each in files if each.variant == variant] or [each for each in files if each.variant is None]
+    chosen = [each for each in chosen if each.is_safetensors] or chosen
+    return [each for each in chosen if not each.is_shard] or chosen
+
+
+def safetensors_of(base: Path, component: str, variant: str | None) -> list[Path]:
+    """The safetensors files that a loader takes for a component, relative to the model's folder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = [each.path for each in loaded_weights(weights_files(base, component), variant) if each.is_safetensors]
+    if not found:
+        raise ModelError(f"The {component} of the model has no safetensors weights. Fetch the model anew.")
+    return found
