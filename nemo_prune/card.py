@@ -1,31 +1,31 @@
-"""From a run's recorded facts to a model card and to the report of the work folder."""
+"""From recorded facts to a model card, offline; nothing in it has to be filled in."""
 
+import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+
+from nemo_prune.folder import INDEX_FILE
+from nemo_prune.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
+from nemo_prune.licence_notice import licence_notice
+from nemo_prune.markdown import HUB, code, table
+from nemo_prune.measured import before_after_rows, layer_rows, prompt_rows
+
+PAPER = "https://arxiv.org/abs/2406.02366"
 
 _NOT_CLAIMED = """\
-- **It has not forgotten.** The pruned model no longer replicates on the prompts that were examined. Whoever optimises \
-a text embedding against it, or fine-tunes it, may bring images back.
-- **It protects only where the unpruned weights were never released.** Whoever has them can copy the zeroed rows back; \
-the zeroed rows also show where to look.
-- Prompts that were not examined, and images that other prompts give back, are not covered.
-- The files are not smaller: zeroed rows take the same space."""
+- **It has not forgotten.** What is measured below holds for the prompts that were examined. Whoever optimises a text \
+embedding against this model, or fine-tunes it, may bring images back.
+- **It protects only where the unpruned weights were never released,** nor those of a sibling that was trained on the \
+same images. Base and mask together undo the pruning: whoever has the base copies the rows back, and the changed rows \
+show where to look.
+- **Prompts that were not examined are not covered,** nor images that other prompts give back.
+- The files are not smaller: pruned rows take the same space."""
 
-_NOT_MEASURED = """\
-Not measured for this folder: it was made from a base and a finished mask (`nemo-prune export`). What was measured \
-when the mask was found stands in the card that the mask was published with."""
-
-_USE = """\
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
-image = pipe("a caption").images[0]
-```"""
-
-_PAPER = """\
+_CITATION = """\
 ```bibtex
 @inproceedings{hintersdorf2024nemo,
   title={Finding {NeMo}: Localizing Neurons Responsible For Memorization in Diffusion Models},
@@ -35,203 +35,193 @@ _PAPER = """\
 }
 ```"""
 
-
-def licence_fields(base: Path) -> dict[str, str]:
-    """The licence fields of the base model's card; ``other`` where it names none, never a guess."""
-    path = base / "README.md"
-    fields: dict[str, str] = {}
-    if path.exists():
-        try:
-            data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-        except (ValueError, OSError):
-            data = {}
-        fields = {key: str(data[key]) for key in ("license", "license_name", "license_link") if data.get(key)}
-    return fields if "license" in fields else {"license": "other"}
+# How a card names its own folder before it has a name on the Hub: any other name would be this machine's.
+_PIPELINE_HERE, _HERE = 'from_pretrained("."', '  # "." is this folder'
 
 
-def model_card(facts: Mapping, licence: Mapping[str, str], examples: Sequence[str] = (), grid: str = "") -> str:
+def model_card(facts: Mapping, examples: Sequence[str] = ()) -> str:
     """The card that lies beside the pruned weights; it names no caption and shows no image unless asked.
 
     Args:
-        facts: the record of the run.
-        licence: licence fields of the base, see :func:`licence_fields`.
-        examples: captions to publish.
-        grid: file name of the before/after grid to show, relative to the card.
+        facts: the record of a run or of an export.
+        examples: captions to publish, in the order of the rows of the before/after grid.
     """
+    is_run = "scores" in facts
+    parts = [
+        f"---\n{_metadata(facts).to_yaml()}\n---",
+        f"# {_title(facts['base'])}",
+        f"{_base(facts['base'])}, pruned against the memorization of training images by nemo-prune "
+        f"{facts['versions']['nemo-prune']} with the method NeMo ([Hintersdorf et al., NeurIPS 2024]({PAPER})). "
+        "It loads with stock diffusers.",
+        "## What is not claimed",
+        _NOT_CLAIMED,
+        "## What was changed",
+        _changes(facts),
+        "## What was found",
+        *([table(("prompts", "number"), prompt_rows(facts["prompts"]))] if is_run else _told_by_the_mask(facts)),
+        f"![Pruned neurons per layer]({PLOT_FILE})",
+        table(("layer", "pruned", "of"), layer_rows(facts["mask"])),
+        *(["## Before and after", table(("measured", "before", "after"), before_after_rows(facts))] if is_run else []),
+        *(_examples(examples) if examples else []),
+        "## Use",
+        _use(facts),
+        "## Rebuild it",
+        _rebuilding(facts),
+        "## Licence",
+        licence_notice(facts["licence"]),
+        "## Citation",
+        _CITATION,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def named(card: str, repo_id: str) -> str:
+    """The same card for where it is published: its commands name the repo instead of their own folder.
+
+    Args:
+        card: of :func:`model_card`; it may have been edited since.
+        repo_id: its id on the Hub.
+    """
+    card = card.replace(_PIPELINE_HERE, f'from_pretrained("{repo_id}"').replace(_HERE, "")
+    # Beside a single file all lies flat; in a repo it lies as in a folder.
+    mask, pictures = PurePath(MASK_FILE), (PurePath(PLOT_FILE), PurePath(GRID_FILE))
+    card = re.sub(rf" --mask ({mask.parent}/)?{mask.name} ", f" --mask {repo_id} ", card)
+    card = re.sub(r"from_single_file\(\"(?!https:)", f'from_single_file("{HUB}/{repo_id}/blob/main/', card)
+    for picture in pictures:
+        card = card.replace(f"]({picture.name})", f"]({picture.as_posix()})")
+    return card
+
+
+def _metadata(facts: Mapping) -> ModelCardData:
     repo_id = facts["base"]["repo_id"]
-    data = ModelCardData(
+    return ModelCardData(
         base_model=repo_id,
         base_model_relation="finetune" if repo_id else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["nemo-prune", "memorization", "stable-diffusion"],
-        **licence,
+        **facts["licence"]["fields"],
     )
+
+
+def _title(base: Mapping) -> str:
+    name = (base["repo_id"] or "").rpartition("/")[2]
+    if not name:
+        return "Pruned against memorization"
+    # Nothing in such a name is Markdown.
+    is_plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name)
+    return f"{name if is_plain else code(name)}, pruned against memorization"
+
+
+def _base(base: Mapping) -> str:
+    if base["stated_by_publisher"]:
+        return f"A local checkpoint ({code(base['repo_id'])} by its publisher's word, which was not checked)"
+    if base["repo_id"]:
+        return f"{code(base['repo_id'])} at commit {code(base['commit'])}"
+    return base["name"][:1].upper() + base["name"][1:]
+
+
+def _changes(facts: Mapping) -> str:
+    mask, files = facts["mask"], facts["files"]
+    done = f"multiplied by {mask['scale']:g}" if mask["scale"] else "set to zero"
+    changed = ", ".join(f"{code(path)} ({rows} rows {done})" for path, rows in files["rows_changed"].items())
     parts = [
-        f"---\n{data.to_yaml()}\n---",
-        "# Pruned against memorization",
-        f"The weights of {_base(facts)} with **{facts['mask']['num_neurons']} memorization neurons "
-        f"{_what_was_done(facts)}** by "
-        f"[nemo-prune](https://arxiv.org/abs/2406.02366) {facts['versions']['nemo-prune']}. "
-        "It loads with stock diffusers.",
-        f"> **Notice: files were changed.** {_changed_files(facts)} No other weight differs from the base.",
-        "## What is not claimed",
-        _NOT_CLAIMED,
-        "## What was found",
-        *([_table(("prompts", "number"), _prompt_rows(facts))] if facts.get("prompts") else []),
-        _table(("layer", "pruned", "of"), _layer_rows(facts)),
-        "## Before and after",
-        before_after_table(facts) if "scores" in facts else _NOT_MEASURED,
+        f"> **Notice: files of the base model were changed:** {changed}. They belong to **{mask['num_neurons']} of "
+        f"{sum(mask['sizes'].values())} neurons** of the layers through which the text enters. No other weight "
+        "differs from the base."
     ]
-    if examples:
-        captions = "\n".join(f"- {_as_text(text)}" for text in examples)
-        parts += ["## Examples", f"![Before and after pruning]({grid})", captions]
-    parts += [
-        "## Use",
-        _USE,
-        "`nemo_prune.json` records versions, settings, seeds and hashes; `nemo_prune/mask.safetensors` holds the mask. "
-        "Base and mask together rebuild this release.",
-        "## Licence",
-        _licence_text(licence),
-        "## Source of the method",
-        _PAPER,
-    ]
-    return "\n\n".join(parts) + "\n"
+    if mask.get("forced_on_another_base"):
+        made_for = (mask["made_for"] or {}).get("name") or "an unknown base"
+        parts.append(f"**The mask was made for another base ({code(made_for)}) and was forced on this one.**")
+    parts += files["notes"]
+    if files["left_out"]:
+        paths_of: dict[str, list[str]] = {}
+        for path, reason in files["left_out"].items():
+            paths_of.setdefault(reason, []).append(code(path))
+        listed = "\n".join(f"- {', '.join(paths)}: {reason}" for reason, paths in paths_of.items())
+        parts.append(f"Left out of the base's files:\n\n{listed}")
+    return "\n\n".join(parts)
 
 
-def run_report(facts: Mapping, prompts: Sequence[Mapping]) -> str:
-    """The full report for the work folder, with every caption: not for publication."""
-    columns = ("status", "kind", "score", "neurons", "under the mask", "fresh before", "fresh after",
-               "copies before", "copies after", "caption")  # fmt: skip
-    rows = [
-        (
-            each["status"], each["kind"] or "", _number(each["score"]), len(each["neurons"]),
-            _number(each["suppressed_similarity"]), _number(each["score_before"]), _number(each["score_after"]),
-            _share(each.get("copies_before")), _share(each.get("copies_after")), _as_text(each["prompt"]),
-        )
-        for each in prompts
-    ]  # fmt: skip
+def _told_by_the_mask(facts: Mapping) -> list[str]:
+    """What stands in for findings where a finished mask was used."""
     parts = [
-        "# nemo-prune: report of a run",
-        "Holds captions and images: not for publication.",
-        f"Base: {_base(facts)}. Threshold {facts['calibration']['threshold']:.3f}, {facts['calibration']['origin']}.",
-        _table(("prompts", "number"), _prompt_rows(facts)),
-        _table(("layer", "pruned", "of"), _layer_rows(facts)),
-        before_after_table(facts),
-        "![before and after](grids/memorized.png)",
-        "![ordinary prompts before and after](grids/ordinary.png)",
-        _table(columns, rows),
+        "**Nothing was measured on this model.** It was made from a base and a finished mask (`nemo-prune export`); "
+        "what was measured when the mask was found stands in the card that the mask was published with."
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def before_after_table(facts: Mapping) -> str:
-    """Markdown table of what was measured before and after pruning."""
-    return _table(("measured", "before", "after"), before_after_rows(facts))
-
-
-def before_after_rows(facts: Mapping) -> list[tuple[str, str, str]]:
-    """What was measured before and after pruning, as text: name, before, after."""
-    scores, images, cost = facts["scores"], facts["images"], facts["cost"]
-    memorized, ordinary = images["memorized"], images["ordinary"]
-    rows = [
-        (
-            f"memorized prompts ({facts['prompts']['memorized']}) above the threshold on fresh seeds",
-            str(scores["above_threshold_before"]),
-            str(scores["above_threshold_after"]),
-        ),
-        (
-            "their memorization score on fresh seeds, median",
-            _number(scores["median_before"]),
-            _number(scores["median_after"]),
-        ),
-        (
-            "their noise prediction against the unpruned one, highest similarity, median",
-            "1.000",
-            _number(scores["median_suppressed_similarity"]),
-        ),
-    ]
-    if memorized["copies_before"] is not None:
-        name = f"images of {memorized['num_prompts']} memorized prompts that copy any training image"
-        cut = f" (SSIM and correlation at least {images['cut']:.2f})"
-        rows.append((name + cut, _share(memorized["copies_before"]), _share(memorized["copies_after"])))
-    if memorized["num_prompts"]:
-        between = _number(memorized["between_seeds_before"]), _number(memorized["between_seeds_after"])
-        rows.append(("similarity of a memorized prompt's images between seeds (SSIM), mean", *between))
-        rows.append(
-            ("their similarity to the unpruned model's images, mean", "1.000", _number(memorized["to_unpruned"]))
+    if facts["prompts"]:
+        name = (facts["mask"]["made_for"] or {}).get("name")
+        base = f" in {code(name)}" if name else ""
+        parts.append(
+            f"The metadata of the mask say that it was found{base} with these prompts; nobody checked it here:"
         )
-    if ordinary["num_prompts"]:
-        name = f"similarity of {ordinary['num_prompts']} ordinary prompts' images to the unpruned model's, mean"
-        rows.append((f"{name} (between seeds: {ordinary['between_seeds_before']:.3f})", "1.000",
-                     _number(ordinary["to_unpruned"])))  # fmt: skip
-    controls = f"as many random neurons: {_share(cost['random'])}; everything suppressed: {_share(cost['everything'])}"
-    rows.append((f"change of the noise prediction on ordinary prompts ({controls})", "0.0%", _share(cost["mask"])))
-    return rows
+        parts.append(table(("prompts", "number"), prompt_rows(facts["prompts"])))
+    return parts
 
 
-def _prompt_rows(facts: Mapping) -> list[tuple[str, int]]:
-    counts = facts["prompts"]
+def _examples(captions: Sequence[str]) -> list[str]:
+    listed = "\n".join(f"- {code(caption)}" for caption in captions)
     return [
-        ("examined", counts["total"]),
-        ("localized", counts["localized"]),
-        ("not memorized", counts["not_memorized"]),
-        ("unresolved" + (" (in the mask)" if counts["unresolved_included"] else " (not in the mask)"),
-         counts["unresolved"]),
-    ]  # fmt: skip
+        "## Examples",
+        f"![Training images, and images before and after pruning]({GRID_FILE})",
+        f"A row is a caption: its training image, where one is known, images before the pruning, and the same seeds "
+        f"after it. The captions of the rows:\n\n{listed}",
+    ]
 
 
-def _layer_rows(facts: Mapping) -> list[tuple[str, int, int]]:
-    sizes = facts["mask"]["sizes"]
-    rows = [(f"`{name}`", count, sizes[name]) for name, count in facts["mask"]["counts"].items()]
-    return [*rows, ("all", facts["mask"]["num_neurons"], sum(sizes.values()))]
+def _use(facts: Mapping) -> str:
+    base, files = facts["base"], facts["files"]
+    if _is_single_file(facts):
+        (name,) = files["rows_changed"]
+        return f"""\
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_single_file({json.dumps(name)})
+image = pipe("a caption").images[0]
+```"""
+    variant = f", variant={json.dumps(base['variant'])}" if base["variant"] else ""
+    return f"""\
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.{_PIPELINE_HERE}{variant}){_HERE}
+image = pipe("a caption").images[0]
+```"""
 
 
-def _base(facts: Mapping) -> str:
-    base = facts["base"]
-    return base["name"] + (f" at commit `{base['commit']}`" if base["commit"] else "")
+def _rebuilding(facts: Mapping) -> str:
+    """The commands that make the same files from base and mask, and what must come out."""
+    base, mask, files = facts["base"], facts["mask"], facts["files"]
+    model = base["model"] or "base"
+    version = _options(("--revision", base["commit"]), ("--variant", base["variant"]))
+    # A folder of configs has no name that means anything elsewhere.
+    config = _options(("--config", base["config"] if base["config"] and " " not in base["config"] else None))
+    out = "rebuilt.safetensors" if _is_single_file(facts) else "rebuilt"
+    scale = _options(("--scale", repr(mask["scale"]) if mask["scale"] else None))
+    force = " --force" if mask.get("forced_on_another_base") else ""
+    where = "" if base["model"] else " `base` stands for the base model, wherever it lies."
+    hashes = "\n".join(f"- {code(path)}: {code(files['sha256'][path])}" for path in files["rows_changed"])
+    return f"""\
+Base and mask give the same files again, byte for byte.{where}
+
+```bash
+nemo-prune export --model {model}{version}{config} \\
+  --mask {MASK_FILE} --out {out}{scale}{force}
+nemo-prune diff {model} {out}{version}
+```
+
+The second command exits with 0 where nothing but the rows of the mask differs from the base. The sha256 of what \
+must come out:
+
+{hashes}
+
+`{RECORD_FILE}` has the hashes of all files, versions, settings and seeds."""
 
 
-def _changed_files(facts: Mapping) -> str:
-    changed = facts["files"]["rows_changed"]
-    done = "set to zero" if not facts["mask"]["scale"] else f"multiplied by {facts['mask']['scale']:g}"
-    return " ".join(f"`{path}`: {rows} rows {done}." for path, rows in changed.items()) + _forced(facts)
+def _is_single_file(facts: Mapping) -> bool:
+    return INDEX_FILE not in facts["files"]["sha256"]
 
 
-def _what_was_done(facts: Mapping) -> str:
-    return "zeroed" if not facts["mask"]["scale"] else f"scaled by {facts['mask']['scale']:g}"
-
-
-def _forced(facts: Mapping) -> str:
-    if not facts["mask"].get("forced_on_another_base"):
-        return ""
-    made_for = (facts["mask"]["made_for"] or {}).get("name", "an unknown base")
-    return f" **The mask was made for another base ({made_for}) and was forced on this one.**"
-
-
-def _licence_text(licence: Mapping[str, str]) -> str:
-    if licence["license"] == "other":
-        return (
-            "The base model's card names no licence. **Whoever publishes this model must state the licence** of the "
-            "base here and in the metadata above."
-        )
-    return f"As the base model's: `{licence.get('license_name', licence['license'])}`. Its terms go on to apply."
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def _as_text(caption: str) -> str:
-    """A caption that can break neither a table nor the Markdown nor the HTML around it."""
-    flat = " ".join(caption.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{char}" if char in "\\`*_{}[]()#+-.!|~" else char for char in flat)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def _options(*pairs: tuple[str, str | None]) -> str:
+    return "".join(f" {name} {shlex.quote(value)}" for name, value in pairs if value)

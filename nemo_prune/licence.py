@@ -11,12 +11,12 @@ from yaml import YAMLError
 
 from nemo_prune.errors import SettingsError
 from nemo_prune.layout import is_licence_file
+from nemo_prune.markdown import HUB
 from nemo_prune.settings import Statement
 from nemo_prune.source import ModelSource
 
 _FIELDS = ("license", "license_name", "license_link")
 _NO_LICENCE = "other"
-_HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _inherited_fields(
         # It would lead nowhere here.
         del fields["license_link"]
         if source.repo_id:
-            fields["license_link"] = f"{_HUB}/{source.repo_id}/blob/{source.commit}/{quote(link)}"
+            fields["license_link"] = f"{HUB}/{source.repo_id}/blob/{source.commit}/{quote(link)}"
     return fields
 
 

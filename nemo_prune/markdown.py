@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+HUB = "https://huggingface.co"
+
 _LONGEST = 300
 _INVISIBLE = ("Cc", "Cf", "Cs")
 

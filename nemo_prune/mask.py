@@ -25,7 +25,8 @@ _MAX_BYTES = 16 << 20
 _LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # What others rely on in the metadata, where it is there; the rest is only shown.
 _EXPECTED = {
-    "base": dict, "settings": dict, "prompts": dict, "base_tensors": dict, "model": str | None, "digest": str,
+    "base": dict, "settings": dict, "prompts": dict, "prompts_per_neuron": dict, "base_tensors": dict,
+    "model": str | None, "digest": str,
 }  # fmt: skip
 _BASE = ("name", "repo_id", "commit", "variant")
 _COUNTS = ("total", "localized", "not_memorized", "unresolved", "unresolved_included")
@@ -226,6 +227,9 @@ def _check_metadata(metadata: dict) -> None:
     for digests in metadata.get("base_tensors", {}).values():
         if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
             raise ValueError("`base_tensors` of its metadata are no digests")
+    for needed in metadata.get("prompts_per_neuron", {}).values():
+        if not isinstance(needed, dict) or not all(type(number) is int for number in needed.values()):
+            raise ValueError("`prompts_per_neuron` of its metadata are no numbers")
     if counts and not all(isinstance(counts.get(key), int) for key in _COUNTS):
         raise ValueError(f"`prompts` of its metadata lacks one of the numbers {', '.join(_COUNTS)}")
 

@@ -1,5 +1,6 @@
 """One mask for a corpus: the union of its prompts' neurons, or prompt by prompt on top of the mask so far."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,10 +22,29 @@ def union_mask(
 
     Sets of unresolved prompts stay out unless asked for: on SD v1-4 they would take a third of all.
     """
-    statuses = {"localized", "unresolved"} if include_unresolved else {"localized"}
     return NeuronMask.from_neurons(
-        (neuron for each in localizations if each.status in statuses for neuron in each.neurons), sizes
+        (neuron for each in _merged(localizations, include_unresolved) for neuron in each.neurons), sizes
     )
+
+
+def prompts_per_neuron(
+    localizations: Sequence[PromptLocalization], mask: NeuronMask, include_unresolved: bool = False
+) -> dict[str, dict[int, int]]:
+    """How many prompts need each neuron of a mask, without saying which.
+
+    Returns:
+        Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
+    """
+    needed = Counter(neuron for each in _merged(localizations, include_unresolved) for neuron in set(each.neurons))
+    counts: dict[str, dict[int, int]] = {}
+    for neuron in mask.neurons:
+        counts.setdefault(neuron.layer, {})[neuron.index] = needed[neuron]
+    return counts
+
+
+def _merged(localizations: Sequence[PromptLocalization], include_unresolved: bool) -> list[PromptLocalization]:
+    statuses = {"localized", "unresolved"} if include_unresolved else {"localized"}
+    return [each for each in localizations if each.status in statuses]
 
 
 def localize_incrementally(

@@ -1,14 +1,53 @@
-"""Distributions as a picture, without a plotting library."""
+"""Distributions and counts as pictures, without a plotting library."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 170, 40
 _NUM_BINS = 48
 _COLOURS = ((31, 119, 180), (214, 39, 40), (255, 140, 0), (44, 140, 60), (120, 80, 170))
+
+# Twice the size that a page shows it in, so that letters stay sharp.
+_BARS_WIDTH, _BAR_HEIGHT, _ROW_HEIGHT, _EDGE, _TEXT_SIZE = 1600, 30, 52, 40, 28
+_DARK, _GREY, _BAR = "#1f2328", "#6e7781", "#3b6fb6"
+_NUM_COLOURS = 32
+_LONGEST_LABEL = 48
+
+
+def save_layer_bars(path: Path, counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+    """Draw a bar a layer: how many of its neurons are pruned.
+
+    Args:
+        path: a picture file.
+        counts: layer -> pruned neurons.
+        sizes: layer -> all neurons.
+    """
+    font, labels = ImageFont.load_default(_TEXT_SIZE), [_label(name) for name in counts]
+    values = [f"{count} of {sizes[name]} ({count / sizes[name]:.1%})" for name, count in counts.items()]
+    left = _EDGE + max(map(font.getlength, labels)) + 24
+    right = _BARS_WIDTH - _EDGE - max(map(font.getlength, values)) - 20
+    picture = Image.new("RGB", (_BARS_WIDTH, 2 * _EDGE + _ROW_HEIGHT * (len(counts) + 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    title = f"Pruned neurons per layer: {sum(counts.values())} of {sum(sizes.values())}"
+    draw.text((_EDGE, _EDGE + _BAR_HEIGHT / 2), title, _DARK, ImageFont.load_default(_TEXT_SIZE + 4), "lm")
+    for row, (label, value, count) in enumerate(zip(labels, values, counts.values(), strict=True), start=1):
+        top = _EDGE + row * _ROW_HEIGHT
+        middle, end = top + _BAR_HEIGHT / 2, left + (right - left) * count / max(1, *counts.values())
+        draw.text((left - 24, middle), label, _DARK, font, "rm")
+        if count:
+            draw.rectangle((left, top, max(end, left + 4), top + _BAR_HEIGHT), _BAR)
+        draw.text((end + 16, middle), value, _DARK if count else _GREY, font, "lm")
+    draw.line((left, _EDGE + _ROW_HEIGHT - 8, left, picture.height - _EDGE), _GREY, 2)
+    picture.quantize(_NUM_COLOURS).save(path, optimize=True)
+
+
+def _label(layer: str) -> str:
+    """A layer's name without the part that all of a U-Net's have, and not longer than there is room."""
+    name = layer.replace(".transformer_blocks.0.attn2", "")
+    return name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :]
 
 
 def save_distributions(

@@ -169,15 +169,20 @@ def _prompts(rows: Iterable[Row], source: object, column: str | None) -> Iterato
     name = _caption_column(list(first), source, column)
     folder = source.parent if isinstance(source, Path) else None
     for row in chain([first], rows):
-        others = {key: str(value) for key, value in row.items()
+        others = {key: _text(value) for key, value in row.items()
                   if key and key not in (name, "type", "image") and isinstance(value, str | int | float)}  # fmt: skip
         image = row.get("image")
         yield Prompt(
-            text=str(row.get(name) or "").strip(),
-            kind=str(row["type"]) if row.get("type") else None,
+            text=_text(row.get(name) or "").strip(),
+            kind=_text(row["type"]) if row.get("type") else None,
             image=folder / image if folder and isinstance(image, str) and image else None,
             columns=others,
         )
+
+
+def _text(value: object) -> str:
+    """As text that can be written: JSON can hold halves of characters, which become ``?``."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _caption_column(columns: Sequence[str], source: object, wanted: str | None) -> str:

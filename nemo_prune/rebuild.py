@@ -2,42 +2,56 @@
 
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_prune.card import licence_fields, model_card
 from nemo_prune.errors import MaskError
-from nemo_prune.export import export_checkpoint, export_size
 from nemo_prune.fingerprint import check_base, tensor_digests
-from nemo_prune.layout import CARD_FILE, MASK_FILE, RECORD_FILE
+from nemo_prune.layout import MASK_FILE
+from nemo_prune.licence import licence_of
 from nemo_prune.mask import NeuronMask
-from nemo_prune.sealed import write_record
+from nemo_prune.record import described_base
+from nemo_prune.release import write_release
 from nemo_prune.session import model_digest
+from nemo_prune.settings import Statement
 from nemo_prune.source import ModelSource
-from nemo_prune.staging import check_release_target, staged_folder
+from nemo_prune.targets import check_release, staged_release, write_weights
 
 
 def export_model(
-    source: ModelSource, mask_file: Path, out: Path, scale: float = 0.0, force: bool = False, overwrite: bool = False
+    source: ModelSource,
+    mask_file: Path,
+    out: Path,
+    scale: float = 0.0,
+    force: bool = False,
+    overwrite: bool = False,
+    statement: Statement | None = None,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> dict:
     """Prune a base by a finished mask and write it with mask, record and card.
 
     Args:
         source: the base.
         mask_file: a mask of `nemo-prune`.
-        out: the folder to write; what stands there stays until the new one is complete.
+        out: the folder or single file (.safetensors) to write; what stands there stays until the new one is complete.
         scale: what the masked rows are multiplied by.
         force: whether the base may be another one than the mask was made for; the card says so.
-        overwrite: whether a folder that is not empty may be replaced.
+        overwrite: whether what stands there may be replaced.
+        statement: what the publisher states about base and licence.
+        notify: called with what a publisher has to see to.
 
     Returns:
         The record, JSON values only.
 
     Raises:
         MaskError: the mask holds no neuron, or was made for another base.
-        OutputError: the folder can't be written.
+        SettingsError: what is stated contradicts the base.
+        OutputError: the release can't be written.
     """
-    check_release_target(out, source.folder, export_size(source.folder), overwrite)
+    statement = statement or Statement()
+    base, licence = described_base(source, statement), licence_of(source, statement)
+    check_release(source, out, overwrite)
     mask, described = NeuronMask.load_with_metadata(mask_file)
     if not mask.num_neurons:
         raise MaskError(f"{mask_file} holds no neuron, so that there is nothing to prune.")
@@ -48,11 +62,12 @@ def export_model(
         if not force:
             raise
         is_its_base = False
-    with staged_folder(out, overwrite) as folder:
-        exported = export_checkpoint(source.folder, mask, folder, scale)
+    with staged_release(out, overwrite) as release:
+        exported = write_weights(source, mask, release, scale)
         facts = {
             "versions": {"python": platform.python_version(), "nemo-prune": version("nemo-prune")},
-            "base": source.described(),
+            "base": base,
+            "licence": licence.described(),
             "mask": {
                 "num_neurons": mask.num_neurons,
                 "counts": mask.counts,
@@ -64,10 +79,11 @@ def export_model(
             "prompts": described.get("prompts"),
             "files": exported.described(),
         }
-        (folder / MASK_FILE).parent.mkdir()
-        shutil.copyfile(mask_file, folder / MASK_FILE)
-        write_record(folder / RECORD_FILE, facts, folder / MASK_FILE)
-        (folder / CARD_FILE).write_text(model_card(facts, licence_fields(source.folder)), encoding="utf-8")
+        (release.beside / MASK_FILE).parent.mkdir()
+        shutil.copyfile(mask_file, release.beside / MASK_FILE)
+        write_release(release.beside, facts)
+    for warning in licence.warnings():
+        notify(warning)
     return facts
 
 

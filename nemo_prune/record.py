@@ -1,23 +1,57 @@
-"""From what a run found to the facts that its card, its report and its record are made of."""
+"""From what a run found to the facts that its card, its report and its record are made of.
+
+No caption is among them. A number that is one prompt's alone is published coarsely or not at all: whoever guesses a
+caption and has the base could compute the same number, and would find the caption by it.
+"""
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from statistics import mean, median
 
 from nemo_prune.calibration import Calibration
+from nemo_prune.demo import DEMO_MODEL
+from nemo_prune.errors import SettingsError
 from nemo_prune.export import ExportReport
+from nemo_prune.licence import Licence
 from nemo_prune.localize import PromptLocalization, count_statuses
 from nemo_prune.mask import NeuronMask
 from nemo_prune.prompts import MOST_PROMPTS_COMPARED, near_duplicates
 from nemo_prune.scorer import Rechecks
-from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
+from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
 from nemo_prune.source import ModelSource
 from nemo_prune.verify import ImageEvidence, PromptVerification
 
 _PACKAGES = ("nemo-prune", "torch", "diffusers", "transformers", "safetensors", "torchmetrics")
+_DECIMALS = 3
+
+
+def described_base(source: ModelSource, statement: Statement) -> dict:
+    """The base of a release for its record, as JSON values.
+
+    Args:
+        source: the base.
+        statement: may name the Hub id of a local one.
+
+    Returns:
+        ``name``, ``repo_id``, ``commit`` and ``variant``; ``model``: what `--model` takes, None for a local folder;
+        ``stated_by_publisher``: whether nobody checked that it is this repo's model.
+
+    Raises:
+        SettingsError: the publisher names another repo than the base is from.
+    """
+    base = source.described()
+    stated = statement.base_model
+    if stated and source.repo_id and stated != source.repo_id:
+        raise SettingsError(
+            f"The base is {source.repo_id} of the Hub, and --base-model says {stated}. Leave --base-model out."
+        )
+    model = DEMO_MODEL if source.is_demo else source.repo_id
+    is_stated = bool(stated) and not source.repo_id
+    named = {"name": stated, "repo_id": stated} if is_stated else {}
+    return {**base, **named, "model": model, "stated_by_publisher": is_stated}
 
 
 @dataclass(frozen=True)
@@ -31,6 +65,9 @@ class Findings:
             many ``random`` neurons, and with ``everything`` suppressed.
         num_duplicates: captions of the corpus that were exactly the same as another one.
         rechecks: scores that float32 decided again, where the precision was lower.
+        base: the base model, see :func:`described_base`.
+        licence: what is known about the base's.
+        references: prompt -> what published files call it.
         evidence: images of some prompts before and after; empty where nothing was pruned.
         exported: what was written; None where nothing was pruned.
     """
@@ -47,6 +84,9 @@ class Findings:
     cost: dict[str, float]
     rechecks: Rechecks
     num_duplicates: int
+    base: Mapping
+    licence: Licence
+    references: Mapping[str, str]
     evidence: Sequence[ImageEvidence] = ()
     exported: ExportReport = field(default_factory=ExportReport)
 
@@ -64,7 +104,8 @@ class Findings:
         memorized = set(self.memorized)
         return {
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-            "base": self.source.described(),
+            "base": dict(self.base),
+            "licence": self.licence.described(),
             "settings": dataclasses.asdict(self.settings),
             "verification_settings": dataclasses.asdict(self.verification),
             "dtype": self.options.model.dtype,
@@ -85,9 +126,10 @@ class Findings:
                 "unresolved_included": self.options.include_unresolved,
                 "silenced_by_others": sum(each.silenced_by_others for each in self.localizations),
                 "not_monotone": sum(each.fell_back for each in self.localizations),
-                "smallest_margin": min((each.margin for each in self.localizations if each.margin), default=None),
+                "smallest_margin": self._smallest_margin(),
                 "sample_passes": sum(each.sample_passes for each in self.localizations),
             },
+            "prompt_results": self._prompt_results(),
             "mask": {
                 "merge": self.options.merge,
                 "preserve": self.options.preserve,
@@ -110,6 +152,31 @@ class Findings:
             "seconds": seconds,
         }
 
+    def _smallest_margin(self) -> float | None:
+        margins = [each.margin for each in self.localizations if each.margin]
+        return float(f"{min(margins):.1g}") if margins else None
+
+    def _prompt_results(self) -> list[dict]:
+        """What became of each prompt, in the order of the references, so that the corpus' order is not told.
+
+        Scores and numbers of neurons are left out; see the module.
+        """
+        evidence = {each.prompt: each for each in self.evidence}
+        results = []
+        for localization, verified in zip(self.localizations, self.verified, strict=True):
+            seen = evidence.get(localization.prompt)
+            results.append(
+                {
+                    "prompt": self.references[localization.prompt],
+                    "status": localization.status,
+                    "above_threshold_before": verified.score_before > self.threshold,
+                    "above_threshold_after": verified.score_after > self.threshold,
+                    "copies_before": seen.copies_before if seen else None,
+                    "copies_after": seen.copies_after if seen else None,
+                }
+            )
+        return sorted(results, key=lambda result: result["prompt"])
+
     def _groups(self) -> dict[str, int] | None:
         """The same counts with near-duplicates counted once; None where there are too many to compare."""
         if len(self.localizations) > MOST_PROMPTS_COMPARED:
@@ -130,9 +197,9 @@ class Findings:
             "above_threshold_before": sum(score > self.threshold for score in before),
             "above_threshold_after": sum(score > self.threshold for score in after),
             "suppressed_above_threshold": sum(score > self.threshold for score in suppressed),
-            "median_before": median(before) if before else None,
-            "median_after": median(after) if after else None,
-            "median_suppressed_similarity": median(suppressed) if suppressed else None,
+            "median_before": _median(before),
+            "median_after": _median(after),
+            "median_suppressed_similarity": _median(suppressed),
         }
 
 
@@ -141,5 +208,12 @@ def _averages(evidence: Sequence[ImageEvidence]) -> dict[str, float | None]:
     averages: dict[str, float | None] = {"num_prompts": len(evidence)}
     for measure in dataclasses.fields(ImageEvidence)[1:]:
         values = [value for each in evidence if (value := getattr(each, measure.name)) is not None]
-        averages[measure.name] = mean(values) if values else None
+        average = mean(values) if values else None
+        # A share of copies is coarse by itself, and must not become none.
+        is_share = measure.name.startswith("copies")
+        averages[measure.name] = average if average is None or is_share else round(average, _DECIMALS)
     return averages
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return round(median(values), _DECIMALS) if values else None

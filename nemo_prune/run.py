@@ -14,22 +14,26 @@ from nemo_prune.calibration import Calibration
 from nemo_prune.diffusion import NoisePredictor
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.estimate import estimate_run
-from nemo_prune.export import export_checkpoint, export_size
 from nemo_prune.images import ImageFolder
 from nemo_prune.known_models import KNOWN_MODELS, KnownModel
+from nemo_prune.layout import folder_beside
+from nemo_prune.licence import licence_of
 from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
 from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.preserve import Preserve, neuron_costs
 from nemo_prune.prompts import Corpus, Prompt
-from nemo_prune.record import Findings
-from nemo_prune.release import save_grids, write_release, write_report
+from nemo_prune.record import Findings, described_base
+from nemo_prune.references import prompt_references, secret_key
+from nemo_prune.release import release_run
+from nemo_prune.report import save_grids, write_report
 from nemo_prune.results import ResultsFile
 from nemo_prune.scorer import Scorer
 from nemo_prune.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
-from nemo_prune.staging import check_new_file, check_release_target, staged_folder
+from nemo_prune.staging import check_new_file
+from nemo_prune.targets import check_release, staged_release, write_weights
 from nemo_prune.verify import (
     PromptVerification,
     check_pruned_equals_suppressed,
@@ -56,7 +60,7 @@ class RunResult:
 
     Attributes:
         facts: the record, JSON values only, without any caption or path.
-        out: the pruned model, None where there was nothing to prune.
+        out: the pruned model, a folder or a single file; None where there was nothing to prune.
         report: the full report in the work folder.
     """
 
@@ -113,6 +117,7 @@ def prune_model(
         NemoPruneError: something can't be done as asked; nothing that looks finished is left.
     """
     _check(source, options)
+    base, licence = described_base(source, options.statement), licence_of(source, options.statement)
     prompts = corpus.prompts
     stages = _Stages(progress)
     with stages.stage("load"):
@@ -120,6 +125,7 @@ def prune_model(
         session = Session(source, options.model, settings)
         pipe, predictor = session.pipe, session.predictor
         work = _open_work(session, prompts, calibration_texts, options)
+        references = prompt_references(secret_key(work.prompt_key), [prompt.text for prompt in prompts])
         estimate = estimate_run(predictor, len(prompts), verification)
         if estimate.is_long:
             notify(estimate.described(len(prompts)))
@@ -127,6 +133,8 @@ def prune_model(
         calibration = _calibration(session, calibration_texts, options, work, report_progress)
         if _known(session, options):
             notify(f"The calibration is {calibration.origin}.")
+        for warning in licence.warnings():
+            notify(warning)
     threshold = settings.threshold or calibration.threshold
     with stages.stage("weigh neurons") as report_progress:
         preserve = _preserve(session, calibration_texts, options.preserve, work, report_progress)
@@ -161,6 +169,9 @@ def prune_model(
         cost,
         session.scorer.rechecks,
         corpus.num_duplicates,
+        base,
+        licence,
+        references,
     )
     if not mask.num_neurons:
         facts = findings.facts(stages.seconds)
@@ -171,12 +182,12 @@ def prune_model(
     images = ImageFolder(work.images, drawn)
     with stages.stage("images before") as report_progress:
         before = _draw_all("before", pipe, shown, verification, images, report_progress)
-    with staged_folder(options.out, options.overwrite) as folder:
+    with staged_release(options.out, options.overwrite) as release:
         with stages.stage("export"):
-            exported = export_checkpoint(source.folder, mask, folder, options.scale)
+            exported = write_weights(source, mask, release, options.scale)
         with stages.stage("images after") as report_progress:
             pruned_pipe = load_pipeline(
-                dataclasses.replace(source, folder=folder), session.device, choose_dtype(options.model.dtype)
+                dataclasses.replace(source, folder=release.folder), session.device, choose_dtype(options.model.dtype)
             )
             check_pruned_equals_suppressed(scaled, pruned_pipe, mask, calibration_texts[:2])
             after = _draw_all("after", pruned_pipe, shown, verification, images, report_progress)
@@ -186,7 +197,7 @@ def prune_model(
         facts = findings.facts(stages.seconds)
         grid = save_grids(work.path, findings.memorized, training_images, before, after)
         report = write_report(work.path, findings, facts, prompts)
-        write_release(folder, findings, facts, grid)
+        release_run(release.beside, findings, facts, grid)
     return RunResult(facts, options.out, report)
 
 
@@ -243,9 +254,10 @@ def localize_model(
 def _check(source: ModelSource, options: RunOptions) -> None:
     """What can be known before the long work."""
     out, work = options.out.absolute(), options.work.absolute()
-    check_release_target(out, source.folder, export_size(source.folder), options.overwrite)
-    if work == out or out in work.parents:
-        raise OutputError(f"The work folder {work} must not lie in {out}: what lies there can be published.")
+    check_release(source, out, options.overwrite)
+    for published in (out, folder_beside(out)):
+        if work == published or published in work.parents:
+            raise OutputError(f"The work folder {work} must not lie in {published}: what lies there can be published.")
 
 
 def _open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:

@@ -71,6 +71,11 @@ class WorkFolder:
         """Where the images lie that were drawn before and after."""
         return self.path / "images"
 
+    @property
+    def prompt_key(self) -> Path:
+        """Where the secret key lies that makes references to prompts."""
+        return self.path / "prompt_key"
+
     def _read_identity(self) -> dict | None:
         path = self.path / _IDENTITY
         if path.exists():

@@ -1,5 +1,7 @@
 """The command as a user types it, on a tiny real pipeline; on the demo model in test_demo.py."""
 
+import base64
+import hmac
 import json
 import random
 import shutil
@@ -10,6 +12,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -34,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("few_images")
 @pytest.fixture(scope="module")
 def prompt_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
-    (folder / "prompts.csv").write_text(f"Caption;type\na {MARKER} cat;VM\n<b>a dog</b> | **x**;VM\n", encoding="utf-8")
+    captions = f"Caption;type;image\na {MARKER} cat;VM;{MARKER}.png\n<b>a dog</b> | **x**;VM;\n"
+    (folder / "prompts.csv").write_text(captions, encoding="utf-8")
+    Image.radial_gradient("L").save(folder / f"{MARKER}.png")
     (folder / "ordinary.txt").write_text("\n".join(f"{MARKER} {i} {i * i}" for i in range(50)), encoding="utf-8")
     return folder
 
@@ -98,14 +105,29 @@ def test_the_output_is_a_complete_folder_that_stock_diffusers_loads(finished):
     assert DiffusionPipeline.from_pretrained(out)("a", num_inference_steps=1).images
 
 
-def test_nothing_published_names_a_caption_or_a_path_of_the_machine(finished, model_folder):
+def test_nothing_published_names_a_caption_or_a_path_of_the_machine_or_holds_the_key(finished, model_folder):
+    """More forms of hidden text, and captions that try to get out, in test_card.py."""
     out, _, command = finished
+    key = (out.with_name("out.work") / "prompt_key").read_bytes()
     secrets = [MARKER, "a dog", str(out.parent), str(model_folder.parent), str(command["--prompts"].parent)]
+    secrets = [*map(str.encode, secrets), key, key.hex().encode(), base64.b64encode(key)]
+    pictures = [path for path in out.rglob("*") if path.suffix == ".png"]
+    assert [path.name for path in pictures] == ["neurons_per_layer.png"]
     for path in out.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
-        assert not path.name.endswith(".png")
         for secret in secrets:
-            assert secret.encode() not in content, (path, secret)
+            assert secret not in content, (path, secret)
+
+
+def test_the_record_refers_to_prompts_as_the_work_folder_can_look_up(finished):
+    out, result, _ = finished
+    work = out.with_name("out.work")
+    report = json.loads((work / "report.json").read_text())["prompts"]
+    captions = {each["reference"]: each["prompt"] for each in report}
+    assert set(captions.values()) == {f"a {MARKER} cat", "<b>a dog</b> | **x**"}
+    key = (work / "prompt_key").read_bytes()
+    assert all(hmac.digest(key, text.encode(), "sha256").hex() == name for name, text in captions.items())
+    assert [each["prompt"] for each in json.loads(result.stdout)["prompt_results"]] == sorted(captions)
 
 
 def test_the_work_folder_holds_what_the_run_knows(finished):
@@ -120,12 +142,12 @@ def test_the_work_folder_holds_what_the_run_knows(finished):
 
 
 def test_the_card_has_its_metadata_and_limits_and_no_placeholder(finished):
-    from huggingface_hub import ModelCard
-
     card = ModelCard.load(finished[0] / "README.md")
     assert card.data.license == "other" and card.data.library_name == "diffusers"
-    assert "It has not forgotten" in card.content and "THIS_FOLDER" in card.content
-    assert "{" not in card.text.replace("@inproceedings{", "").split("## Source")[0].split("```")[0]
+    assert card.text.index("It has not forgotten") < card.text.index("8 of 40 neurons")
+    assert "| images of 2 memorized prompts that copy any training image" in card.text
+    assert "{" not in card.text.split("## Citation")[0].split("```")[0]
+    assert "--license" in finished[1].stderr and "No licence text" in finished[1].stderr
 
 
 def test_inspect_shows_the_mask_of_a_folder_and_of_a_file(finished):
@@ -135,6 +157,11 @@ def test_inspect_shows_the_mask_of_a_folder_and_of_a_file(finished):
         shown = json.loads(nemo_prune_command("inspect", path, "--json").stdout)
         assert {name: len(rows) for name, rows in shown["rows"].items()} == facts["mask"]["counts"]
         assert shown["metadata"]["settings"]["theta"] == 5.0
+        needed = shown["metadata"]["prompts_per_neuron"]
+        assert {(name, int(row)) for name in needed for row in needed[name]} == {
+            (name, row) for name, rows in shown["rows"].items() for row in rows
+        }
+        assert all(1 <= number <= 2 for counts in needed.values() for number in counts.values())
     table = nemo_prune_command("inspect", out)
     assert "neurons pruned" in table.stdout and "theta: 5.0" in table.stdout
     assert_named_error(nemo_prune_command("inspect", out / "vae"), "mask")
@@ -150,11 +177,16 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
 
     monkeypatch.setattr(nemo_prune.localize, "detect", not_again)
     monkeypatch.setattr(nemo_prune.session, "fit_calibration", not_again)
-    again = run(command, "--include-unresolved", "--overwrite", "--publish-examples")
+    stated = {"license": "other", "license_name": "Our Terms"}
+    record = json.loads((out / "nemo_prune.json").read_text())
+    again = run(command, "--include-unresolved", "--overwrite", "--publish-examples", **stated)
     assert again.exit_code == 0, again.output
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
-    card = (out / "README.md").read_text()
-    assert f"a {MARKER} cat" in card and "before_after.png" in card and "<b>" not in card
+    card = ModelCard.load(out / "README.md")
+    assert f"- `a {MARKER} cat`" in card.text and "before_after.png" in card.text
+    assert "<b>" not in MarkdownIt("commonmark", {"html": True}).render(card.text)
+    assert (card.data.license, card.data.license_name) == tuple(stated.values())
+    assert json.loads((out / "nemo_prune.json").read_text())["prompt_results"] == record["prompt_results"]
 
 
 def test_a_torn_last_line_is_done_again(finished, arguments, tmp_path):
@@ -264,6 +296,8 @@ def test_a_threshold_of_ones_own_decides(arguments):
         ({"preset": "fast"}, ["released-code"]),
         ({"projections": "query"}, ["value or key or both"]),
         ({"scale": 1}, ["scale", "other than 1"]),
+        ({"license": "My Licence"}, ["license", "identifier"]),
+        ({"base_model": "../tiny"}, ["base_model", "Hub id"]),
         ({"num_samples": 1}, ["num_samples"]),
         ({"threshold": 2}, ["threshold", "between 0 and 1"]),
         ({"prompts": "nowhere.txt"}, ["no prompts file"]),

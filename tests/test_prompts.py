@@ -118,3 +118,9 @@ def test_damaged_files_are_named_errors(tmp_path, name):
     path.write_bytes(b"this is none of it\n")
     with pytest.raises(PromptError, match="rows"):
         read_prompts(path)
+
+
+def test_half_a_character_in_json_is_readable_afterwards(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"caption": "a \\ud800 cat", "type": "\\udfff", "note": "\\udfff"}\n')
+    (prompt,) = read_prompts(tmp_path / "prompts.jsonl")
+    assert (prompt.text, prompt.kind, prompt.columns) == ("a ? cat", "?", {"note": "?"})

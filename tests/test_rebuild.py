@@ -56,7 +56,7 @@ def test_the_same_base_and_mask_give_the_same_files(model_folder, mask, tmp_path
     again = export(model_folder, tmp_path / "out", tmp_path / "again", "--json")
     assert json.loads(again.stdout)["files"] == facts["files"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "2 rows set to zero" in card and "Not measured for this folder" in card
+    assert "2 rows set to zero" in card and "Nothing was measured on this model" in card
     assert CliRunner().invoke(app, ["diff", str(model_folder), str(tmp_path / "out")]).exit_code == 0
 
 

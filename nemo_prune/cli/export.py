@@ -5,16 +5,21 @@ from typing import Annotated
 
 import typer
 
-from nemo_prune.cli.console import app, errors_reported, quieten_libraries
+from nemo_prune.cli.console import app, errors_reported, quieten_libraries, tell
 from nemo_prune.cli.options import (
+    BaseModelOption,
     ConfigOption,
     JsonOption,
+    LicenseLinkOption,
+    LicenseNameOption,
+    LicenseOption,
     ModelOption,
     OutOption,
     RevisionOption,
     ScaleOption,
     VariantOption,
 )
+from nemo_prune.settings import Statement
 
 
 @app.command()
@@ -27,6 +32,10 @@ def export(
         bool, typer.Option("--force", help="Prune another base than the mask was made for; the card says so.")
     ] = False,
     config: ConfigOption = None,
+    base_model: BaseModelOption = None,
+    license: LicenseOption = None,
+    license_name: LicenseNameOption = None,
+    license_link: LicenseLinkOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -37,13 +46,14 @@ def export(
     Example: [bold]nemo-prune export --model demo --mask mask.safetensors --out pruned/[/]
     """
     with errors_reported():
+        statement = Statement(base_model, license, license_name, license_link)
         quieten_libraries()
         from nemo_prune.find_mask import find_mask
         from nemo_prune.rebuild import export_model
         from nemo_prune.source import resolve_model
 
         source = resolve_model(model, revision, variant, config)
-        facts = export_model(source, find_mask(mask), out, scale, force, overwrite)
+        facts = export_model(source, find_mask(mask), out, scale, force, overwrite, statement, tell)
     if as_json:
         typer.echo(json.dumps({**facts, "out": str(out)}, indent=2))
     else:

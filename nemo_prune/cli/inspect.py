@@ -30,12 +30,18 @@ def inspect(
         typer.echo(json.dumps({"rows": rows, "sizes": mask.sizes, "metadata": metadata}, indent=2))
         return
     console = Console()
-    table = Table("layer", "pruned", "of", "rows", title=f"{mask.num_neurons} neurons pruned")
+    needed = metadata.get("prompts_per_neuron", {})
+    shown = "rows (prompts that need it)" if needed else "rows"
+    table = Table("layer", "pruned", "of", shown, title=f"{mask.num_neurons} neurons pruned")
     for name, indices in rows.items():
-        table.add_row(name, str(len(indices)), str(mask.sizes[name]), ", ".join(map(str, indices)))
+        table.add_row(name, str(len(indices)), str(mask.sizes[name]), _listed(indices, needed.get(name, {})))
     console.print(table)
     base = metadata.get("base", {})
     told = [f"Base: {base.get('name') or 'unknown'}, commit {base.get('commit') or 'none'}"]
     told += [f"{name}: {value}" for name, value in metadata.get("settings", {}).items()]
     for line in told:
         console.print(printable(line), markup=False)
+
+
+def _listed(rows: list[int], needed: dict[str, int]) -> str:
+    return ", ".join(f"{row} ({needed[str(row)]})" if str(row) in needed else str(row) for row in rows)

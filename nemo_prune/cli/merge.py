@@ -30,22 +30,25 @@ def merge(
     """
     with errors_reported():
         from nemo_prune.localize import count_statuses
-        from nemo_prune.merge import union_mask
+        from nemo_prune.merge import prompts_per_neuron, union_mask
         from nemo_prune.results import merge_results
         from nemo_prune.staging import check_new_file
 
         check_new_file(out, overwrite)
         found = merge_results(results)
         mask = union_mask(found.localizations, found.header.layers, include_unresolved)
+        statuses = count_statuses(found.localizations)
         described = {
             "settings": found.header.settings,
             "threshold": found.header.threshold,
             "model": found.header.model,
+            "prompts": {"total": len(found.localizations), **statuses, "unresolved_included": include_unresolved},
+            "prompts_per_neuron": prompts_per_neuron(found.localizations, mask, include_unresolved),
         }
         mask.save(out, described)
     facts = {
         "prompts": len(found.localizations),
-        **count_statuses(found.localizations),
+        **statuses,
         "num_neurons": mask.num_neurons,
         "of": sum(mask.sizes.values()),
     }

@@ -12,7 +12,16 @@ DEFAULTS = LocalizationSettings()
 MODEL_DEFAULTS = ModelOptions()
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="`demo`, a diffusers folder, or a Hub id such as CompVis/stable-diffusion-v1-4.")
+    str,
+    typer.Option(
+        "--model", help="`demo`, a diffusers folder, a single file (.safetensors, .ckpt), or a Hub id: owner/name."
+    ),
+]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="The pruned model, for publication: a folder, or a single file whose name ends in .safetensors."
+    ),
 ]
 PromptsOption = Annotated[
     str | None,
@@ -49,6 +58,14 @@ ScaleOption = Annotated[
     typer.Option("--scale", help="What the masked rows are multiplied by; the paper also tries -1 to 0.75."),
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the Hub repo.")]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="Diffusers folder or Hub id whose configs and tokenizer a single file takes. (default: those of "
+        "Stable Diffusion v1-5, from the Hub)",
+    ),
+]
 VariantOption = Annotated[str | None, typer.Option("--variant", help="Weights variant, such as fp16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="torch device; `auto` takes a GPU where there is one.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
@@ -68,6 +85,25 @@ RayWorkersOption = Annotated[
     int | None,
     typer.Option("--ray-workers", min=1, help="How many, each with a model. (default: all free GPUs, of CPUs 8)"),
 ]
+PrivateOption = Annotated[
+    bool, typer.Option("--private", help="Create the repo as a private one; a public one is refused.")
+]
+PushToOption = Annotated[
+    str | None, typer.Option("--push-to", metavar="OWNER/NAME", help="Push the release to this repo of the Hub.")
+]
+AllowResidualOption = Annotated[
+    bool,
+    typer.Option("--allow-residual", help="Push although something remains, or was not measured; the card says so."),
+]
+BaseModelOption = Annotated[
+    str | None, typer.Option("--base-model", help="Hub id of a local base, for the card; nobody checks it.")
+]
+LicenseOption = Annotated[
+    str | None,
+    typer.Option("--license", help="Licence where the base's card names none, as the Hub lists them, or `other`."),
+]
+LicenseNameOption = Annotated[str | None, typer.Option("--license-name", help="Its name, where it is `other`.")]
+LicenseLinkOption = Annotated[str | None, typer.Option("--license-link", help="Where its text stands: https://...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
 
 

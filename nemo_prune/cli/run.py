@@ -12,17 +12,23 @@ from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_l
 from nemo_prune.cli.options import (
     DEFAULTS,
     MODEL_DEFAULTS,
+    BaseModelOption,
     BatchSizeOption,
     CalibrationOption,
     ColumnOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LicenseLinkOption,
+    LicenseNameOption,
+    LicenseOption,
     LimitOption,
     MarginOption,
     ModelOption,
     NumSamplesOption,
     OrdinaryOption,
+    OutOption,
     PresetOption,
     ProjectionsOption,
     PromptsOption,
@@ -35,13 +41,14 @@ from nemo_prune.cli.options import (
     image_guidance,
     ordinary_texts,
 )
-from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
+from nemo_prune.layout import work_folder
+from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, Statement, VerificationSettings
 
 
 @app.command()
 def run(
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Folder of the pruned model; what lies there can be published.")],
+    out: OutOption,
     work: Annotated[
         Path | None, typer.Option(help="Folder of what the run knows; not for publication. (default: OUT.work)")
     ] = None,
@@ -79,6 +86,11 @@ def run(
     publish_examples: Annotated[
         bool, typer.Option("--publish-examples", help="Put captions and a before/after grid into the card.")
     ] = False,
+    config: ConfigOption = None,
+    base_model: BaseModelOption = None,
+    license: LicenseOption = None,
+    license_name: LicenseNameOption = None,
+    license_link: LicenseLinkOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     device: DeviceOption = "auto",
@@ -101,7 +113,7 @@ def run(
         out = out.absolute()
         options = RunOptions(
             out=out,
-            work=work or out.parent / f"{out.name}.work",
+            work=work or work_folder(out),
             model=ModelOptions(device, dtype, batch_size, margin),
             merge=merge,
             preserve=preserve,
@@ -110,6 +122,7 @@ def run(
             scale=scale,
             include_unresolved=include_unresolved,
             publish_examples=publish_examples,
+            statement=Statement(base_model, license, license_name, license_link),
             overwrite=overwrite,
         )
         # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
@@ -120,7 +133,7 @@ def run(
         examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
         ordinary = ordinary_texts(model, calibration_prompts)
         verification = VerificationSettings(guidance_scale=image_guidance(model, guidance_scale))
-        source = resolve_model(model, revision, variant)
+        source = resolve_model(model, revision, variant, config)
         result = prune_model(source, examined, ordinary, options, settings, verification, progress, tell)
     if as_json:
         typer.echo(json.dumps({**result.facts, "out": str(result.out) if result.out else None}, indent=2))
@@ -131,7 +144,7 @@ def run(
 def _show_result(result: Any) -> None:
     """Tables on the terminal: what was found, what changed and where to look."""
     # The card's rows are the terminal's rows: one wording for both.
-    from nemo_prune.card import before_after_rows
+    from nemo_prune.measured import before_after_rows
 
     facts, console = result.facts, Console()
     prompts = facts["prompts"]
