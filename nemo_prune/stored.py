@@ -12,7 +12,7 @@ from nemo_prune.untrusted import MAX_JSON_BYTES, parse_json
 
 # As safetensors names them.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bits a value. A dtype that is not listed is one of tomorrow's: its length is taken as it is.
+# Bits a value of all that the format knows.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -70,14 +70,14 @@ def _stored(name: str, entry: object, begin: int) -> StoredTensor:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor `{name}` is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str):
-        raise ValueError(f"tensor `{name}` has no dtype")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"tensor `{name}` has the dtype {dtype!r}, expected one of {', '.join(_BITS)}")
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"tensor `{name}` has no valid shape")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor `{name}` has no valid offsets")
     length = offsets[1] - offsets[0]
-    if dtype in _BITS and 8 * length != _BITS[dtype] * prod(shape):
+    if 8 * length != _BITS[dtype] * prod(shape):
         raise ValueError(f"tensor `{name}` takes {length} bytes, which is not what {dtype} of shape {shape} takes")
     return StoredTensor(dtype, tuple(shape), begin + offsets[0], length)
 
