@@ -137,7 +137,7 @@ def find_again(source: ModelSource) -> ModelSource:
 def _single_file(path: Path, chosen: str | None, config: str | None) -> ModelSource:
     if not path.is_file():
         raise ModelError(f"There is no single file at {path}. Check the name.")
-    if chosen is not None:
+    if chosen:
         raise ModelError(f"A single file has no variants or revisions, so that `{chosen}` names nothing. Leave it out.")
     config = str(Path(config).resolve()) if config and Path(config).is_dir() else config or DEFAULT_CONFIG
     configs = Path(config) if _is_local(config) else download_configs(config)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hub_server import COMMIT, Hub
 from nemo_prune.layout import MASK_FILE
+from nemo_prune.single_file import write_single_file
 
 RESOLVE = """
 import sys
@@ -26,7 +29,8 @@ for name in sys.argv[1:]:
         print("named error:", " ".join(str(error).split()))
     else:
         load_pipeline(source, "cpu", torch.float32)
-        print(source.repo_id, source.commit, (source.folder / "Model-License.txt").exists())
+        converted = source.converted and source.converted.replace(" ", "_")
+        print(source.repo_id, source.commit, (source.folder / "Model-License.txt").exists(), converted)
 """
 
 
@@ -35,6 +39,11 @@ def hub(model_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(model_folder, root / "owner" / "tiny")
     (root / "owner" / "tiny" / "Model-License.txt").write_text("a licence")
+    shutil.copytree(root / "owner" / "tiny", root / "owner" / "pickled")
+    for path in (root / "owner" / "pickled").rglob("*.safetensors"):
+        name = "pytorch_model.bin" if path.name == "model.safetensors" else path.name.replace(".safetensors", ".bin")
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
     shutil.copytree(model_folder, root / "owner" / "gated")
     (root / "owner" / "gated" / ".gated").touch()
     (root / "owner" / "captions").mkdir()
@@ -51,7 +60,8 @@ def hub(model_folder, tmp_path_factory):
 
 def resolve(home, *models, endpoint="http://127.0.0.1:9", **environment):
     """The client reads its settings once, on import: each call is a process of its own; a line a model."""
-    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
+    settings = {"HF_HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    settings |= environment
     return subprocess.run(
         [sys.executable, "-c", RESOLVE, *models],
         env={**os.environ, **settings},
@@ -72,23 +82,32 @@ REFUSED = {
 }
 
 
-def test_repos_and_masks_are_fetched_and_used_offline_afterwards_and_others_are_named_errors(hub, tmp_path):
-    """A model with its licence; of a release or a mask that file alone."""
-    masks = ["mask of owner/release", "mask of owner/mask@main"]
-    online = resolve(tmp_path, "owner/tiny", *masks, *REFUSED, endpoint=hub)
+def test_repos_and_masks_are_fetched_and_used_offline_afterwards_and_others_are_named_errors(
+    hub, model_folder, tmp_path
+):
+    """A model with its licence, also one of .bin weights; a single file's configs; of a release or a mask it alone."""
+    file = tmp_path / "model.safetensors"
+    write_single_file(model_folder, None, file)
+    wanted = ["owner/pickled", f"{file}@@@owner/tiny", "mask of owner/release", "mask of owner/mask@main"]
+    online = resolve(tmp_path, "owner/tiny", *wanted, *REFUSED, endpoint=hub)
     first, *found = online.stdout.splitlines()
-    assert first.split() == ["owner/tiny", COMMIT, "True"], online.stderr
-    assert found[:2] == ["what lies in release", "what lies in mask"]
-    for line, message in zip(found[2:], REFUSED.values(), strict=True):
+    assert first.split() == ["owner/tiny", COMMIT, "True", "None"], online.stderr
+    assert found[:4] == [
+        f"owner/pickled {COMMIT} True the_.bin_weights_of_text_encoder,_unet,_vae",
+        "None None False a_single-file_checkpoint_(.safetensors)",
+        "what lies in release",
+        "what lies in mask",
+    ]
+    for line, message in zip(found[4:], REFUSED.values(), strict=True):
         assert line.startswith("named error") and message in line
     assert not list(tmp_path.rglob("unet.bin"))
-    offline = resolve(tmp_path, "owner/tiny", *masks, "owner/other", "mask of owner/other", endpoint=hub,
+    offline = resolve(tmp_path, "owner/tiny", *wanted, "owner/other", "mask of owner/other", endpoint=hub,
                       HF_HUB_OFFLINE="1")  # fmt: skip
     *again, missing, missing_mask = offline.stdout.splitlines()
-    assert again == [first, *found[:2]], offline.stderr
+    assert again == [first, *found[:4]], offline.stderr
     assert "named error" in missing and "give a local folder or `demo`" in missing
     assert "named error" in missing_mask and "not in the local cache" in missing_mask
-    unreachable = resolve(tmp_path, "owner/tiny", *masks)
+    unreachable = resolve(tmp_path, "owner/tiny", *wanted)
     assert unreachable.stdout == offline.stdout.partition("named error")[0], unreachable.stderr
 
 
