@@ -11,6 +11,7 @@ from nemo_prune.cli.options import (
     DEFAULTS,
     MODEL_DEFAULTS,
     BatchSizeOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -37,6 +38,7 @@ def calibrate(
     projections: ProjectionsOption = DEFAULTS.projections,
     seed: SeedOption = None,
     num_samples: NumSamplesOption = None,
+    config: ConfigOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     device: DeviceOption = "auto",
@@ -58,7 +60,7 @@ def calibrate(
 
         ordinary = ordinary_texts(model, calibration_prompts)
         options = ModelOptions(device, dtype, batch_size, margin)
-        source = resolve_model(model, revision, variant)
+        source = resolve_model(model, revision, variant, config)
         found = calibrate_model(source, ordinary, out, options, settings, overwrite, progress)
     facts = {"threshold": found.threshold, "similarity_mean": found.similarity_mean,
              "similarity_std": found.similarity_std, "num_prompts": found.statistics.num_prompts}  # fmt: skip

@@ -13,6 +13,7 @@ from nemo_prune.cli.options import (
     BatchSizeOption,
     CalibrationOption,
     ColumnOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -50,6 +51,7 @@ def localize(
     seed: SeedOption = None,
     num_samples: NumSamplesOption = None,
     threshold: ThresholdOption = None,
+    config: ConfigOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     device: DeviceOption = "auto",
@@ -81,7 +83,7 @@ def localize(
 
         examined = examined_corpus(model, prompts, prompt_column, limit)
         ordinary = [] if calibration else ordinary_texts(model, calibration_prompts)
-        source = resolve_model(model, revision, variant)
+        source = resolve_model(model, revision, variant, config)
         with open_session(source, options.model, settings, ray, ray_workers) as session:
             file, localizations = localize_model(session, examined, ordinary, options, progress)
         facts = count_statuses(localizations)

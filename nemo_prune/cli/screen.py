@@ -14,6 +14,7 @@ from nemo_prune.cli.options import (
     MODEL_DEFAULTS,
     BatchSizeOption,
     ColumnOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -79,6 +80,7 @@ def screen(
         typer.Option(help=f"Guidance of these images. (default: {VerificationSettings().guidance_scale:g}, demo 3)"),
     ] = None,
     seed: SeedOption = None,
+    config: ConfigOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     device: DeviceOption = "auto",
@@ -120,7 +122,7 @@ def screen(
         captions = CaptionStream(lambda: _captions(model, prompts, prompt_column), limit, label_column)
         ordinary = ordinary_texts(model, calibration_prompts)
         with open_session(
-            resolve_model(model, revision, variant), options.model, settings, ray, ray_workers
+            resolve_model(model, revision, variant, config), options.model, settings, ray, ray_workers
         ) as session:
             result = screen_captions(
                 session, captions, ordinary, options, sieve_settings,
