@@ -8,7 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from nemo_prune.errors import MaskError
 from nemo_prune.hub_errors import named_errors
-from nemo_prune.layout import MASK_FILE, SINGLE_SUFFIX
+from nemo_prune.layout import MASK_FILE, folder_beside
 
 _ALONE = Path(MASK_FILE).name
 # In a release, and in a folder or repo that holds a mask alone.
@@ -33,7 +33,7 @@ def find_mask(name: str | Path) -> Path:
             raise MaskError(f"{path} holds no mask: neither {' nor '.join(_PLACES)}. Give a release or a mask file.")
         return found[0]
     if path.is_file():
-        beside = path.with_suffix(SINGLE_SUFFIX) / _ALONE
+        beside = folder_beside(path) / _ALONE
         return beside if beside.is_file() else path
     repo = _REPO.fullmatch(str(name))
     if repo is None or path.suffix == ".safetensors":

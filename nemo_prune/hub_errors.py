@@ -23,7 +23,7 @@ NO_ANSWER = HfHubHTTPError.__bases__
 _TRANSPORT_ERRORS = (*(base for base in NO_ANSWER if base is not OSError), ConnectionError, TimeoutError)
 
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, which goes before the login."
-_MISSING = f"the Hub does not have it, or does not show it to you. Check the name; for a private repo: {_LOG_IN}"
+_MISSING = f"the Hub does not have it, or does not show it to you. Check the name. {_LOG_IN}"
 _AGAIN = "Run the same command again."
 _BY_KIND = {
     LocalTokenNotFoundError: f"there is no token. {_LOG_IN}",
@@ -44,9 +44,11 @@ _BY_STATUS = {
     429: f"too many requests. Wait some minutes. {_AGAIN}",
     507: f"the Hub has no room left. Make room. {_AGAIN}",
 }
-_FAILED = f"the Hub failed. {_AGAIN} What was uploaded is not sent again."
+_FAILED = f"the Hub has a fault. {_AGAIN} What was uploaded is not sent again."
 _CUT = f"the Hub can't be reached, or the connection was cut. {_AGAIN} What was uploaded is not sent again."
 _LONGEST_QUOTE = 300
+# Of these the remedy says all.
+_NOT_QUOTED = (LocalTokenNotFoundError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 
 
 @contextmanager
@@ -77,6 +79,8 @@ def _remedy(error: BaseException) -> str:
 
 def _quoted(error: BaseException) -> str:
     """What the Hub or the client says itself, in one line and without the token."""
+    if isinstance(error, _NOT_QUOTED):
+        return ""
     message = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
     text, token = " ".join((message or "").split()), get_token()
     # A server, or the transport, may quote a request's headers.

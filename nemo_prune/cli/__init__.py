@@ -3,7 +3,7 @@
 import sys
 
 # Importing a command adds it to the program, in the order in which the help lists them.
-from nemo_prune.cli import calibrate, demo, diff, export, inspect, localize, merge, run, screen  # noqa: F401
+from nemo_prune.cli import calibrate, demo, diff, export, inspect, localize, merge, push, run, screen  # noqa: F401
 from nemo_prune.cli.console import app
 
 __all__ = ["app", "entry"]

@@ -36,6 +36,8 @@ _STAGE_NAMES = {
     "images before": "Images before",
     "export": "Export",
     "images after": "Images after",
+    "check files": "Check the files",
+    "upload": "Upload, megabytes",
 }
 
 app = typer.Typer(
@@ -85,18 +87,21 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(quiet: bool, show_speed: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(
+    quiet: bool, show_speed: bool = False, first: str = "Load the model"
+) -> Iterator[Callable[[str, int, int], None]]:
     """One bar on stderr: stage, i of N, time left; off where stderr is no terminal.
 
     Args:
         quiet: show nothing.
         show_speed: also show prompts a second.
+        first: what is done until a stage is told.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                *([_Speed()] if show_speed else []))  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("Load the model", total=None)
+        task = bar.add_task(first, total=None)
         stage_shown = ""
 
         def update(stage: str, done: int, total: int) -> None:
@@ -113,6 +118,16 @@ def progress_bar(quiet: bool, show_speed: bool = False) -> Iterator[Callable[[st
 def tell(message: str) -> None:
     """Say something on stderr while the command goes on; a progress bar stays below it."""
     typer.echo(message, err=True)
+
+
+def quieten_hub_client() -> None:
+    """The Hub's client has bars of its own and tells of every retry, with addresses; who asks for that gets it."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    disable_progress_bars()
+    if not {"HF_HUB_VERBOSITY", "HF_DEBUG"} & set(os.environ):
+        set_verbosity_error()
 
 
 def quieten_libraries() -> None:

@@ -12,6 +12,7 @@ from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_l
 from nemo_prune.cli.options import (
     DEFAULTS,
     MODEL_DEFAULTS,
+    AllowResidualOption,
     BaseModelOption,
     BatchSizeOption,
     CalibrationOption,
@@ -30,8 +31,10 @@ from nemo_prune.cli.options import (
     OrdinaryOption,
     OutOption,
     PresetOption,
+    PrivateOption,
     ProjectionsOption,
     PromptsOption,
+    PushToOption,
     RevisionOption,
     ScaleOption,
     SeedOption,
@@ -41,6 +44,7 @@ from nemo_prune.cli.options import (
     image_guidance,
     ordinary_texts,
 )
+from nemo_prune.cli.push import PushAtTheEnd
 from nemo_prune.layout import work_folder
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, Statement, VerificationSettings
 
@@ -97,6 +101,9 @@ def run(
     dtype: DtypeOption = "float32",
     batch_size: BatchSizeOption = None,
     margin: MarginOption = MODEL_DEFAULTS.margin,
+    push_to: PushToOption = None,
+    private: PrivateOption = False,
+    allow_residual: AllowResidualOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, and discard another run's work folder.")
     ] = False,
@@ -125,6 +132,8 @@ def run(
             statement=Statement(base_model, license, license_name, license_link),
             overwrite=overwrite,
         )
+        push_at_the_end = PushAtTheEnd(push_to, private, allow_residual, quiet=as_json)
+        push_at_the_end.check()
         # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
         quieten_libraries()
         from nemo_prune.run import prune_model
@@ -135,10 +144,18 @@ def run(
         verification = VerificationSettings(guidance_scale=image_guidance(model, guidance_scale))
         source = resolve_model(model, revision, variant, config)
         result = prune_model(source, examined, ordinary, options, settings, verification, progress, tell)
-    if as_json:
-        typer.echo(json.dumps({**result.facts, "out": str(result.out) if result.out else None}, indent=2))
-    else:
+    if not as_json:
         _show_result(result)
+    with errors_reported():
+        url = None
+        try:
+            url = push_at_the_end.push(result.out)
+        finally:
+            if as_json:
+                where = {"out": str(result.out) if result.out else None, "pushed": url}
+                typer.echo(json.dumps({**result.facts, **where}, indent=2))
+    if url and not as_json:
+        typer.echo(f"Pushed: {url}")
 
 
 def _show_result(result: Any) -> None:
