@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -273,6 +273,22 @@ def test_a_run_scales_the_rows_of_keys_and_values(arguments, tmp_path, model_fol
     assert len(scaled) == facts["mask"]["num_neurons"] > 0
     assert all(torch.allclose(new, old * -0.3) for old, new in scaled)
     assert "multiplied by -0.3" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_writes_a_single_file_with_all_else_in_a_folder_beside_it(finished, arguments, model_folder, tmp_path):
+    out = tmp_path / "pruned.safetensors"
+    result = run({**arguments, "--out": out}, "--include-unresolved", "--json")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "pruned.nemo_prune", "pruned.work"}
+    beside = {path.name for path in (tmp_path / "pruned.nemo_prune").iterdir()}
+    assert beside == {"README.md", "nemo_prune.json", "mask.safetensors", "neurons_per_layer.png"}
+    pipe = StableDiffusionPipeline.from_single_file(str(out), config=str(model_folder), local_files_only=True)
+    expected = load_file(finished[0] / WEIGHTS)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.unet.state_dict().items())
+    shown = nemo_prune_command("diff", model_folder, out)
+    assert shown.exit_code == 0, shown.output
+    inside = run({**arguments, "--out": out, "--work": tmp_path / "pruned.nemo_prune" / "work"}, "--overwrite")
+    assert_named_error(inside, "can be published")
 
 
 def test_a_run_that_will_take_long_says_so_and_goes_on(arguments, monkeypatch):
