@@ -17,7 +17,7 @@ from nemo_prune.measured import before_after_rows, layer_rows, prompt_rows
 PAPER = "https://arxiv.org/abs/2406.02366"
 
 _NOT_CLAIMED = """\
-- **It has not forgotten.** What is measured below holds for the prompts that were examined. Whoever optimises a text \
+- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Whoever optimises a text \
 embedding against this model, or fine-tunes it, may bring images back.
 - **It protects only where the unpruned weights were never released,** nor those of a sibling that was trained on the \
 same images. Base and mask together undo the pruning: whoever has the base copies the rows back, and the changed rows \
@@ -83,11 +83,10 @@ def named(card: str, repo_id: str) -> str:
         repo_id: its id on the Hub.
     """
     card = card.replace(_PIPELINE_HERE, f'from_pretrained("{repo_id}"').replace(_HERE, "")
-    # Beside a single file all lies flat; in a repo it lies as in a folder.
-    mask, pictures = PurePath(MASK_FILE), (PurePath(PLOT_FILE), PurePath(GRID_FILE))
-    card = re.sub(rf" --mask ({mask.parent}/)?{mask.name} ", f" --mask {repo_id} ", card)
+    card = re.sub(r" --mask .+ --out ", f" --mask {repo_id} --out ", card)
     card = re.sub(r"from_single_file\(\"(?!https:)", f'from_single_file("{HUB}/{repo_id}/blob/main/', card)
-    for picture in pictures:
+    # Beside a single file all lies flat; in a repo it lies as in a folder.
+    for picture in (PurePath(PLOT_FILE), PurePath(GRID_FILE)):
         card = card.replace(f"]({picture.name})", f"]({picture.as_posix()})")
     return card
 
@@ -124,7 +123,9 @@ def _base(base: Mapping) -> str:
 def _changes(facts: Mapping) -> str:
     mask, files = facts["mask"], facts["files"]
     done = f"multiplied by {mask['scale']:g}" if mask["scale"] else "set to zero"
-    changed = ", ".join(f"{code(path)} ({rows} rows {done})" for path, rows in files["rows_changed"].items())
+    changed = ", ".join(
+        f"{code(path)} ({rows} {'row' if rows == 1 else 'rows'} {done})" for path, rows in files["rows_changed"].items()
+    )
     parts = [
         f"> **Notice: files of the base model were changed:** {changed}. They belong to **{mask['num_neurons']} of "
         f"{sum(mask['sizes'].values())} neurons** of the layers through which the text enters. No other weight "
@@ -197,7 +198,10 @@ def _rebuilding(facts: Mapping) -> str:
     version = _options(("--revision", base["commit"]), ("--variant", base["variant"]))
     # A folder of configs has no name that means anything elsewhere.
     config = _options(("--config", base["config"] if base["config"] and " " not in base["config"] else None))
-    out = "rebuilt.safetensors" if _is_single_file(facts) else "rebuilt"
+    is_single = _is_single_file(facts)
+    out = "rebuilt.safetensors" if is_single else "rebuilt"
+    # The mask of a single file is found by its name, as it lies beside it.
+    mask_file = shlex.quote(next(iter(files["rows_changed"]))) if is_single else MASK_FILE
     scale = _options(("--scale", repr(mask["scale"]) if mask["scale"] else None))
     force = " --force" if mask.get("forced_on_another_base") else ""
     where = "" if base["model"] else " `base` stands for the base model, wherever it lies."
@@ -207,7 +211,7 @@ Base and mask give the same files again, byte for byte.{where}
 
 ```bash
 nemo-prune export --model {model}{version}{config} \\
-  --mask {MASK_FILE} --out {out}{scale}{force}
+  --mask {mask_file} --out {out}{scale}{force}
 nemo-prune diff {model} {out}{version}
 ```
 

@@ -139,7 +139,10 @@ def test_a_card_names_its_own_folder_until_it_has_a_name_on_the_hub():
 def test_the_card_of_a_single_file_loads_it_as_one():
     files = {"sha256": {"it's.safetensors": "0" * 64}, "rows_changed": {"it's.safetensors": 21}}
     card = model_card(facts(files=files)).replace("nemo_prune/", "")
-    assert 'from_single_file("it\'s.safetensors")' in card and "--out rebuilt.safetensors\n" in card
+    assert (
+        'from_single_file("it\'s.safetensors")' in card
+        and "--mask 'it'\"'\"'s.safetensors' --out rebuilt.safetensors\n" in card
+    )
     there = named(card, "owner/name")
     assert 'from_single_file("https://huggingface.co/owner/name/blob/main/it\'s.safetensors")' in there
     assert "--mask owner/name " in there and f"]({PLOT_FILE})" in there
@@ -386,5 +389,9 @@ def test_the_commands_of_a_card_rebuild_the_release(found, published, model_fold
     for command in commands.replace("\\\n", "").splitlines():
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.output)
+    Path("rebuilt", "LICENSE").write_text("added by hand")
+    assert CliRunner().invoke(app, ["diff", "base", "rebuilt"]).exit_code == 0
+    Path("rebuilt", "more").write_text("added by hand")
+    assert CliRunner().invoke(app, ["diff", "base", "rebuilt"]).exit_code == 1
     digest = sha256((tmp_path / "out" / "rebuilt" / WEIGHTS).read_bytes()).hexdigest()
     assert f"- `{WEIGHTS}`: `{digest}`" in card.text
