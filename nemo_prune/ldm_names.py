@@ -69,11 +69,11 @@ def ldm_names(component: str, names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     if component == "unet":
-        length = _count(r"up_blocks\.0\.resnets\.(\d+)\.", names)
-        with_attention = {int(match[1]) for name in names if (match := re.match(r"up_blocks\.(\d+)\.att", name))}
+        length = _count(r"up_blocks\.0\.resnets\.(\d{1,4})\.", names)
+        with_attention = {int(match[1]) for name in names if (match := re.match(r"up_blocks\.(\d{1,4})\.att", name))}
         found = {name: _unet_name(name, length, with_attention) for name in names}
     elif component == "vae":
-        num_blocks = _count(r"decoder\.up_blocks\.(\d+)\.", names)
+        num_blocks = _count(r"decoder\.up_blocks\.(\d{1,4})\.", names)
         found = {name: _vae_name(name, num_blocks) for name in names}
     else:
         found = {name: name.removeprefix("text_model.") for name in names}
@@ -99,7 +99,7 @@ def layer_names(names: Iterable[str], file_names: Iterable[str]) -> dict[str, st
         names: tensors in a diffusers folder; those of other parts are left out.
         file_names: all names of the single file; its first downsampler shows how long a block is.
     """
-    downsampler = re.compile(re.escape(PREFIXES["unet"]) + r"input_blocks\.(\d+)\.0\.op\.")
+    downsampler = re.compile(re.escape(PREFIXES["unet"]) + r"input_blocks\.(\d{1,4})\.0\.op\.")
     length = min((int(match[1]) for name in file_names if (match := downsampler.match(name))), default=0)
     found = {name: _unet_name(name, length) for name in names if ".attentions." in name}
     return {name: PREFIXES["unet"] + renamed for name, renamed in found.items() if renamed}
@@ -145,7 +145,7 @@ def _unet_name(name: str, length: int, with_attention: Collection[int] = ()) -> 
         return f"{_UNET_ENDS[layer]}.{part}"
     if match := re.fullmatch(r"mid_block\.(resnets\.[01]|attentions\.0)\.(.+)", name):
         return _inside(f"middle_block.{_UNET_MIDDLE[match[1]]}", match[1].partition(".")[0], match[2])
-    if not (match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)):
+    if not (match := re.fullmatch(r"(down|up)_blocks\.(\d{1,4})\.(\w+)\.(\d{1,4})\.(.+)", name)):
         return None
     direction, block, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":
@@ -173,11 +173,11 @@ def _vae_name(name: str, num_blocks: int) -> str | None:
         return name
     if layer == "conv_norm_out":
         return f"{half}.norm_out.{part}"
-    if match := re.fullmatch(r"mid_block\.resnets\.(\d+)\.(.+)", layer):
+    if match := re.fullmatch(r"mid_block\.resnets\.(\d{1,4})\.(.+)", layer):
         return f"{half}.mid.block_{int(match[1]) + 1}.{_shortcut(match[2])}.{part}"
     if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", layer):
         return f"{half}.mid.attn_1.{_VAE_ATTENTION[match[1]]}.{part}" if match[1] in _VAE_ATTENTION else None
-    if not (match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|\w+samplers)\.(\d+)\.(.+)", layer)):
+    if not (match := re.fullmatch(r"(down|up)_blocks\.(\d{1,4})\.(resnets|\w+samplers)\.(\d{1,4})\.(.+)", layer)):
         return None
     direction, block, kind, place, layer = match[1], int(match[2]), match[3], match[4], match[5]
     # The original code counts the decoder's blocks from the image.

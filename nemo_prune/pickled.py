@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,12 @@ import torch
 from nemo_prune.errors import ModelError
 
 # Training programs leave objects of these packages beside the weights.
-_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric")
+_LEFT_BY_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "numpy")
+# What torch, pickle and zipfile raise at bytes that make no sense to them.
+_DAMAGED = (
+    OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    EOFError, MemoryError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 _MODEL_CHECKPOINT = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
@@ -19,7 +25,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that torch saved; large ones stay on disk until they are used.
 
     The file is a pickle, which can hold programs. Only tensors and plain values are made; objects of Lightning, the
-    usual trainer, become empty stubs; anything else is refused.
+    usual trainer, and of NumPy become empty stubs; anything else is refused.
 
     Args:
         path: names and tensors, or a training state that has them under ``state_dict``.
@@ -30,7 +36,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         is_zip = zipfile.is_zipfile(path)
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else [_MODEL_CHECKPOINT]
-        stubs = [_stub(name) for name in wanted if name.partition(".")[0] in _TRAINERS]
+        stubs = [_stub(name) for name in wanted if name.partition(".")[0] in _LEFT_BY_TRAINERS]
         with torch.serialization.safe_globals(stubs):
             # Only the newer, zipped format can be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -41,9 +47,9 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
             f"{path.name} was not read: {what}, which weights don't need and malware does. Give the safetensors of "
             "this model."
         ) from error
-    except (EOFError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+    except _DAMAGED as error:
         raise ModelError(f"{path.name} is no file of torch's, or is damaged: {error}. Fetch it anew.") from error
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     named = content.items() if isinstance(content, Mapping) else ()
     tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, torch.Tensor)}
@@ -53,6 +59,11 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _stub(name: str) -> type:
-    """An empty class under a name: what the pickle says of its objects is kept, nothing of it runs."""
+    """An empty class under a name: it takes whatever the pickle says of its objects, and does nothing."""
     module, _, attribute = name.rpartition(".")
-    return type(attribute, (), {"__module__": module, "__qualname__": attribute})
+
+    def ignore(self: object, *arguments: object) -> None:
+        """Do nothing."""
+
+    members = {"__module__": module, "__qualname__": attribute, "__init__": ignore, "__setstate__": ignore}
+    return type(attribute, (), members)

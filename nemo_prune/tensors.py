@@ -54,13 +54,17 @@ def loaded_tensor(name: str, tensor: torch.Tensor) -> TensorBytes:
     """A tensor in memory, or mapped to it.
 
     Raises:
-        ModelError: safetensors have no such dtype, or the tensor is not dense.
+        ModelError: safetensors have no such dtype, or the tensor is not there as a whole.
     """
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta
+    if not is_dense or tensor.dtype not in _DTYPES:
         raise ModelError(
-            f"`{name}` is a {tensor.layout} tensor of {tensor.dtype}, which safetensors can't hold here. Use the "
-            "float32, float16 or bfloat16 weights."
+            f"`{name}` is a tensor of {tensor.dtype} that safetensors do not hold as it is. Use the float32, float16 "
+            "or bfloat16 weights."
         )
+    # A few bytes can stand for any number of elements.
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise ModelError(f"`{name}` claims {tensor.numel()} elements that the file does not hold. Fetch the file anew.")
     shape = tuple(tensor.shape)
 
     def blocks(size: int) -> Iterator[bytes]:
