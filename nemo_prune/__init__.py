@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from nemo_prune.diffusion import NoisePredictor, apply_mask
     from nemo_prune.errors import NemoPruneError
     from nemo_prune.export import ExportReport, export_checkpoint
+    from nemo_prune.hub import Pushed, PushOptions, push_release
     from nemo_prune.localize import PromptLocalization, localize_prompt, localize_prompts
     from nemo_prune.mask import Neuron, NeuronMask
+    from nemo_prune.mask_source import find_mask
     from nemo_prune.run import RunResult, prune_model
     from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Calibration": "calibration",
     "calibrate": "calibration",
+    "find_mask": "mask_source",
     "NoisePredictor": "diffusion",
     "apply_mask": "diffusion",
     "NemoPruneError": "errors",
@@ -29,6 +32,9 @@ _HOMES = {
     "Scorer": "scorer",
     "Neuron": "mask",
     "NeuronMask": "mask",
+    "PushOptions": "hub",
+    "Pushed": "hub",
+    "push_release": "hub",
     "RunOptions": "settings",
     "RunResult": "run",
     "prune_model": "run",
@@ -44,6 +50,8 @@ __all__ = [
     "NeuronMask",
     "NoisePredictor",
     "PromptLocalization",
+    "PushOptions",
+    "Pushed",
     "RunOptions",
     "RunResult",
     "Scorer",
@@ -51,9 +59,11 @@ __all__ = [
     "apply_mask",
     "calibrate",
     "export_checkpoint",
+    "find_mask",
     "localize_prompt",
     "localize_prompts",
     "prune_model",
+    "push_release",
 ]
 
 

@@ -53,7 +53,8 @@ def existing_repo(api: HfApi, repo_id: str) -> ModelInfo | None:
 
 def _account(api: HfApi) -> Mapping:
     """Whose token it is; empty where the Hub does not tell just now."""
-    if not (get_token() or "").isascii():
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
         raise PushError("The token holds characters that no token has. Set it anew: HF_TOKEN, or `hf auth login`.")
     try:
         return api.whoami()

@@ -1,5 +1,6 @@
 """What the Hub's client raises, as named errors: one place, for every version of the client that is supported."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,6 +48,8 @@ _BY_STATUS = {
 _FAILED = f"the Hub has a fault. {_AGAIN} What was uploaded is not sent again."
 _CUT = f"the Hub can't be reached, or the connection was cut. {_AGAIN} What was uploaded is not sent again."
 _LONGEST_QUOTE = 300
+_HIDDEN = "[the token]"
+_IN_A_HEADER = re.compile(r"(?<=Bearer )[^\s'\"\[]+")
 # Of these the remedy says all.
 _NOT_QUOTED = (LocalTokenNotFoundError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 
@@ -83,7 +86,6 @@ def _quoted(error: BaseException) -> str:
         return ""
     message = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
     text, token = " ".join((message or "").split()), get_token()
-    # A server, or the transport, may quote a request's headers.
-    if token:
-        text = text.replace(token, "[the token]")
+    # A server, or the transport, may quote a request's headers; it may spell the token's characters out.
+    text = _IN_A_HEADER.sub(_HIDDEN, text.replace(token, _HIDDEN) if token else text)
     return f" ({text[:_LONGEST_QUOTE]})" if text else ""

@@ -55,6 +55,9 @@ def before_after_rows(facts: Mapping) -> list[tuple[str, str, str]]:
         name = f"images of {memorized['num_prompts']} memorized prompts that copy any training image"
         cut = f" (SSIM and correlation at least {images['cut']:.2f})"
         rows.append((name + cut, share(memorized["copies_before"]), share(memorized["copies_after"])))
+    elif memorized["num_prompts"]:
+        name = f"images of {memorized['num_prompts']} memorized prompts that copy any training image (none is known)"
+        rows.append((name, "not compared", "not compared"))
     if memorized["num_prompts"]:
         between = number(memorized["between_seeds_before"]), number(memorized["between_seeds_after"])
         rows.append(("similarity of a memorized prompt's images between seeds (SSIM), mean", *between))

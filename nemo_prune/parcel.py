@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from huggingface_hub import RepoCard
+from yaml import YAMLError
+
 from nemo_prune.card import named
 from nemo_prune.errors import PushError, RecordError
 from nemo_prune.folder import check_files
@@ -13,10 +16,8 @@ from nemo_prune.layout import CARD_FILE, GRID_FILE, MASK_FILE, PLOT_FILE, RECORD
 from nemo_prune.residual import residual_findings, with_findings
 from nemo_prune.sealed import read_record
 
-# What a release holds beside the files that its record names; beside a single file they lie flat.
-_NAMES = (CARD_FILE, RECORD_FILE, MASK_FILE, GRID_FILE, PLOT_FILE)
-RELEASE_FILES = frozenset((*_NAMES, *(PurePath(name).name for name in _NAMES)))
-_MASK_ALONE = PurePath(MASK_FILE).name
+# What a release holds beside the files that its record names.
+RELEASE_FILES = frozenset((CARD_FILE, RECORD_FILE, MASK_FILE, GRID_FILE, PLOT_FILE))
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth", ".gguf")
 _MOST_NAMED = 5
 
@@ -68,12 +69,13 @@ def pack(out: Path, repo_id: str, allow_residual: bool = False) -> Parcel:
         ModelError: a file can't be read or lies elsewhere.
     """
     if out.is_dir():
-        return _pack_release(out, _files_in(out), MASK_FILE, repo_id, allow_residual)
+        return _pack_release(out, _files_in(out), repo_id, allow_residual)
     beside = folder_beside(out)
     if out.is_file() and beside.is_dir():
-        # Its card names them as they lie beside it; in the repo they lie beside the weights themselves.
-        files = {**_files_in(beside), out.name: out}
-        return _pack_release(beside, files, _MASK_ALONE, repo_id, allow_residual)
+        # Beside it they lie flat, in a repo as in a folder.
+        placed = {PurePath(name).name: name for name in RELEASE_FILES}
+        files = {placed.get(name, name): path for name, path in _files_in(beside).items()}
+        return _pack_release(beside, {**files, out.name: out}, repo_id, allow_residual)
     if out.is_file():
         return _pack_mask(out, repo_id)
     raise PushError(f"There is nothing at {out}. Give what `run`, `export` or `merge` wrote.")
@@ -91,7 +93,7 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def _pack_release(folder: Path, files: dict[str, Path], mask: str, repo_id: str, allow_residual: bool) -> Parcel:
+def _pack_release(folder: Path, files: dict[str, Path], repo_id: str, allow_residual: bool) -> Parcel:
     record = read_record(files.get(RECORD_FILE, folder / RECORD_FILE))
     findings = residual_findings(record)
     if findings and not allow_residual:
@@ -100,7 +102,7 @@ def _pack_release(folder: Path, files: dict[str, Path], mask: str, repo_id: str,
             + "\nMend it and export again, or publish it as it is with --allow-residual; its card says so then."
         )
     sha256, unpruned = _hashes(record, "sha256"), _hashes(record, "base_sha256")
-    sha256[mask] = str(record["mask"].get("sha256"))
+    sha256[MASK_FILE] = str(record["mask"].get("sha256"))
     if missing := {*sha256, CARD_FILE} - set(files):
         raise RecordError(f"The release lacks files that its record names: {some_of(missing)}. Export the model again.")
     _refuse_others({name for name in files if name not in sha256})
@@ -110,10 +112,13 @@ def _pack_release(folder: Path, files: dict[str, Path], mask: str, repo_id: str,
 
 
 def _read_card(path: Path) -> str:
+    """A card that the Hub will take: it refuses broken metadata, but only after the long upload."""
     try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise PushError(f"The card {path} is no UTF-8 text: {error}. Save it as such.") from error
+        card = path.read_text(encoding="utf-8")
+        RepoCard(card, ignore_metadata_errors=False)
+    except (ValueError, YAMLError) as error:
+        raise PushError(f"The card {path} or the metadata at its head can't be read: {error}. Mend it.") from error
+    return card
 
 
 def _refuse_others(unrecorded: Iterable[str]) -> None:
@@ -135,7 +140,7 @@ def _pack_mask(path: Path, repo_id: str) -> Parcel:
     mask, described = NeuronMask.load_with_metadata(path)
     card = mask_card(mask, described, repo_id).encode()
     title = f"Mask of {mask.num_neurons} memorization neurons"
-    return Parcel({_MASK_ALONE: path, CARD_FILE: card}, title)
+    return Parcel({PurePath(MASK_FILE).name: path, CARD_FILE: card}, title)
 
 
 def _files_in(folder: Path) -> dict[str, Path]:

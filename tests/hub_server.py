@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send_json({"url": f"{self.hub.url}/{name}"})
 
     def _batch(self, name: str) -> None:
-        if self._repo(name, writing=True):
+        if self._repo(name):
             objects = json.loads(self.content)["objects"]
             for each in objects:
                 if each["oid"] not in self.hub.objects:
@@ -236,7 +236,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self._repo(name, writing=True):
                 self._send(200, b"")
             return
-        repo = self._repo(name, writing=bool(rest) and rest[0] in ("branch", "commit", "preupload"))
+        # Whoever may read may open a pull request.
+        opens = self.query.get("create_pr") == ["1"]
+        repo = self._repo(name, writing=bool(rest) and rest[0] in ("branch", "commit", "preupload") and not opens)
         if repo is None:
             return
         if rest[:1] == ["discussions"]:

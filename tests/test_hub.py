@@ -16,7 +16,7 @@ from nemo_prune.single_file import write_single_file
 RESOLVE = """
 import sys
 from nemo_prune.errors import NemoPruneError
-from nemo_prune.find_mask import find_mask
+from nemo_prune.mask_source import find_mask
 from nemo_prune.source import load_pipeline, resolve_model
 import torch
 for name in sys.argv[1:]:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -15,8 +14,9 @@ from hub_server import Hub
 from nemo_prune.cli import app
 from nemo_prune.errors import PushError, RecordError
 from nemo_prune.fingerprint import tensor_digests
-from nemo_prune.layout import CARD_FILE, MASK_FILE, RECORD_FILE
+from nemo_prune.layout import CARD_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, folder_beside
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.mask_source import find_mask
 from nemo_prune.parcel import pack
 from nemo_prune.residual import with_findings
 from nemo_prune.sealed import read_record, write_record
@@ -59,7 +59,7 @@ def rewrite(release, **changes):
     """Seal a record anew: what was measured, with changes."""
     facts = read_record(release / RECORD_FILE)
     facts["mask"].pop("sha256")
-    write_record(release / RECORD_FILE, {**facts, **MEASURED, **changes}, release / MASK_FILE)
+    write_record(release / RECORD_FILE, {**facts, **MEASURED, **changes}, find_mask(release))
 
 
 @pytest.fixture
@@ -181,6 +181,8 @@ def test_a_branch_and_a_pull_request(hub, pushing, release):
     assert set(repo.files("main")) == {".gitattributes"}
     assert pushing(release, "me/branches", "--create-pr").stdout == opened.stdout and "refs/pr/2" not in repo.refs
     assert pushing(release, "me/branches", "--create-pr", "--revision", "none").code == 1
+    (hub.root / "you" / "others").mkdir(parents=True)
+    assert pushing(release, "you/others", "--create-pr").stdout == f"{hub.url}/you/others/discussions/1\n"
 
 
 def test_what_the_repo_ignores_is_sent_nevertheless(hub, pushing, release):
@@ -203,7 +205,7 @@ def test_the_unpruned_weights_in_a_repo_are_told_and_others_are_refused(hub, pus
 # What fails, how, and a word of the error. A 0 is a cut connection; the client tries some again by itself.
 FAILURES = {
     "token": ("GET /api/whoami", 401, {}, "does not accept the token"),
-    "right": ("GET .*/auth-check/write", 403, {"content": "Bearer {token} may not"}, "may not do this"),
+    "right": ("GET .*/auth-check/write", 403, {"content": "Bearer {token} may not"}, "(Bearer [the token] may not)"),
     "gone": ("POST .*/commit/main", 404, {"headers": {"X-Error-Code": "RepoNotFound"}}, "Check the name"),
     "conflict": ("POST .*/commit/main", 409, {}, "Run the same command again"),
     "race": ("POST .*/commit/main", 412, {}, "changed meanwhile"),
@@ -260,6 +262,7 @@ def test_the_right_to_write_is_checked_before_anything_is_sent(hub, pushing, rel
         (("me/new",), "", "there is no token"),
         (("me/new",), "hf_unknown", "does not accept the token"),
         (("me/new",), "hf_é", "characters"),
+        (("me/new",), "hf_\x01", "characters"),
         (("me/new",), "hf_reads", "can only read"),
         (("me/new",), "hf_fine", "may not write to repos of `me`"),
         (("new",), TOKEN, "no name of a repo"),
@@ -291,6 +294,8 @@ def test_a_mask_alone_is_pushed_with_a_card_and_not_into_a_models_repo(hub, push
     assert "base_model: owner/tiny" in card
     assert "nemo-prune export --model owner/tiny --mask me/mask --out pruned/" in card
     assert "Nothing changed" in pushing(mask, "me/mask").stderr
+    shown = pushing("me/mask", "--json", command="inspect")
+    assert json.loads(shown.stdout)["rows"] == {MID: [1, 6]}
     assert pushing(release, "me/both").code == 0
     refused = pushing(mask, "me/both")
     assert refused.code == 1 and WEIGHTS in refused.stderr
@@ -416,7 +421,10 @@ def test_what_was_changed_after_the_export_is_refused(release):
 
 
 def test_what_is_not_the_releases_is_refused_and_card_and_licence_are_the_publishers(release, tmp_path):
-    (release / CARD_FILE).write_text("---\n---\nmy own words\n")
+    (release / CARD_FILE).write_text("---\nlicense: [\n---\n")
+    with pytest.raises(PushError, match="metadata"):
+        pack(release, "me/x")
+    (release / CARD_FILE).write_text("---\nlicense: mit\n---\nmy own words\n")
     (release / "LICENSE-MODEL").write_text("put there by hand")
     assert {"LICENSE-MODEL", CARD_FILE} <= set(pack(release, "me/x").files)
     save_file({}, release / "unet" / "diffusion_pytorch_model.fp16.safetensors")
@@ -431,17 +439,18 @@ def test_what_is_not_the_releases_is_refused_and_card_and_licence_are_the_publis
         pack(tmp_path / "nowhere", "me/x")
 
 
-def test_a_released_single_file_lies_flat_in_its_repo(release, tmp_path):
-    single, beside = tmp_path / "model.safetensors", tmp_path / "model.nemo_prune"
-    beside.mkdir()
-    shutil.copyfile(release / WEIGHTS, single)
-    for name in (CARD_FILE, RECORD_FILE, MASK_FILE):
-        shutil.copyfile(release / name, beside / Path(name).name)
-    facts = read_record(release / RECORD_FILE)
-    facts["files"] = {**facts["files"], "sha256": {single.name: facts["files"]["sha256"][WEIGHTS]}, "base_sha256": {}}
-    facts["mask"].pop("sha256")
-    write_record(beside / RECORD_FILE, facts, release / MASK_FILE)
-    parcel = pack(single, "me/x")
+def test_a_single_file_lies_at_the_root_of_its_repo_and_the_rest_as_in_a_folder(model_folder, mask, tmp_path):
+    out = tmp_path / "model.safetensors"
+    done = CliRunner().invoke(app, ["export", "--model", str(model_folder), "--mask", str(mask), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    rewrite(folder_beside(out))
+    parcel = pack(out, "me/x")
     parcel.check(lambda done, total: None)
-    assert set(parcel.files) == {single.name, CARD_FILE, RECORD_FILE, "mask.safetensors"}
-    assert set(parcel.sha256) == {single.name, "mask.safetensors"}
+    assert set(parcel.files) == {out.name, CARD_FILE, RECORD_FILE, MASK_FILE, PLOT_FILE}
+    assert (
+        set(parcel.sha256) == {out.name, MASK_FILE} and f"me/x/blob/main/{out.name}" in parcel.files[CARD_FILE].decode()
+    )
+    assert find_mask(out) == folder_beside(out) / "mask.safetensors"
+    (folder_beside(out) / "notes.txt").touch()
+    with pytest.raises(PushError, match=r"notes\.txt"):
+        pack(out, "me/x")

@@ -31,8 +31,8 @@ def diff(
     with errors_reported():
         quieten_libraries()
         from nemo_prune.diff import diff_models
-        from nemo_prune.find_mask import find_mask
         from nemo_prune.mask import NeuronMask
+        from nemo_prune.mask_source import find_mask
 
         before, after = _place(base, revision, variant), _place(out, None, variant)
         file = find_mask(mask) if mask else _own_mask(after)

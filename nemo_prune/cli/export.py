@@ -48,7 +48,7 @@ def export(
     with errors_reported():
         statement = Statement(base_model, license, license_name, license_link)
         quieten_libraries()
-        from nemo_prune.find_mask import find_mask
+        from nemo_prune.mask_source import find_mask
         from nemo_prune.rebuild import export_model
         from nemo_prune.source import resolve_model
 

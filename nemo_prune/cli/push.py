@@ -71,7 +71,6 @@ class PushAtTheEnd:
             if self.private or self.allow_residual:
                 raise SettingsError("--private and --allow-residual say how to push. Say where to with --push-to.")
             return
-        quieten_hub_client()
         from nemo_prune.hub_account import check_access
 
         check_access(self.repo_id, self.private)
@@ -90,6 +89,7 @@ class PushAtTheEnd:
         if out is None:
             tell("Nothing was pruned, so that nothing was pushed.")
             return None
+        quieten_hub_client()
         from nemo_prune.hub import PushOptions, push_release
 
         options = PushOptions(private=self.private, allow_residual=self.allow_residual)
