@@ -17,7 +17,7 @@ from nemo_prune.architecture import expected_shapes
 from nemo_prune.cache import cache_folder
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.export import files_to_export
-from nemo_prune.folder import INDEX_FILE, component_names, read_model_index
+from nemo_prune.folder import INDEX_FILE, check_files, component_names, read_model_index
 from nemo_prune.hashing import file_hash
 from nemo_prune.layout import CARD_FILE
 from nemo_prune.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
@@ -112,6 +112,7 @@ def convert_pickled(base: Path, pickled: Mapping[str, list[WeightsFile]]) -> Con
     kept, left_out = files_to_export(base)
     kept += [Path(CARD_FILE)] if (base / CARD_FILE).is_file() else []
     bins = [each.path for files in pickled.values() for each in files]
+    check_files(base, kept + bins)
 
     def convert(folder: Path) -> Conversion:
         _copy(base, kept, folder)

@@ -111,7 +111,7 @@ def unet_weights(base: Path) -> list[Path]:
     return weights
 
 
-def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0) -> ExportReport:
+def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0, hashed: bool = True) -> ExportReport:
     """Copy a diffusers folder file by file and zero the masked rows of the U-Net in the copy.
 
     Every safetensors file of the U-Net that holds a masked layer is patched: shards, and variants
@@ -122,6 +122,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
         mask: what to prune.
         out: an existing, empty folder.
         scale: what the masked rows are multiplied by; the paper tries -1 to 0.75.
+        hashed: whether the report has sha256, which takes most of the time.
 
     Raises:
         ModelError: the U-Net has no safetensors weights, or a file is damaged.
@@ -137,25 +138,28 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
         for path in copied:
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            digest = copy_file(base / path, target)
-            if rows.keys() & headers.get(path, {}).keys():
-                report.base_hashes[path.as_posix()] = digest
-                report.rows_changed[path.as_posix()] = scale_rows(target, headers[path], rows, scale)
-                digest = file_hash(target)
-            report.hashes[path.as_posix()] = digest
+            name, is_changed = path.as_posix(), bool(rows.keys() & headers.get(path, {}).keys())
+            digest = copy_file(base / path, target, hashed)
+            if is_changed:
+                report.rows_changed[name] = scale_rows(target, headers[path], rows, scale)
+            if hashed:
+                report.hashes[name] = file_hash(target) if is_changed else digest
+            if hashed and is_changed:
+                report.base_hashes[name] = digest
     except OSError as error:
         raise OutputError(f"The pruned model can't be written to {out}: {error}") from error
     return report
 
 
-def copy_file(source: Path, target: Path) -> str:
-    """Copy a file's content, never its link, and return the content's sha256."""
+def copy_file(source: Path, target: Path, hashed: bool = True) -> str:
+    """Copy a file's content, never its link, and return the content's sha256, or nothing where it is not asked for."""
     digest = sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
         while block := reader.read(1 << 20):
-            digest.update(block)
+            if hashed:
+                digest.update(block)
             writer.write(block)
-    return digest.hexdigest()
+    return digest.hexdigest() if hashed else ""
 
 
 def _check_layers(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTensor]]) -> None:

@@ -11,12 +11,13 @@ from nemo_prune.fingerprint import check_base, tensor_digests
 from nemo_prune.layout import MASK_FILE
 from nemo_prune.licence import licence_of
 from nemo_prune.mask import NeuronMask
+from nemo_prune.pruned import write_weights
 from nemo_prune.record import described_base
 from nemo_prune.release import write_release
 from nemo_prune.session import model_digest
 from nemo_prune.settings import Statement
 from nemo_prune.source import ModelSource
-from nemo_prune.targets import check_release, staged_release, write_weights
+from nemo_prune.targets import check_release, staged_release
 
 
 def export_model(
@@ -89,5 +90,5 @@ def export_model(
 
 def _check_base(source: ModelSource, mask: NeuronMask, described: dict) -> None:
     # The mask of result files knows the digest of the whole model, that of a release those of its tensors.
-    if described.get("model") != model_digest(source):
+    if "model" not in described or described["model"] != model_digest(source):
         check_base(tensor_digests(source.folder, mask), described.get("base_tensors", {}))

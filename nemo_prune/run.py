@@ -23,6 +23,7 @@ from nemo_prune.mask import NeuronMask
 from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.preserve import Preserve, neuron_costs
 from nemo_prune.prompts import Corpus, Prompt
+from nemo_prune.pruned import write_weights
 from nemo_prune.record import Findings, described_base
 from nemo_prune.references import prompt_references, secret_key
 from nemo_prune.release import release_run
@@ -33,7 +34,7 @@ from nemo_prune.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
 from nemo_prune.source import ModelSource, load_pipeline
 from nemo_prune.staging import check_new_file
-from nemo_prune.targets import check_release, staged_release, write_weights
+from nemo_prune.targets import check_release, staged_release
 from nemo_prune.verify import (
     PromptVerification,
     check_pruned_equals_suppressed,

@@ -8,22 +8,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_prune.errors import OutputError
-from nemo_prune.export import ExportReport, copy_file, export_checkpoint, export_size
-from nemo_prune.folder import INDEX_FILE
-from nemo_prune.hashing import file_hash
+from nemo_prune.export import export_size
 from nemo_prune.layout import CARD_FILE, MASK_FILE, SAFETENSORS, folder_beside, is_single_file
-from nemo_prune.mask import NeuronMask
-from nemo_prune.single_file import (
-    check_single_file,
-    folder_tensors,
-    masked_tensors,
-    patch_single_file,
-    write_single_file,
-)
 from nemo_prune.source import ModelSource
 from nemo_prune.staging import check_release_target, staged_folder, sync, writing
 
@@ -106,84 +96,6 @@ def staged_release(out: Path, overwrite: bool = False) -> Iterator[StagedRelease
             written.unlink(missing_ok=True)
         sync(out.parent)
         old.unlink(missing_ok=True)
-
-
-def write_weights(source: ModelSource, mask: NeuronMask, release: StagedRelease, scale: float = 0.0) -> ExportReport:
-    """Write the pruned weights in the form of the release.
-
-    Args:
-        source: the base.
-        mask: what to prune.
-        release: where to.
-        scale: what the masked rows are multiplied by.
-
-    Raises:
-        ModelError: the base is damaged, or has a tensor that a single file has no place for.
-        MaskError: a masked layer is not in the weights or has another number of rows.
-        OutputError: the weights can't be written, or are not what they should be.
-    """
-    report = export_checkpoint(source.folder, mask, release.folder, scale)
-    report = replace(report, left_out={**source.left_out, **report.left_out}, notes=_conversion_notes(source, release))
-    if release.file is None:
-        return report
-    licences = [path for path in release.folder.iterdir() if path.is_file() and path.name != INDEX_FILE]
-    for path in licences:
-        shutil.copyfile(path, release.beside / path.name)
-    if source.single_file and source.single_file.suffix == SAFETENSORS:
-        written = _patch_copy(source.single_file, mask, release.file, scale)
-    else:
-        write_single_file(release.folder, source.variant, release.file)
-        written = _made_from_folder(source, mask, release, report)
-    check_single_file(release.file, release.folder, source.variant)
-    hashes = {path.name: report.hashes[path.name] for path in licences}
-    return replace(written, hashes={release.file.name: file_hash(release.file), **hashes})
-
-
-def _patch_copy(base: Path, mask: NeuronMask, out: Path, scale: float) -> ExportReport:
-    base_hash = copy_file(base, out)
-    rows, averages = patch_single_file(out, mask, scale)
-    notes = ["The file is a copy of the base's in which rows were changed; every other byte is the same."]
-    if averages:
-        notes.append(
-            f"It holds moving averages (EMA) beside the plain weights; both were pruned, {averages} of the {rows} rows "
-            "are of averages. What was measured is the plain weights, as diffusers loads them."
-        )
-    return ExportReport({}, {out.name: base_hash}, {out.name: rows}, {}, tuple(notes))
-
-
-def _made_from_folder(
-    source: ModelSource, mask: NeuronMask, release: StagedRelease, report: ExportReport
-) -> ExportReport:
-    tensors = folder_tensors(release.folder, source.variant)
-    rows = sum(len(mask.tensor_rows[name]) for name in masked_tensors(mask, tensors).values())
-    left_out = dict(report.left_out)
-    if not source.single_file:
-        used = {tensor.file for tensor in tensors.values()}
-        parts = {path.partition("/")[0] for path in used}
-        for path in report.hashes:
-            part = path.partition("/")[0]
-            if "/" in path and part not in parts:
-                left_out[part] = "a single file has no place for it"
-            elif path.endswith(SAFETENSORS) and path not in used:
-                left_out[path] = "another variant; the single file holds one"
-    return replace(report, base_hashes={}, rows_changed={release.file.name: rows}, left_out=left_out)
-
-
-def _conversion_notes(source: ModelSource, release: StagedRelease) -> tuple[str, ...]:
-    """What happened to the form of the weights; no conversion changes a value."""
-    form = "a diffusers folder" if release.file is None else "a single file with the names that A1111 and ComfyUI read"
-    if source.single_file:
-        config = source.described()["config"]
-        kept = f", with the configs, tokenizer and scheduler of {config}" if release.file is None else ""
-        return (f"The base, {source.converted}, was converted to {form}{kept}; no value was changed by that.",)
-    notes = []
-    if source.converted:
-        notes.append(
-            f"The base's {source.converted.removeprefix('the ')} were converted to safetensors, without a change."
-        )
-    if release.file is not None:
-        notes.append(f"The base, a diffusers folder, was converted to {form}; no value was changed by that.")
-    return tuple(notes)
 
 
 def _lay_flat(release: Path, folder: Path) -> None:
