@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_prune.errors import OutputError
-from nemo_prune.staging import staged_file
+from nemo_prune.staging import staged_file, writing
 
 _IDENTITY = "run.json"
 _LONGEST_LINE = 2**22
@@ -117,8 +117,12 @@ class LineLog:
                 yield from map(json.loads, file)
 
     def append(self, record: dict | list) -> None:
-        """Keep a record; it is on disk when this returns."""
-        with self._path.open("a", encoding="utf-8") as file:
+        """Keep a record; it is on disk when this returns.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

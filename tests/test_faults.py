@@ -22,6 +22,7 @@ from nemo_prune.rebuild import export_model
 from nemo_prune.source import ModelSource
 from nemo_prune.staging import check_release_target, staged_folder
 from nemo_prune.targets import staged_release
+from nemo_prune.work import LineLog
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -104,12 +105,14 @@ def test_a_read_only_target_and_one_that_is_mounted_are_refused(model_folder, ma
             NeuronMask.load(mask_file).save(disk / "mask.safetensors")
 
 
-def test_a_mask_on_a_full_disk_is_none(tmp_path):
+def test_a_mask_on_a_full_disk_is_none_and_a_log_says_so(tmp_path):
     with small_disk(tmp_path / "disk", 8) as disk:
         (disk / "filler").write_bytes(bytes(4 << 10))
         with pytest.raises(OutputError, match="No space left"):
             NeuronMask({"a": torch.ones(9000, dtype=torch.bool)}).save(disk / "mask.safetensors")
         assert [path.name for path in disk.iterdir()] == ["filler"]
+        with pytest.raises(OutputError, match="No space left"):
+            LineLog(disk / "log.jsonl").append(["x" * 9000])
 
 
 @pytest.mark.parametrize("place", [".", "unet", "unet/new", ".."])
