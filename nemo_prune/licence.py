@@ -89,6 +89,8 @@ def licence_of(source: ModelSource, statement: Statement) -> Licence:
 
 def _card_metadata(path: Path) -> dict[str, object]:
     """The metadata of a card; nothing where there is none or it can't be read."""
+    if not path.is_file():
+        return {}
     try:
         metadata = metadata_load(path)
     except (OSError, ValueError, YAMLError, RecursionError):

@@ -395,6 +395,11 @@ def test_pipes_loops_and_dangling_links_are_refused_and_not_read(base):
     refused(base, "model_index.json")
 
 
+def test_a_card_that_is_a_pipe_is_none(base, tmp_path):
+    os.mkfifo(base / "README.md")
+    assert assert_error_or_exactly_the_masked_rows(base, make_mask(base, tmp_path / "mask"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("shard", ["gone.safetensors", "../x", "/etc/passwd", "", 7, None, []])
 def test_shards_that_are_not_beside_their_index_are_refused(base, shard):
     weights = {"weight_map": {"a": Path(WEIGHTS).name}}

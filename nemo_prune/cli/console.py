@@ -117,7 +117,7 @@ def progress_bar(
 
 def tell(message: str) -> None:
     """Say something on stderr while the command goes on; a progress bar stays below it."""
-    typer.echo(message, err=True)
+    typer.echo(printable(message), err=True)
 
 
 def quieten_hub_client() -> None:
