@@ -65,7 +65,7 @@ def ldm_names(component: str, names: Iterable[str]) -> dict[str, str]:
         Name in the folder -> name in a single file.
 
     Raises:
-        ModelError: a tensor has no place in a single file of SD 1.x.
+        ModelError: a tensor has no place in a single file of SD 1.x, or that of another.
     """
     names = list(names)
     if component == "unet":
@@ -77,12 +77,14 @@ def ldm_names(component: str, names: Iterable[str]) -> dict[str, str]:
         found = {name: _vae_name(name, num_blocks) for name in names}
     else:
         found = {name: name.removeprefix("text_model.") for name in names}
+    taken: set[str] = set()
     for name, renamed in found.items():
-        if renamed is None:
+        if renamed is None or renamed in taken:
             raise ModelError(
-                f"`{name}` of the {component} has no place in a single file of Stable Diffusion 1.x. Give a folder as "
-                "--out."
+                f"`{name}` of the {component} has no place of its own in a single file of Stable Diffusion 1.x. Give a "
+                "folder as --out."
             )
+        taken.add(renamed)
     return {name: PREFIXES[component] + renamed for name, renamed in found.items()}
 
 

@@ -127,9 +127,10 @@ def find_again(source: ModelSource) -> ModelSource:
         return source
     given = source.given or source.folder
     if not given.exists():
+        kind = "file" if source.single_file else "folder"
         raise ModelError(
-            f"The machine {platform.node()} has no {'file' if source.single_file else 'folder'} {given}. Put the model on "
-            "a path that all machines share, or give a Hub id."
+            f"The machine {platform.node()} has no {kind} {given}. Put the model on a path that all machines share, or "
+            "give a Hub id."
         )
     return resolve_model(str(given), None, source.variant, source.config)
 

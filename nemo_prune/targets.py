@@ -51,7 +51,7 @@ def check_release(source: ModelSource, out: Path, overwrite: bool = False) -> No
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
     # The pruned folder lies there too until the file is made.
-    return check_release_target(folder_beside(out), given, 2 * size, overwrite)
+    return check_release_target(folder_beside(out), given, 2 * size, overwrite or _was_cut_off(out))
 
 
 @contextmanager
@@ -71,10 +71,10 @@ def staged_release(out: Path, overwrite: bool = False) -> Iterator[StagedRelease
         with staged_folder(out, overwrite) as folder:
             yield StagedRelease(folder, folder)
         return
-    written, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
+    written, old = _beside(out, "partial"), _beside(out, "old")
     with writing(out):
         try:
-            with staged_folder(folder_beside(out), overwrite) as staged:
+            with staged_folder(folder_beside(out), overwrite or _was_cut_off(out)) as staged:
                 scratch = staged / "scratch"
                 release = StagedRelease(scratch / "model", scratch / "beside", scratch / out.name)
                 release.folder.mkdir(parents=True)
@@ -96,6 +96,15 @@ def staged_release(out: Path, overwrite: bool = False) -> Iterator[StagedRelease
             written.unlink(missing_ok=True)
         sync(out.parent)
         old.unlink(missing_ok=True)
+
+
+def _was_cut_off(out: Path) -> bool:
+    """Whether a run was killed when the folder of a single file was in place and the file was not yet."""
+    return _beside(out, "partial").exists() and not out.exists()
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f".{out.name}.{what}")
 
 
 def _lay_flat(release: Path, folder: Path) -> None:

@@ -160,6 +160,8 @@ def test_the_names_of_older_folders_and_of_the_text_encoder():
     assert list(ldm_names("vae", old).values()) == list(ldm_names("vae", new).values())
     with pytest.raises(ModelError, match="class_embedding"):
         ldm_names("unet", ["class_embedding.weight"])
+    with pytest.raises(ModelError, match="no place of its own"):
+        ldm_names("vae", [old[0], new[0]])
 
 
 def test_a_folder_becomes_a_file_that_stock_diffusers_loads_and_a_folder_again(pipe, model_folder, tmp_path, cache):
@@ -420,6 +422,11 @@ def test_an_old_release_stays_until_the_new_one_is_whole(model_folder, mask, tmp
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert command(*export, "--overwrite", "--scale", -1).exit_code == 0
     assert all(path.read_bytes() != content for path, content in first.items())
+    # A kill between the two: the folder is there, the file is not. The same command ends well.
+    os.replace(out, tmp_path / f".{out.name}.partial")
+    assert command(*export).exit_code == 0
+    assert {path: path.read_bytes() for path in first} == first
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_file_that_is_not_the_folder_is_found_out(model_folder, tmp_path):
