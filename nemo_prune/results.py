@@ -4,16 +4,30 @@ import ast
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 from nemo_prune.errors import OutputError, PromptError
-from nemo_prune.localize import PromptLocalization
+from nemo_prune.localize import PromptLocalization, Status
 from nemo_prune.mask import Neuron
+from nemo_prune.untrusted import parse_json
 from nemo_prune.work import LineLog
 
 FORMAT_VERSION = 1
+# What parsers of text that is no result file raise.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError, csv.Error)
+_MOST_NEURONS = 1 << 20
+_NUMBER = int | float
+_HEADER_TYPES = {"model": str | None, "layers": dict, "threshold": _NUMBER, "settings": dict}
+_RECORD_TYPES = {
+    **dict.fromkeys(("prompt", "status"), str),
+    **dict.fromkeys(("kept_seeds", "candidates", "neurons"), list),
+    **dict.fromkeys(("score", "sample_passes", "seconds"), _NUMBER),
+    **dict.fromkeys(("candidates_score", "neurons_score", "theta", "k", "margin"), _NUMBER | None),
+    **dict.fromkeys(("silenced_by_others", "fell_back"), bool),
+}
 
 # The released code's seven lists of a prompt: the value layers of SD v1-4, in the order of execution.
 SD_V1_LAYERS = {
@@ -97,7 +111,7 @@ def read_results(path: Path) -> Results:
         raise PromptError(f"There is no result file at {path}.")
     try:
         return _read_released_code(path) if path.suffix == ".csv" else _read_lines(path)
-    except (ValueError, KeyError, TypeError, SyntaxError, UnicodeDecodeError) as error:
+    except _DAMAGE as error:
         raise PromptError(
             f"{path} is no result file: {error}. Expected are the localizations.jsonl of a work folder, or a .csv of "
             "the NeMo authors' released code."
@@ -122,15 +136,34 @@ def merge_results(paths: Sequence[Path]) -> Results:
 
 
 def _read_lines(path: Path) -> Results:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Lines of bytes: a caption may hold what ends a line of text.
+    lines = [parse_json(line) for line in path.read_bytes().splitlines()]
     if not lines or lines[0].pop("nemo_prune_results", None) != FORMAT_VERSION:
         raise ValueError(f"its first line does not say that it holds results of format {FORMAT_VERSION}")
+    _check_types(lines[0], _HEADER_TYPES)
+    if not all(type(size) is int and 0 < size < _MOST_NEURONS for size in lines[0]["layers"].values()):
+        raise ValueError("a layer has no valid number of neurons")
     return Results(ResultsHeader(**lines[0]), tuple(_localization(line) for line in lines[1:]))
 
 
 def _localization(record: dict) -> PromptLocalization:
-    neurons = {key: tuple(Neuron(*neuron) for neuron in record[key]) for key in ("candidates", "neurons")}
+    _check_types(record, _RECORD_TYPES)
+    if record["status"] not in get_args(Status):
+        raise ValueError(f"{record['status']!r} is no status of a prompt")
+    neurons = {key: tuple(_neuron(*neuron) for neuron in record[key]) for key in ("candidates", "neurons")}
     return PromptLocalization(**{**record, **neurons, "kept_seeds": tuple(record["kept_seeds"])})
+
+
+def _check_types(record: dict, types: Mapping[str, object]) -> None:
+    for key, value in record.items():
+        if not isinstance(value, types[key]):
+            raise ValueError(f"`{key}` is of type {type(value).__name__}")
+
+
+def _neuron(layer: str, index: int) -> Neuron:
+    if not isinstance(layer, str) or type(index) is not int:
+        raise ValueError(f"{index!r} of {layer!r} is no neuron")
+    return Neuron(layer, index)
 
 
 def _read_released_code(path: Path) -> Results:
@@ -155,7 +188,7 @@ def _read_released_code(path: Path) -> Results:
 
 def _neurons_of_lists(text: str) -> tuple[Neuron, ...]:
     by_layer = zip(SD_V1_LAYERS, ast.literal_eval(text), strict=True)
-    return tuple(Neuron(layer, index) for layer, indices in by_layer for index in dict.fromkeys(indices))
+    return tuple(_neuron(layer, index) for layer, indices in by_layer for index in dict.fromkeys(indices))
 
 
 def _as_json(header: ResultsHeader) -> dict:

@@ -17,12 +17,15 @@ from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner
 
 from nemo_prune.cli import app
-from nemo_prune.errors import MaskError, ModelError, NemoPruneError
+from nemo_prune.errors import MaskError, ModelError, NemoPruneError, PromptError
 from nemo_prune.export import export_checkpoint, files_to_export
 from nemo_prune.fingerprint import tensor_digests
+from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
+from nemo_prune.merge import union_mask
 from nemo_prune.parcel import pack
 from nemo_prune.rebuild import export_model
+from nemo_prune.results import ResultsFile, ResultsHeader, read_results
 from nemo_prune.sealed import read_record, write_record
 from nemo_prune.source import ModelSource, resolve_model
 from nemo_prune.stored import read_header
@@ -331,6 +334,41 @@ def test_hostile_records_are_refused(tmp_path):
     os.mkfifo(record)
     with pytest.raises(NemoPruneError):
         read_record(record)
+
+
+def make_results(path):
+    neurons = (Neuron(LAYER, 1), Neuron(LAYER, 3))
+    file = ResultsFile(path, ResultsHeader("digest", {LAYER: 4}, 0.5, {"theta": 5.0}))
+    # Text ends a line at U+2028, JSON does not.
+    file.append(PromptLocalization("a\u2028cat", "localized", 0.9, (0, 1), neurons, neurons, 0.1, 0.1, 5.0, 2, 0.01))
+    file.append(PromptLocalization("a dog", "unresolved", 0.9, (0, 1), neurons[:1], neurons[:1]))
+    return path
+
+
+@many
+@given(st.data())
+def test_mutated_results_give_an_error_or_a_mask(tmp_path, data):
+    intact = tmp_path / "results.jsonl"
+    content = (intact if intact.exists() else make_results(intact)).read_bytes()
+    if data.draw(st.booleans()):
+        content = data.draw(mutated(content))
+    else:
+        lines = data.draw(mutated_json([json.loads(line) for line in content.split(b"\n") if line]))
+        content = b"\n".join(json.dumps(line).encode() for line in (lines if isinstance(lines, list) else [lines]))
+    (tmp_path / "mutated.jsonl").write_bytes(content)
+    with suppress(NemoPruneError):
+        found = read_results(tmp_path / "mutated.jsonl")
+        assert union_mask(found.localizations, found.header.layers, True).sizes == found.header.layers
+
+
+def test_intact_results_are_read_and_hostile_ones_are_refused(tmp_path):
+    found = read_results(make_results(tmp_path / "results.jsonl"))
+    assert [each.prompt for each in found.localizations] == ["a\u2028cat", "a dog"]
+    header = "Caption;Initial SSIM;Refined SSIM;Initial Neurons;Refined Neurons"
+    for neurons in ("[" * 10**5, "[['a'], [], [], [], [], [], []]", "[[]]", "{}", "__import__('os')", "9" * 10**6):
+        (tmp_path / "results.csv").write_text(f"{header}\nx;0.1;0.1;{neurons};{neurons}")
+        with pytest.raises(PromptError, match="no result file"):
+            read_results(tmp_path / "results.csv")
 
 
 def refused(base, *words):
