@@ -6,6 +6,7 @@ are stored as 1x1 convolutions.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from nemo_prune.errors import ModelError
@@ -69,7 +70,7 @@ def ldm_names(component: str, names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     if component == "unet":
-        length = _count(r"up_blocks\.0\.resnets\.(\d{1,4})\.", names)
+        length = _common_length(names)
         with_attention = {int(match[1]) for name in names if (match := re.match(r"up_blocks\.(\d{1,4})\.att", name))}
         found = {name: _unet_name(name, length, with_attention) for name in names}
     elif component == "vae":
@@ -138,6 +139,20 @@ def refuse_other_families(file_names: Iterable[str]) -> None:
             f"{', '.join(sorted(begins)[:_SHOWN_NAMES])}. Give a whole checkpoint of Stable Diffusion 1.x, as A1111 "
             "and ComfyUI take it, or a diffusers folder."
         )
+
+
+def _common_length(names: Iterable[str]) -> int:
+    """How many resnets an up block of a U-Net has: one more than a down block."""
+    places = {
+        match.groups() for name in names if (match := re.match(r"up_blocks\.(\d{1,4})\.resnets\.(\d{1,4})\.", name))
+    }
+    lengths = set(Counter(block for block, _ in places).values())
+    if len(lengths) > 1:
+        raise ModelError(
+            f"The U-Net's blocks have different lengths ({', '.join(map(str, sorted(lengths)))} resnets in the up "
+            "blocks); what reads single files expects one length. Give a folder as --out."
+        )
+    return next(iter(lengths), 0)
 
 
 def _unet_name(name: str, length: int, with_attention: Collection[int] = ()) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_prune.errors import OutputError
 from nemo_prune.export import export_size
 from nemo_prune.layout import CARD_FILE, MASK_FILE, SAFETENSORS, folder_beside, is_single_file
+from nemo_prune.single_file import folder_tensors
 from nemo_prune.source import ModelSource
 from nemo_prune.staging import check_release_target, staged_folder, sync, writing
 
@@ -38,6 +39,7 @@ def check_release(source: ModelSource, out: Path, overwrite: bool = False) -> No
 
     Raises:
         OutputError: it is no name for a release, holds something, would take the model's place, or lacks room.
+        ModelError: the model can't be a single file.
     """
     given, size = source.given or source.folder, export_size(source.folder)
     if not is_single_file(out):
@@ -50,6 +52,8 @@ def check_release(source: ModelSource, out: Path, overwrite: bool = False) -> No
         raise OutputError(f"{out} is the model itself, which is only read. Choose another --out.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
+    # What has no place in a single file is known before the long work.
+    folder_tensors(source.folder, source.variant)
     # The pruned folder lies there too until the file is made.
     return check_release_target(folder_beside(out), given, 2 * size, overwrite or _was_cut_off(out))
 

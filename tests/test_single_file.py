@@ -397,6 +397,7 @@ def test_wrong_names_and_options_are_named_errors(model_folder, mask, tmp_path):
         ([*export, tmp_path / "out", "--model", tmp_path / "nowhere.safetensors"], "no single file"),
         ([*export, tmp_path / "out", "--model", file, "--config", tmp_path / "empty"], "model_index.json"),
         ([*export, tmp_path, *base, "--overwrite"], "lies in"),
+        (["run", "--out", tmp_path / "out.safetensors", "--model", "demo"], "different lengths"),
     ):
         result = command(*arguments)
         assert result.exit_code == 1 and word in result.stderr, result.output
