@@ -89,7 +89,9 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{out} can't be written: {error}. Make room, mend the rights, or choose another place.") from error
+        raise OutputError(
+            f"{out} can't be written: {error}. Make room, mend the rights, or choose another place."
+        ) from error
 
 
 def check_new_file(path: Path, overwrite: bool) -> None:
