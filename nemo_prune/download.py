@@ -18,10 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from nemo_prune.errors import ModelError
+from nemo_prune.hub_errors import NO_ANSWER, quoted
 from nemo_prune.layout import CARD_FILE, is_licence_file
 
-# The client's transport differs between its versions; its errors are the bases of the client's own.
-_NO_ANSWER = HfHubHTTPError.__bases__
 _CONFIGS = ("*.json", "*.txt", "*.model")
 # They name files of weights, which are not fetched with the configs.
 _NO_CONFIGS = ("*.index.json", "*.index.*.json")
@@ -77,9 +76,9 @@ def _named_errors(repo_id: str, revision: str | None, instead: str) -> Iterator[
             f"{instead}."
         ) from error
     except HfHubHTTPError as error:
-        raise ModelError(f"The Hub refused {where}: {error}") from error
+        raise ModelError(f"The Hub refused {where}: status {error.response.status_code}{quoted(error)}.") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{where} can't be downloaded as a pipeline: {error}") from error
+        raise ModelError(f"{where} can't be downloaded as a pipeline{quoted(error)}.") from error
 
 
 def _listed_files(repo_id: str, revision: str | None) -> list[str] | None:
@@ -88,7 +87,7 @@ def _listed_files(repo_id: str, revision: str | None) -> list[str] | None:
         info = HfApi().model_info(repo_id, revision=revision)
     except HfHubHTTPError:
         raise
-    except _NO_ANSWER:
+    except NO_ANSWER:
         return None
     return [sibling.rfilename for sibling in info.siblings or ()]
 

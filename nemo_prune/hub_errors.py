@@ -67,7 +67,7 @@ def named_errors(kind: type[NemoPruneError], failing: str) -> Iterator[None]:
     except (*NO_ANSWER, RuntimeError, ValueError) as error:
         # The client wraps what happens in the threads of an upload.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise kind(f"{failing}: {_remedy(cause)}{_quoted(cause)}") from error
+        raise kind(f"{failing}: {_remedy(cause)}{quoted(cause)}") from error
 
 
 def _remedy(error: BaseException) -> str:
@@ -80,7 +80,7 @@ def _remedy(error: BaseException) -> str:
     return _CUT if isinstance(error, _TRANSPORT_ERRORS) else "the Hub's client gave up."
 
 
-def _quoted(error: BaseException) -> str:
+def quoted(error: BaseException) -> str:
     """What the Hub or the client says itself, in one line and without the token."""
     if isinstance(error, _NOT_QUOTED):
         return ""
