@@ -78,7 +78,8 @@ class NoisePredictor:
         pipe: a Stable Diffusion pipeline in evaluation mode.
         settings: number of samples, seed, schedule and timestep.
         batch_size: latents that go through the U-Net at once, always as many: the last digits of a
-            prediction depend on it, but on nothing else in the batch. Halved where memory is short.
+            prediction depend on it, but on nothing else in the batch, as long as a sample's tensors fill the
+            processor's vectors, as those of published models do. Halved where memory is short.
             By default those of one prompt, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
 

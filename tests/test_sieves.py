@@ -16,7 +16,8 @@ CAPTIONS = ["a cat", "a dog", "a rather long caption of a bird", "b"]
 
 @pytest.fixture
 def predictor(pipe):
-    return NoisePredictor(pipe, LocalizationSettings(num_samples=2), batch_size=3)
+    # An even batch; see test_scorer.py.
+    return NoisePredictor(pipe, LocalizationSettings(num_samples=2), batch_size=4)
 
 
 def test_the_measures_are_their_formulas():
