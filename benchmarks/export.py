@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 from full_size import full_size_unet
-from nemo_prune.diff import diff_folders
-from nemo_prune.export import export_checkpoint
-from nemo_prune.hashing import file_hash
-from nemo_prune.layers import layer_sizes
+from nemo_prune.checkpoint.diff import diff_folders
+from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.engine.layers import layer_sizes
+from nemo_prune.engine.results import SD_V1_LAYERS
+from nemo_prune.files.hashing import file_hash
+from nemo_prune.files.staging import staged_folder
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.results import SD_V1_LAYERS
-from nemo_prune.staging import staged_folder
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 NUM_NEURONS = 221

@@ -18,10 +18,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_prune.layers import find_text_projections
+from nemo_prune.engine.layers import find_text_projections
+from nemo_prune.engine.search import search_neurons
+from nemo_prune.engine.selection import Candidates
 from nemo_prune.mask import Neuron
-from nemo_prune.search import search_neurons
-from nemo_prune.selection import Candidates
 
 _PROMPTS = {"verbatim-like": (25, 4), "template-like": (675, 21)}
 _CORPUS = {"verbatim-like": 112, "template-like": 388}

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_prune.hashing import file_hash
+from nemo_prune.files.hashing import file_hash
 
 FINISHED = "finished, before the process ended"
 WEIGHTS, MASK = "unet/diffusion_pytorch_model.safetensors", "nemo_prune/mask.safetensors"

@@ -12,11 +12,11 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from nemo_prune.activations import ActivationStatistics, neuron_activations
-from nemo_prune.diffusion import NoisePredictor
-from nemo_prune.localize import PromptLocalization
+from nemo_prune.engine.activations import ActivationStatistics, neuron_activations
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
 
 
 class Oracle:

@@ -19,16 +19,16 @@ from statistics import mean, median
 import torch
 from PIL import Image
 
-from nemo_prune.calibration import calibrate
+from nemo_prune.checkpoint.source import load_pipeline, resolve_model
+from nemo_prune.corpus.prompts import Prompt, read_prompts
 from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE
-from nemo_prune.diffusion import NoisePredictor, apply_mask
-from nemo_prune.localize import PromptLocalization, localize_prompts
+from nemo_prune.engine.calibration import calibrate
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
+from nemo_prune.engine.localize import PromptLocalization, localize_prompts
+from nemo_prune.engine.merge import union_mask
+from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.merge import union_mask
-from nemo_prune.prompts import Prompt, read_prompts
-from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from nemo_prune.source import load_pipeline, resolve_model
 from nemo_prune.verify import (
     copy_similarities,
     draw_images,

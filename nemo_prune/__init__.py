@@ -4,37 +4,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_prune.calibration import Calibration, calibrate
-    from nemo_prune.diffusion import NoisePredictor, apply_mask
+    from nemo_prune.checkpoint.export import ExportReport, export_checkpoint
+    from nemo_prune.engine.calibration import Calibration, calibrate
+    from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
+    from nemo_prune.engine.localize import PromptLocalization, localize_prompt, localize_prompts
     from nemo_prune.errors import NemoPruneError
-    from nemo_prune.export import ExportReport, export_checkpoint
-    from nemo_prune.hub import Pushed, PushOptions, push_release
-    from nemo_prune.localize import PromptLocalization, localize_prompt, localize_prompts
+    from nemo_prune.hub.mask_source import find_mask
+    from nemo_prune.hub.push import Pushed, PushOptions, push_release
     from nemo_prune.mask import Neuron, NeuronMask
-    from nemo_prune.mask_source import find_mask
     from nemo_prune.run import RunResult, prune_model
     from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Calibration": "calibration",
-    "calibrate": "calibration",
-    "find_mask": "mask_source",
-    "NoisePredictor": "diffusion",
-    "apply_mask": "diffusion",
+    "Calibration": "engine.calibration",
+    "calibrate": "engine.calibration",
+    "find_mask": "hub.mask_source",
+    "NoisePredictor": "engine.diffusion",
+    "apply_mask": "engine.diffusion",
     "NemoPruneError": "errors",
-    "ExportReport": "export",
-    "export_checkpoint": "export",
-    "PromptLocalization": "localize",
-    "localize_prompt": "localize",
-    "localize_prompts": "localize",
-    "Scorer": "scorer",
+    "ExportReport": "checkpoint.export",
+    "export_checkpoint": "checkpoint.export",
+    "PromptLocalization": "engine.localize",
+    "localize_prompt": "engine.localize",
+    "localize_prompts": "engine.localize",
+    "Scorer": "engine.scorer",
     "Neuron": "mask",
     "NeuronMask": "mask",
-    "PushOptions": "hub",
-    "Pushed": "hub",
-    "push_release": "hub",
+    "PushOptions": "hub.push",
+    "Pushed": "hub.push",
+    "push_release": "hub.push",
     "RunOptions": "settings",
     "RunResult": "run",
     "prune_model": "run",

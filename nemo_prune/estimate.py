@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.settings import VerificationSettings
 
 # What finding the neurons of a memorized prompt takes beyond its detection where 675 candidates are tried and

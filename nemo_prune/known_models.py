@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import is_offline_mode
 
-from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
-from nemo_prune.cache import cache_folder
-from nemo_prune.calibration import Calibration
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.results import SD_V1_LAYERS
 from nemo_prune.errors import DownloadError, OutputError
-from nemo_prune.results import SD_V1_LAYERS
-from nemo_prune.staging import staged_file
+from nemo_prune.files.cache import cache_folder
+from nemo_prune.files.staging import staged_file
 
 # The repository of the paper's authors (MIT licence), at one commit.
 REFERENCE_URL = (

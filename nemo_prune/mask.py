@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
+from nemo_prune.checkpoint.stored import read_header
 from nemo_prune.errors import MaskError, ModelError
-from nemo_prune.staging import staged_file
-from nemo_prune.stored import read_header
-from nemo_prune.untrusted import parse_json
+from nemo_prune.files.staging import staged_file
+from nemo_prune.files.untrusted import parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "nemo_prune"

@@ -10,31 +10,32 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 
-from nemo_prune.calibration import Calibration
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.checkpoint.source import ModelSource, load_pipeline
+from nemo_prune.corpus.prompts import Corpus, Prompt
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.localize import PromptLocalization, localize_prompts
+from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
+from nemo_prune.engine.preserve import Preserve, neuron_costs
+from nemo_prune.engine.results import ResultsFile
+from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.estimate import estimate_run
-from nemo_prune.images import ImageFolder
+from nemo_prune.files.images import ImageFolder
+from nemo_prune.files.layout import folder_beside
+from nemo_prune.files.staging import check_new_file
+from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.known_models import KNOWN_MODELS, KnownModel
-from nemo_prune.layout import folder_beside
-from nemo_prune.licence import licence_of
-from nemo_prune.localize import PromptLocalization, localize_prompts
 from nemo_prune.mask import NeuronMask
-from nemo_prune.merge import localize_incrementally, settle_mask, union_mask
-from nemo_prune.preserve import Preserve, neuron_costs
-from nemo_prune.prompts import Corpus, Prompt
-from nemo_prune.pruned import write_weights
-from nemo_prune.record import Findings, described_base
-from nemo_prune.references import prompt_references, secret_key
-from nemo_prune.release import release_run
-from nemo_prune.report import save_grids, write_report
-from nemo_prune.results import ResultsFile
-from nemo_prune.scorer import Scorer
+from nemo_prune.release.documents import release_run
+from nemo_prune.release.licence import licence_of
+from nemo_prune.release.pruned import write_weights
+from nemo_prune.release.record import Findings, described_base
+from nemo_prune.release.references import prompt_references, secret_key
+from nemo_prune.release.report import save_grids, write_report
+from nemo_prune.release.targets import check_release, staged_release
 from nemo_prune.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
-from nemo_prune.source import ModelSource, load_pipeline
-from nemo_prune.staging import check_new_file
-from nemo_prune.targets import check_release, staged_release
 from nemo_prune.verify import (
     PromptVerification,
     check_pruned_equals_suppressed,
@@ -45,7 +46,6 @@ from nemo_prune.verify import (
     noise_change,
     verify_prompt,
 )
-from nemo_prune.work import LineLog, WorkFolder
 
 Progress = Callable[[str, int, int], None]
 Notify = Callable[[str], None]
@@ -105,7 +105,7 @@ def prune_model(
     """Localize the memorization neurons of a corpus, prune them, prove it and write the release.
 
     Args:
-        source: the model, see :func:`nemo_prune.source.resolve_model`.
+        source: the model, see :func:`nemo_prune.checkpoint.source.resolve_model`.
         corpus: what to examine.
         calibration_texts: ordinary prompts, none of the memorized ones among them.
         options: where to and how.

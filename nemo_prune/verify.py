@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from nemo_prune.diffusion import NoisePredictor, draw_latents
+from nemo_prune.engine.diffusion import NoisePredictor, draw_latents
+from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import ModelError
-from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.scorer import Scorer
 from nemo_prune.settings import VerificationSettings
 
 Progress = Callable[[int, int], None]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
+from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.errors import MaskError
 
 

@@ -18,29 +18,29 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from typer.testing import CliRunner
 
-from nemo_prune.activations import ActivationStatistics
-from nemo_prune.calibration import Calibration
-from nemo_prune.card import PAPER, model_card, named
+from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.cli import app
+from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.engine.activations import ActivationStatistics
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.merge import prompts_per_neuron
+from nemo_prune.engine.results import SD_V1_LAYERS
+from nemo_prune.engine.scorer import Rechecks
 from nemo_prune.errors import OutputError, SettingsError
-from nemo_prune.export import export_checkpoint
-from nemo_prune.fingerprint import tensor_digests
-from nemo_prune.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
-from nemo_prune.licence import licence_of
-from nemo_prune.localize import PromptLocalization
-from nemo_prune.markdown import code, table
+from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.merge import prompts_per_neuron
-from nemo_prune.prompts import Prompt
-from nemo_prune.record import Findings, described_base
-from nemo_prune.references import prompt_references, secret_key
-from nemo_prune.release import release_run
-from nemo_prune.report import run_report, write_report
-from nemo_prune.results import SD_V1_LAYERS
-from nemo_prune.scorer import Rechecks
-from nemo_prune.sealed import read_record
+from nemo_prune.release.card import PAPER, model_card, named
+from nemo_prune.release.documents import release_run
+from nemo_prune.release.licence import licence_of
+from nemo_prune.release.markdown import code, table
+from nemo_prune.release.record import Findings, described_base
+from nemo_prune.release.references import prompt_references, secret_key
+from nemo_prune.release.report import run_report, write_report
+from nemo_prune.release.sealed import read_record
 from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
-from nemo_prune.source import ModelSource
 from nemo_prune.verify import ImageEvidence, PromptVerification
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import nemo_prune.localize
+import nemo_prune.engine.localize
 import nemo_prune.run
 from kills import kill_until_done, result
 from nemo_prune import __version__
@@ -175,7 +175,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
     def not_again(*arguments):
         raise AssertionError("the work folder knows it")
 
-    monkeypatch.setattr(nemo_prune.localize, "detect", not_again)
+    monkeypatch.setattr(nemo_prune.engine.localize, "detect", not_again)
     monkeypatch.setattr(nemo_prune.session, "fit_calibration", not_again)
     stated = {"license": "other", "license_name": "Our Terms"}
     record = json.loads((out / "nemo_prune.json").read_text())
@@ -212,7 +212,7 @@ def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finish
 
 
 def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkeypatch):
-    original = nemo_prune.localize.localize_prompts
+    original = nemo_prune.engine.localize.localize_prompts
 
     def interrupted(*inner):
         yield next(original(*inner))

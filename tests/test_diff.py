@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from nemo_prune.checkpoint.diff import diff_folders, diff_models
+from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.ldm_names import ema_name
+from nemo_prune.checkpoint.single_file import patch_single_file, write_single_file
 from nemo_prune.cli import app
-from nemo_prune.diff import diff_folders, diff_models
-from nemo_prune.export import export_checkpoint
-from nemo_prune.ldm_names import ema_name
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.single_file import patch_single_file, write_single_file
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

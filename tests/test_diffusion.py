@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from conftest import tiny_pipeline
-from nemo_prune.diffusion import NoisePredictor, apply_mask, suppress
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask, suppress
 from nemo_prune.errors import MaskError
 from nemo_prune.mask import NeuronMask
 from nemo_prune.settings import LocalizationSettings

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.estimate import Estimate, duration, estimate_run
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 

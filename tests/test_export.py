@@ -9,13 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
+from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import MaskError, ModelError, OutputError
-from nemo_prune.export import export_checkpoint, files_to_export
-from nemo_prune.hashing import file_hash
+from nemo_prune.files.hashing import file_hash
+from nemo_prune.files.staging import check_target, staged_folder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.staging import check_target, staged_folder
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

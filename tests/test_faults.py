@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import OutputError
-from nemo_prune.export import export_checkpoint
-from nemo_prune.fingerprint import tensor_digests
-from nemo_prune.hashing import file_hash
-from nemo_prune.layout import folder_beside
+from nemo_prune.files.hashing import file_hash
+from nemo_prune.files.layout import folder_beside
+from nemo_prune.files.staging import check_release_target, staged_folder
+from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.rebuild import export_model
-from nemo_prune.source import ModelSource
-from nemo_prune.staging import check_release_target, staged_folder
-from nemo_prune.targets import staged_release
-from nemo_prune.work import LineLog
+from nemo_prune.release.rebuild import export_model
+from nemo_prune.release.targets import staged_release
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

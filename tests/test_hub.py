@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from hub_server import COMMIT, Hub
-from nemo_prune.layout import MASK_FILE
-from nemo_prune.single_file import write_single_file
+from nemo_prune.checkpoint.single_file import write_single_file
+from nemo_prune.files.layout import MASK_FILE
 
 RESOLVE = """
 import sys
 from nemo_prune.errors import NemoPruneError
-from nemo_prune.mask_source import find_mask
-from nemo_prune.source import load_pipeline, resolve_model
+from nemo_prune.hub.mask_source import find_mask
+from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 import torch
 for name in sys.argv[1:]:
     try:
@@ -115,7 +115,7 @@ def test_repos_and_masks_are_fetched_and_used_offline_afterwards_and_others_are_
 READ = """
 import sys
 from nemo_prune.errors import NemoPruneError
-from nemo_prune.prompts import read_prompts
+from nemo_prune.corpus.prompts import read_prompts
 for name in sys.argv[1:]:
     try:
         print(*(prompt.text for prompt in read_prompts(name, limit=1)))

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_prune.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
-from nemo_prune.calibration import Calibration
+from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError
 from nemo_prune.known_models import SD_V1_4, URL_VARIABLE, ReferenceFile, fetch, published_calibration, why_not
-from nemo_prune.prompts import read_prompts
 from nemo_prune.settings import LocalizationSettings
 
 TEXTS = [f"thing number {i}" for i in range(60)]

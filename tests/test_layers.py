@@ -4,8 +4,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from conftest import TEXT_WIDTH, tiny_unet
+from nemo_prune.engine.layers import find_text_projections
 from nemo_prune.errors import ModelError
-from nemo_prune.layers import find_text_projections
 
 SEVEN_LAYERS = [
     *(f"down_blocks.{b}.attentions.{a}.transformer_blocks.0.attn2" for b in range(3) for a in range(2)),

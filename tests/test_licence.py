@@ -2,12 +2,12 @@
 
 import pytest
 
+from nemo_prune.checkpoint.export import files_to_export
+from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import SettingsError
-from nemo_prune.export import files_to_export
-from nemo_prune.layout import is_licence_file
-from nemo_prune.licence import licence_of
+from nemo_prune.files.layout import is_licence_file
+from nemo_prune.release.licence import licence_of
 from nemo_prune.settings import Statement
-from nemo_prune.source import ModelSource
 
 COMMIT = "c0ffee" + "0" * 34
 

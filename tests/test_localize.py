@@ -2,7 +2,7 @@
 
 import torch
 
-from nemo_prune.localize import select_candidates
+from nemo_prune.engine.localize import select_candidates
 from nemo_prune.mask import Neuron
 
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.preserve import neuron_costs
+from nemo_prune.engine.search import search_neurons
+from nemo_prune.engine.selection import Candidates
+from nemo_prune.engine.trials import drive
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.preserve import neuron_costs
-from nemo_prune.search import search_neurons
-from nemo_prune.selection import Candidates
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.trials import drive
 from nemo_prune.verify import noise_change
 
 NEURONS = [Neuron("down", index) for index in range(8)]

@@ -5,8 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from nemo_prune.corpus.prompts import Prompt, near_duplicates, read_corpus, read_prompts
 from nemo_prune.errors import PromptError
-from nemo_prune.prompts import Prompt, near_duplicates, read_corpus, read_prompts
 
 
 def test_text_file_has_one_prompt_a_line_and_folds_duplicates(tmp_path):

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hub_server import Hub
+from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.cli import app
 from nemo_prune.errors import PushError, RecordError
-from nemo_prune.fingerprint import tensor_digests
-from nemo_prune.layout import CARD_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, folder_beside
+from nemo_prune.files.layout import CARD_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, folder_beside
+from nemo_prune.hub.mask_source import find_mask
+from nemo_prune.hub.parcel import pack
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.mask_source import find_mask
-from nemo_prune.parcel import pack
-from nemo_prune.residual import with_findings
-from nemo_prune.sealed import read_record, write_record
+from nemo_prune.release.residual import with_findings
+from nemo_prune.release.sealed import read_record, write_record
 
 TOKEN = "hf_neverToBeSeenAnywhere"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.fingerprint import check_base, tensor_digests
 from nemo_prune.cli import app
 from nemo_prune.errors import MaskError
-from nemo_prune.export import export_checkpoint
-from nemo_prune.fingerprint import check_base, tensor_digests
 from nemo_prune.mask import Neuron, NeuronMask
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_prune.cli import app
+from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.merge import union_mask
+from nemo_prune.engine.results import SD_V1_LAYERS, ResultsFile, ResultsHeader, merge_results, read_results
 from nemo_prune.errors import OutputError, PromptError
-from nemo_prune.localize import PromptLocalization
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.merge import union_mask
-from nemo_prune.results import SD_V1_LAYERS, ResultsFile, ResultsHeader, merge_results, read_results
 
 pytestmark = pytest.mark.usefixtures("few_images")
 

@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.scorer import Scorer
+from nemo_prune.engine.trials import Trial
 from nemo_prune.errors import ModelError
 from nemo_prune.mask import Neuron
-from nemo_prune.scorer import Scorer
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.trials import Trial
 
 # An even number: a processor's vectors take 32 numbers at once, and a sample of the tiny model has 16 here and there.
 # What is left over at the end of a batch would be computed by other instructions. Real models fill their vectors.

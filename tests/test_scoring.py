@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from nemo_prune.engine.scoring import memorization_scores, noise_difference, similarity, ssim_window
 from nemo_prune.errors import ModelError
-from nemo_prune.scoring import memorization_scores, noise_difference, similarity, ssim_window
 
 BETAS = (0.33, 0.33, 0.33)
 

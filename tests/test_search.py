@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nemo_prune.search
+import nemo_prune.engine.search
+from nemo_prune.engine.search import search_neurons
+from nemo_prune.engine.selection import Candidates
+from nemo_prune.engine.trials import drive
 from nemo_prune.mask import Neuron
-from nemo_prune.search import search_neurons
-from nemo_prune.selection import Candidates
-from nemo_prune.trials import drive
 
 LAYERS = ["down", "up", "mid"]
 NEURONS = [Neuron(layer, index) for layer in LAYERS for index in range(4)]
@@ -169,7 +169,7 @@ def trials_of_nearly_monotone_searches(corpora=range(30)):
 
 def test_where_scores_are_nearly_monotone_a_search_in_turn_leaves_out_what_must_be_so(monkeypatch):
     with_slack = trials_of_nearly_monotone_searches()
-    monkeypatch.setattr(nemo_prune.search, "_SLACK", math.inf)
+    monkeypatch.setattr(nemo_prune.engine.search, "_SLACK", math.inf)
     all_asked = trials_of_nearly_monotone_searches()
     assert len(with_slack) == len(all_asked) >= 5
     assert sum(with_slack) < 0.9 * sum(all_asked)

@@ -19,17 +19,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
 from conftest import TEXT_WIDTH, tiny_unet
-from nemo_prune import conversion
+from nemo_prune.checkpoint import conversion
+from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.ldm_names import ema_name, ldm_names, ldm_shape
+from nemo_prune.checkpoint.single_file import check_single_file, write_single_file
+from nemo_prune.checkpoint.source import find_again, load_pipeline, resolve_model
 from nemo_prune.cli import app
-from nemo_prune.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError, OutputError
-from nemo_prune.fingerprint import tensor_digests
-from nemo_prune.ldm_names import ema_name, ldm_names, ldm_shape
 from nemo_prune.mask import NeuronMask
+from nemo_prune.release.targets import staged_release
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.single_file import check_single_file, write_single_file
-from nemo_prune.source import find_again, load_pipeline, resolve_model
-from nemo_prune.targets import staged_release
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 DOWN = "down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v"
@@ -416,7 +416,9 @@ def test_an_old_release_stays_until_the_new_one_is_whole(model_folder, mask, tmp
         release.file.touch()
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_prune.targets.os.replace", lambda *paths: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr(
+            "nemo_prune.release.targets.os.replace", lambda *paths: (_ for _ in ()).throw(OSError("no space"))
+        )
         result = command(*export, "--overwrite", "--scale", -1)
     assert result.exit_code == 1 and "no space" in result.stderr
     assert {path: path.read_bytes() for path in first} == first

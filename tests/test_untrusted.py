@@ -16,19 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner
 
+from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
+from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.source import ModelSource, resolve_model
+from nemo_prune.checkpoint.stored import read_header
 from nemo_prune.cli import app
+from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.merge import union_mask
+from nemo_prune.engine.results import ResultsFile, ResultsHeader, read_results
 from nemo_prune.errors import MaskError, ModelError, NemoPruneError, PromptError
-from nemo_prune.export import export_checkpoint, files_to_export
-from nemo_prune.fingerprint import tensor_digests
-from nemo_prune.localize import PromptLocalization
+from nemo_prune.hub.parcel import pack
 from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
-from nemo_prune.merge import union_mask
-from nemo_prune.parcel import pack
-from nemo_prune.rebuild import export_model
-from nemo_prune.results import ResultsFile, ResultsHeader, read_results
-from nemo_prune.sealed import read_record, write_record
-from nemo_prune.source import ModelSource, resolve_model
-from nemo_prune.stored import read_header
+from nemo_prune.release.rebuild import export_model
+from nemo_prune.release.sealed import read_record, write_record
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

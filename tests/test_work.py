@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.files.work import LineLog
 from nemo_prune.session import Session
 from nemo_prune.settings import LocalizationSettings, ModelOptions
-from nemo_prune.source import ModelSource
-from nemo_prune.work import LineLog
 
 TEXTS = [f"thing number {i}" for i in range(50)]
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from nemo_prune import __version__
 from nemo_prune.errors import NemoPruneError
-from nemo_prune.untrusted import printable
+from nemo_prune.files.untrusted import printable
 
 _STAGE_NAMES = {
     "load": "Load the model",

@@ -9,7 +9,7 @@ import typer
 
 from nemo_prune.cli.console import app, errors_reported, quieten_libraries
 from nemo_prune.cli.options import JsonOption, RevisionOption, VariantOption
-from nemo_prune.untrusted import printable
+from nemo_prune.files.untrusted import printable
 
 
 @app.command()
@@ -30,9 +30,9 @@ def diff(
     """
     with errors_reported():
         quieten_libraries()
-        from nemo_prune.diff import diff_models
+        from nemo_prune.checkpoint.diff import diff_models
+        from nemo_prune.hub.mask_source import find_mask
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.mask_source import find_mask
 
         before, after = _place(base, revision, variant), _place(out, None, variant)
         file = find_mask(mask) if mask else _own_mask(after)
@@ -56,7 +56,7 @@ def diff(
 
 def _place(name: str, revision: str | None, variant: str | None) -> Path:
     """The folder or the single file of a model."""
-    from nemo_prune.source import resolve_model
+    from nemo_prune.checkpoint.source import resolve_model
 
     path = Path(name)
     return path if path.is_file() else resolve_model(name, revision, variant).folder
@@ -64,7 +64,7 @@ def _place(name: str, revision: str | None, variant: str | None) -> Path:
 
 def _own_mask(out: Path) -> Path | None:
     """The mask that lies in a release, or beside one in a single file."""
-    from nemo_prune.layout import MASK_FILE, folder_beside
+    from nemo_prune.files.layout import MASK_FILE, folder_beside
 
     mask = out / MASK_FILE if out.is_dir() else folder_beside(out) / Path(MASK_FILE).name
     return mask if mask.is_file() else None

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_prune.cli.console import app, errors_reported
-from nemo_prune.untrusted import printable
+from nemo_prune.files.untrusted import printable
 
 
 @app.command()
@@ -21,8 +21,8 @@ def inspect(
     Example: [bold]nemo-prune inspect pruned/[/]
     """
     with errors_reported():
+        from nemo_prune.hub.mask_source import find_mask
         from nemo_prune.mask import NeuronMask
-        from nemo_prune.mask_source import find_mask
 
         mask, metadata = NeuronMask.load_with_metadata(find_mask(name))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}

@@ -29,10 +29,10 @@ def merge(
     Example: [bold]nemo-prune merge found/localizations.jsonl --out mask.safetensors[/]
     """
     with errors_reported():
-        from nemo_prune.localize import count_statuses
-        from nemo_prune.merge import prompts_per_neuron, union_mask
-        from nemo_prune.results import merge_results
-        from nemo_prune.staging import check_new_file
+        from nemo_prune.engine.localize import count_statuses
+        from nemo_prune.engine.merge import prompts_per_neuron, union_mask
+        from nemo_prune.engine.results import merge_results
+        from nemo_prune.files.staging import check_new_file
 
         check_new_file(out, overwrite)
         found = merge_results(results)

@@ -111,10 +111,10 @@ def examined_corpus(
     model: str, prompts: str | None, column: str | None, limit: int | None, from_screen: Path | None = None
 ) -> Any:
     """The captions to examine, or those that passed a screening; the demo and the known models have their own."""
-    from nemo_prune.prompts import read_corpus
+    from nemo_prune.corpus.prompts import read_corpus
 
     if from_screen is not None:
-        from nemo_prune.screened import read_passed
+        from nemo_prune.corpus.screened import read_passed
 
         if prompts is not None or column is not None:
             raise PromptError("--from-screen names the captions already. Leave out --prompts and --prompt-column.")
@@ -124,7 +124,7 @@ def examined_corpus(
 
 def ordinary_texts(model: str, prompts: str | None) -> list[str]:
     """Ordinary captions; the demo and the models that are known have their own."""
-    from nemo_prune.prompts import read_prompts
+    from nemo_prune.corpus.prompts import read_prompts
 
     return [prompt.text for prompt in read_prompts(prompts or own_prompts(model, "ordinary"))]
 

@@ -45,7 +45,7 @@ from nemo_prune.cli.options import (
     ordinary_texts,
 )
 from nemo_prune.cli.push import PushAtTheEnd
-from nemo_prune.layout import work_folder
+from nemo_prune.files.layout import work_folder
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, Statement, VerificationSettings
 
 
@@ -136,8 +136,8 @@ def run(
         push_at_the_end.check()
         # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
         quieten_libraries()
+        from nemo_prune.checkpoint.source import resolve_model
         from nemo_prune.run import prune_model
-        from nemo_prune.source import resolve_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
         ordinary = ordinary_texts(model, calibration_prompts)
@@ -161,7 +161,7 @@ def run(
 def _show_result(result: Any) -> None:
     """Tables on the terminal: what was found, what changed and where to look."""
     # The card's rows are the terminal's rows: one wording for both.
-    from nemo_prune.measured import before_after_rows
+    from nemo_prune.release.measured import before_after_rows
 
     facts, console = result.facts, Console()
     prompts = facts["prompts"]

@@ -114,10 +114,10 @@ def screen(
             norm_step = DEMO_NORM_STEP if model == DEMO_MODEL else SIEVE_DEFAULTS.norm_step
         sieve_settings = SieveSettings(sieve, sieve_samples, norm_step, cosine_weight=cosine_weight)
         quieten_libraries()
-        from nemo_prune.screen import screen_captions
+        from nemo_prune.checkpoint.source import resolve_model
+        from nemo_prune.corpus.screen import screen_captions
+        from nemo_prune.corpus.stream import CaptionStream
         from nemo_prune.session import open_session
-        from nemo_prune.source import resolve_model
-        from nemo_prune.stream import CaptionStream
 
         captions = CaptionStream(lambda: _captions(model, prompts, prompt_column), limit, label_column)
         ordinary = ordinary_texts(model, calibration_prompts)
@@ -138,9 +138,9 @@ def _captions(model: str, prompts: str | None, column: str | None) -> Iterator[A
     """The captions to screen; the demo's own are those that it memorized and its ordinary ones, labelled."""
     from dataclasses import replace
 
+    from nemo_prune.corpus.prompts import iter_prompts
+    from nemo_prune.corpus.stream import ORDINARY
     from nemo_prune.demo import DEMO_MODEL, TEST_FILE, demo_folder
-    from nemo_prune.prompts import iter_prompts
-    from nemo_prune.stream import ORDINARY
 
     yield from iter_prompts(prompts or own_prompts(model, "memorized"), column)
     if prompts is None and model == DEMO_MODEL:

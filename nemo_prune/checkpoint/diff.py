@@ -1,0 +1,158 @@
+"""What differs between a base and a pruned model: every file, every tensor, every row."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nemo_prune.checkpoint.export import files_to_export
+from nemo_prune.checkpoint.ldm_names import PREFIXES, full_name
+from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, read_tensors
+from nemo_prune.checkpoint.stored import StoredTensor, read_header
+from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
+from nemo_prune.files.hashing import file_hash
+from nemo_prune.files.layout import SAFETENSORS, is_licence_file
+from nemo_prune.mask import NeuronMask
+
+# What a release adds to the base's files, and what it may write anew.
+_OF_THE_RELEASE = ("README.md", "nemo_prune.json", "nemo_prune/")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One file or tensor that differs.
+
+    Attributes:
+        file: relative to the folders, or the name of the single file.
+        what: ``left out`` of the base's, ``added``, ``changed`` as a whole, or ``rows`` of a tensor changed.
+        tensor: its name, where a tensor differs.
+        rows: the rows that differ.
+        expected: whether a mask accounts for it: masked rows alone, or a file that belongs to a release.
+        layer: what a diffusers folder calls the tensor, where a mask touches it in a single file.
+    """
+
+    file: str
+    what: Literal["left out", "added", "changed", "rows"]
+    tensor: str | None = None
+    rows: tuple[int, ...] = ()
+    expected: bool = False
+    layer: str | None = None
+
+
+def diff_models(
+    base: Path, out: Path, mask: NeuronMask | None = None, variant: str | None = None
+) -> Iterator[Difference]:
+    """Compare a pruned model with its base; tensors are read in blocks and never held as a whole.
+
+    Two folders are compared file by file, two .safetensors files byte by byte. Of a folder and a single file, and of
+    a .ckpt, the tensors are compared: what a conversion leaves out is accounted for.
+
+    Args:
+        base: the unpruned diffusers folder or single file.
+        out: the pruned one.
+        mask: rows that may differ; none may without it.
+        variant: of a folder's weights, where the other is a single file.
+
+    Yields:
+        What differs.
+
+    Raises:
+        ModelError: a file of either is damaged.
+    """
+    if base.is_dir() and out.is_dir():
+        yield from diff_folders(base, out, mask)
+    else:
+        yield from _diff_single(base, out, mask, variant)
+
+
+def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Iterator[Difference]:
+    """Compare a pruned folder with its base; tensors are read in blocks and never held as a whole.
+
+    Args:
+        base: the unpruned diffusers folder.
+        out: the pruned one.
+        mask: rows that may differ; none may without it.
+
+    Yields:
+        What differs, file by file.
+
+    Raises:
+        ModelError: a safetensors file of either is damaged.
+    """
+    copied, left_out = (set(map(Path.as_posix, paths)) for paths in files_to_export(base))
+    ours = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    for name in sorted(copied | left_out | ours):
+        if name not in ours:
+            yield Difference(name, "left out", expected=name in left_out)
+        elif name.startswith(_OF_THE_RELEASE):
+            yield Difference(name, "added", expected=True)
+        elif name not in copied:
+            # A publisher puts the licence's text there where the base had none.
+            yield Difference(name, "added", expected="/" not in name and is_licence_file(name))
+        elif name.endswith(".safetensors"):
+            yield from _diff_tensors(base / name, out / name, name, mask)
+        elif file_hash(base / name) != file_hash(out / name):
+            yield Difference(name, "changed")
+
+
+def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> Iterator[Difference]:
+    before, after = read_header(base), read_header(out)
+    if before != after or _header_bytes(base, before) != _header_bytes(out, after):
+        yield Difference(name, "changed")
+        return
+    masked = mask.tensor_rows if mask and name.startswith("unet/") else {}
+    for tensor, stored in before.items():
+        rows = differing_rows(stored_tensor(base, stored), stored_tensor(out, after[tensor]))
+        if rows:
+            yield Difference(name, "rows", tensor, rows, expected=set(rows) <= set(masked.get(tensor, ())))
+
+
+def _header_bytes(path: Path, tensors: Mapping[str, StoredTensor]) -> bytes:
+    """Everything before the first tensor's first byte."""
+    first = min((tensor.start for tensor in tensors.values()), default=path.stat().st_size)
+    with path.open("rb") as file:
+        return file.read(first)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A tensor under the name that both sides share, and how its own side calls it."""
+
+    file: str
+    name: str
+    content: TensorBytes
+
+
+def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | None) -> Iterator[Difference]:
+    in_place = base.suffix == out.suffix == SAFETENSORS
+    if in_place and _header_bytes(base, read_header(base)) != _header_bytes(out, read_header(out)):
+        yield Difference(out.name, "changed")
+    before, after = _tensors(base, variant), _tensors(out, variant)
+    masked = masked_tensors(mask, after) if mask else {}
+    for name in sorted(before.keys() | after.keys()):
+        shown = after.get(name) or before[name]
+        where = {"file": shown.file, "tensor": shown.name, "layer": masked.get(name) if out.is_file() else None}
+        if name not in after:
+            is_extra = not name.startswith(tuple(PREFIXES.values())) or name.endswith(".position_ids")
+            yield Difference(what="left out", expected=is_extra and not in_place, **where)
+        elif name not in before:
+            yield Difference(what="added", **where)
+        elif _form(before[name].content) != _form(after[name].content):
+            yield Difference(what="changed", **where)
+        elif rows := differing_rows(before[name].content, after[name].content):
+            allowed = mask.tensor_rows[masked[name]] if name in masked else ()
+            yield Difference(what="rows", rows=rows, expected=set(rows) <= set(allowed), **where)
+
+
+def _tensors(path: Path, variant: str | None) -> dict[str, _Named]:
+    """The tensors of a folder or a single file, by the full names of single files."""
+    if path.is_dir():
+        return {
+            name: _Named(each.file, each.name, each.content) for name, each in folder_tensors(path, variant).items()
+        }
+    return {full_name(name): _Named(path.name, name, content) for name, content in read_tensors(path).items()}
+
+
+def _form(tensor: TensorBytes) -> tuple[str, int, tuple[int, ...]]:
+    """Dtype, length and rows: a matrix and a 1x1 convolution are the same."""
+    return tensor.dtype, tensor.length, tensor.shape[:1]

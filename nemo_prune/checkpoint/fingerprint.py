@@ -1,0 +1,72 @@
+"""Which base a mask was made for: digests of the tensors that it touches."""
+
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from nemo_prune.checkpoint.export import unet_weights
+from nemo_prune.checkpoint.stored import FLOAT_DTYPES, StoredTensor, read_header
+from nemo_prune.errors import MaskError
+from nemo_prune.mask import NeuronMask
+
+# A base is published in any of these.
+_ALSO_AS = ("F16", "BF16")
+
+Digests = dict[str, list[str]]
+
+
+def tensor_digests(base: Path, mask: NeuronMask) -> Digests:
+    """Digests of the tensors of a base that a mask touches.
+
+    Args:
+        base: the unpruned diffusers folder; shards and variants count.
+        mask: layers without a pruned neuron are left out.
+
+    Returns:
+        Tensor name -> ``DTYPE:sha256`` of its bytes as stored and as cast to float16 and bfloat16, sorted.
+    """
+    touched = mask.tensor_rows
+    digests: dict[str, set[str]] = {}
+    for path in unet_weights(base):
+        for name, stored in read_header(base / path).items():
+            if name in touched and stored.dtype in FLOAT_DTYPES and stored.length:
+                digests.setdefault(name, set()).update(_digests(base / path, stored))
+    return {name: sorted(digests[name]) for name in sorted(digests)}
+
+
+def check_base(found: Digests, recorded: Mapping[str, list[str]]) -> None:
+    """Refuse a base whose tensors are not those that a mask was made for.
+
+    Args:
+        found: of the base.
+        recorded: of the mask; any common digest of a tensor is enough.
+
+    Raises:
+        MaskError: a tensor differs, or nothing is recorded.
+    """
+    if not recorded:
+        raise MaskError(
+            "The mask does not say which base tensors it was made for, so that it can't be checked. Use --force if "
+            "you know that it belongs to this model."
+        )
+    differing = [name for name in recorded if not set(recorded[name]) & set(found.get(name, []))]
+    if differing:
+        raise MaskError(
+            f"The mask was made for another base: {len(differing)} of {len(recorded)} tensors differ, the first is "
+            f"`{differing[0]}`. Give the base that its metadata names (`nemo-prune inspect`), or --force to prune a "
+            "relative of it, such as a fine-tune."
+        )
+
+
+def _digests(path: Path, stored: StoredTensor) -> list[str]:
+    with path.open("rb") as file:
+        file.seek(stored.start)
+        content = bytearray(file.read(stored.length))
+    values = torch.frombuffer(content, dtype=FLOAT_DTYPES[stored.dtype])
+    digests = {f"{stored.dtype}:{sha256(content).hexdigest()}"}
+    for dtype in _ALSO_AS:
+        cast = values.to(FLOAT_DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+        digests.add(f"{dtype}:{sha256(cast).hexdigest()}")
+    return sorted(digests)

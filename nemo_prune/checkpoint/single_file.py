@@ -1,0 +1,122 @@
+"""Single-file checkpoints of SD 1.x: read, patched in place, made from a folder and compared with one.
+
+**Moving averages.** A single file of a training run holds the U-Net twice: the plain weights, and their moving
+average (EMA) under ``model_ema.``. Every copy of a masked layer is pruned, in both. What is measured is the plain
+weights, as diffusers loads them. A conversion leaves the averages out, and the record says so.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
+from nemo_prune.checkpoint.pickled import read_pickled
+from nemo_prune.checkpoint.rows import check_rows, scale_rows
+from nemo_prune.checkpoint.stored import read_header
+from nemo_prune.checkpoint.tensors import TensorBytes, equal_bytes, loaded_tensor, stored_tensor, write_tensors
+from nemo_prune.checkpoint.weights import safetensors_of
+from nemo_prune.errors import MaskError, OutputError
+from nemo_prune.files.layout import SAFETENSORS
+from nemo_prune.mask import NeuronMask
+
+SUFFIXES = (SAFETENSORS, ".ckpt")
+
+
+@dataclass(frozen=True)
+class FolderTensor:
+    """A tensor of a diffusers folder: the file, relative to it, the name in that file, and the content."""
+
+    file: str
+    name: str
+    content: TensorBytes
+
+
+def read_tensors(file: Path) -> dict[str, TensorBytes]:
+    """The tensors of a file, by name; none is read yet.
+
+    Args:
+        file: .safetensors, or one that torch saved.
+
+    Raises:
+        ModelError: it is damaged, or a pickle that wants more than tensors.
+    """
+    if file.suffix == SAFETENSORS:
+        return {name: stored_tensor(file, stored) for name, stored in read_header(file).items()}
+    return {name: loaded_tensor(name, tensor) for name, tensor in read_pickled(file).items()}
+
+
+def folder_tensors(folder: Path, variant: str | None) -> dict[str, FolderTensor]:
+    """What a single file made from a diffusers folder holds: name in a single file -> tensor.
+
+    Raises:
+        ModelError: the folder has a tensor that has no place in a single file, or lacks weights.
+    """
+    found = {}
+    for component in PREFIXES:
+        here: dict[str, FolderTensor] = {}
+        for path in safetensors_of(folder, component, variant):
+            for name, content in read_tensors(folder / path).items():
+                here[name] = FolderTensor(path.as_posix(), name, content)
+        for name, ldm_name in ldm_names(component, here).items():
+            shape = ldm_shape(ldm_name, here[name].content.shape)
+            found[ldm_name] = replace(here[name], content=replace(here[name].content, shape=shape))
+    return found
+
+
+def masked_tensors(mask: NeuronMask, names: Collection[str]) -> dict[str, str]:
+    """Every copy of the tensors that a mask touches, in a single file with these names.
+
+    Returns:
+        Name in the file, of the plain weights or their average -> name in a diffusers folder.
+    """
+    plain = layer_names(mask.tensor_rows, names)
+    copies = {ldm_name: name for name, ldm_name in plain.items()}
+    copies |= {ema_name(ldm_name): name for name, ldm_name in plain.items()}
+    return {copy: name for copy, name in copies.items() if copy in names}
+
+
+def patch_single_file(file: Path, mask: NeuronMask, scale: float) -> tuple[int, int]:
+    """Zero or scale the masked rows of every copy in a .safetensors file, in place.
+
+    Returns:
+        Rows changed, and how many of them are of moving averages.
+
+    Raises:
+        MaskError: a masked layer is not in the file or has another number of rows.
+        ModelError: the file is damaged.
+    """
+    stored = read_header(file)
+    copies = masked_tensors(mask, stored)
+    for name in mask.tensor_rows:
+        if name.endswith(".weight") and name not in copies.values():
+            raise MaskError(f"Mask layer `{name.removesuffix('.weight')}` is not in the single file.")
+    for copy, name in copies.items():
+        check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, mask)
+    rows = {copy: mask.tensor_rows[name] for copy, name in copies.items()}
+    averages = sum(len(indices) for copy, indices in rows.items() if copy.startswith(EMA_PREFIX))
+    return scale_rows(file, stored, rows, scale), averages
+
+
+def write_single_file(folder: Path, variant: str | None, out: Path) -> None:
+    """Write the weights of a diffusers folder as one file, with the names of single files.
+
+    Raises:
+        ModelError: the folder has a tensor that has no place in a single file.
+        OSError: the file can't be written.
+    """
+    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(folder, variant).items()})
+
+
+def check_single_file(file: Path, folder: Path, variant: str | None) -> None:
+    """Make sure that a single file holds every tensor of a folder, byte for byte.
+
+    Raises:
+        OutputError: one is missing or differs.
+    """
+    written = {full_name(name): stored_tensor(file, each) for name, each in read_header(file).items()}
+    for name, tensor in folder_tensors(folder, variant).items():
+        if name not in written or not equal_bytes(tensor.content, written[name]):
+            raise OutputError(
+                f"The single file was not written as it should: `{name}` is not what the pruned folder holds. Is the "
+                "disk damaged, or was the model changed meanwhile? Run the same command again."
+            )

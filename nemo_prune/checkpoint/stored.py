@@ -1,0 +1,96 @@
+"""Safetensors files as they lie on disk: where each tensor is, without reading it."""
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from nemo_prune.errors import ModelError
+from nemo_prune.files.untrusted import MAX_JSON_BYTES, parse_json
+
+# As safetensors names them.
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bits a value of all that the format knows.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_MAX_DIMENSIONS = 64
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file: dtype, shape, first byte and length in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file lie.
+
+    The header is checked as a whole: the tensors fill the file without a hole or an overlap, and each is as long
+    as its dtype and shape say.
+
+    Raises:
+        ModelError: the header is damaged.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, MAX_JSON_BYTES):
+                raise ValueError(f"its header claims {length} bytes, the file has {size}")
+            header = parse_json(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        _check_metadata(header.pop("__metadata__", {}))
+        tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
+        _check_places(tensors, 8 + length, size)
+    except (ValueError, struct.error) as error:
+        raise ModelError(f"{path.name} is no valid safetensors file: {error}. Fetch it anew.") from error
+    return tensors
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts")
+
+
+def _stored(name: str, entry: object, begin: int) -> StoredTensor:
+    """One entry of a header; offsets count from the byte behind it."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor `{name}` is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"tensor `{name}` has the dtype {dtype!r}, expected one of {', '.join(_BITS)}")
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor `{name}` has no valid shape")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor `{name}` has no valid offsets")
+    length = offsets[1] - offsets[0]
+    if 8 * length != _BITS[dtype] * prod(shape):
+        raise ValueError(f"tensor `{name}` takes {length} bytes, which is not what {dtype} of shape {shape} takes")
+    return StoredTensor(dtype, tuple(shape), begin + offsets[0], length)
+
+
+def _are_counts(values: object) -> bool:
+    # A bool is an int to Python, and 64 bits are what the format gives a number.
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
+
+
+def _check_places(tensors: dict[str, StoredTensor], begin: int, end: int) -> None:
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.length)):
+        if tensor.start != begin:
+            raise ValueError("its tensors overlap or leave a hole")
+        begin += tensor.length
+    if begin != end:
+        raise ValueError(f"its tensors end at byte {begin}, the file has {end}")

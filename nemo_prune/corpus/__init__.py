@@ -1,0 +1,1 @@
+"""Captions: where they come from, and which of many deserve a closer look."""

@@ -1,0 +1,309 @@
+"""Which captions of a large corpus are memorized: sieves for all, closer looks at what passes."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+
+from nemo_prune.corpus.detection import Cut, Separation, fdr_cut, separation
+from nemo_prune.corpus.screened import PASSED_COLUMN, PROMPT_COLUMN, caption_table, write_screened
+from nemo_prune.corpus.sieves import Sieves
+from nemo_prune.corpus.stream import ORDINARY, CaptionStream
+from nemo_prune.files.staging import check_new_file
+from nemo_prune.files.work import LineLog, WorkFolder
+from nemo_prune.plot import save_distributions
+from nemo_prune.session import BaseSession, Session, digest
+from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettings
+from nemo_prune.verify import draw_images, seed_agreement
+
+Progress = Callable[[str, int, int], None]
+Numbered = tuple[int, str]
+
+# Filled up by the usual batches of 10 and 40, and lost by a kill in a few seconds' worth at most.
+_CAPTIONS_AT_ONCE = 80
+_PASSED_AT_ONCE = 8
+_AGREEMENT = "image_agreement"
+_DISTRIBUTIONS_FILE = "distributions.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScreenResult:
+    """What a screening found.
+
+    Attributes:
+        cut: what passes, and with what certainty.
+        separations: sieve -> kind -> how well it separates; empty without labels.
+        facts: the same and the costs, JSON values only, without any caption.
+        picture: the distributions of the values.
+    """
+
+    cut: Cut
+    separations: dict[str, dict[str, Separation]]
+    facts: dict
+    picture: Path
+
+
+@dataclasses.dataclass
+class _Sieved:
+    """The values of numbered captions, as far as they are known.
+
+    Attributes:
+        values: sieve -> value a caption, NaN where it is not known yet.
+        sample_passes: latents that went through the U-Net for them.
+        num_captions: how many are known.
+        prompts_per_second: of this process; None where all were known before.
+    """
+
+    values: dict[str, np.ndarray]
+    sample_passes: int = 0
+    num_captions: int = 0
+    prompts_per_second: float | None = None
+
+    def add(self, record: dict) -> None:
+        place = slice(record["first"], record["first"] + len(record["norm"]))
+        for name, values in self.values.items():
+            values[place] = record[name]
+        self.sample_passes += record["sample_passes"]
+        self.num_captions += len(record["norm"])
+
+
+def screen_captions(
+    session: BaseSession,
+    captions: CaptionStream,
+    ordinary: Sequence[str],
+    options: ScreenOptions,
+    sieve: SieveSettings,
+    verification: VerificationSettings,
+    progress: Progress = lambda stage, done, total: None,
+) -> ScreenResult:
+    """Sieve a corpus, cut, look closer at what passes, and write it all by value.
+
+    Args:
+        session: the model.
+        captions: the corpus.
+        ordinary: captions that are not memorized, like the corpus's own; the cut is calibrated on them.
+        options: where to and how.
+        sieve: the numbers of the sieves.
+        verification: how the images are drawn that confirm.
+        progress: called with the stage's name, what is done and how much there is.
+
+    Raises:
+        NemoPruneError: something can't be done as asked; what was computed is kept in the work folder.
+    """
+    check_new_file(options.out, options.overwrite)
+    ordinary = list(dict.fromkeys(ordinary))
+    work = _open_work(session, captions, ordinary, options, sieve).path
+    usual = _sieve_all(session, ordinary, len(ordinary), work / "ordinary.jsonl", sieve,
+                       partial(progress, "sieve ordinary"))  # fmt: skip
+    sieved = _sieve_all(session, (prompt.text for prompt in captions), captions.num_prompts, work / "sieved.jsonl",
+                        sieve, partial(progress, "sieve"))  # fmt: skip
+    values = sieved.values[sieve.sieve]
+    cut = fdr_cut(values, usual.values[sieve.sieve], options.fdr)
+    passed = np.zeros(len(values), bool) if cut.cut is None else values >= cut.cut
+    table = caption_table(captions)
+    numbered = [(number, table[PROMPT_COLUMN][number].as_py()) for number in np.flatnonzero(passed).tolist()]
+    looks = _closer_looks(session, numbered, work, options, verification, progress)
+    columns = {"score": values, **sieved.values, PASSED_COLUMN: passed}
+    columns |= {name: _with_gaps(found, len(values)) for name, found in looks.items()}
+    agreement = list(looks.get(_AGREEMENT, {}).values())
+    confirmed = sum(each >= verification.replication_cut for each in agreement) if options.confirm else None
+    write_screened(options.out, table, np.argsort(-values, kind="stable"), columns)
+    picture = work / _DISTRIBUTIONS_FILE
+    save_distributions(picture, _groups(sieved.values, usual.values, captions.kinds), {sieve.sieve: cut.cut})
+    separations = _separations(sieved.values, captions.kinds)
+    facts = {**_facts(captions, sieve, cut, separations, sieved), "confirmed": confirmed}
+    return ScreenResult(cut, separations, facts, picture)
+
+
+def _facts(
+    captions: CaptionStream,
+    sieve: SieveSettings,
+    cut: Cut,
+    separations: dict[str, dict[str, Separation]],
+    sieved: _Sieved,
+) -> dict:
+    kinds = captions.kinds or []
+    return {
+        "prompts": captions.num_prompts,
+        "duplicates": captions.num_duplicates,
+        "unlabelled": kinds.count(None),
+        "passed": cut.num_passed,
+        "sieve": dataclasses.asdict(sieve),
+        "cut": dataclasses.asdict(cut),
+        "separation": {
+            name: {kind: dataclasses.asdict(found) for kind, found in of_kind.items()}
+            for name, of_kind in separations.items()
+        },
+        "sample_passes_per_prompt": sieved.sample_passes / sieved.num_captions,
+        "prompts_per_second": sieved.prompts_per_second,
+    }
+
+
+def _open_work(
+    session: BaseSession,
+    captions: CaptionStream,
+    ordinary: Sequence[str],
+    options: ScreenOptions,
+    sieve: SieveSettings,
+) -> WorkFolder:
+    identity = {
+        "model": session.model_digest,
+        "prompts": captions.digest,
+        "calibration prompts": digest(ordinary),
+        "settings": dataclasses.asdict(session.settings),
+        "sieve": dataclasses.asdict(sieve),
+        "dtype": options.model.dtype,
+    }
+    return WorkFolder(options.work, identity, options.overwrite)
+
+
+# --- the sieves ---
+
+
+def _sieve_all(
+    session: BaseSession,
+    texts: Iterable[str],
+    total: int,
+    log_file: Path,
+    settings: SieveSettings,
+    progress: Callable[[int, int], None],
+) -> _Sieved:
+    """The values of all captions: those of the log, and what is not in it."""
+    names = ("norm",) if settings.sieve == "norm" else ("norm", "anisotropy")
+    sieved = _Sieved({name: np.full(total, np.nan) for name in names})
+    log = LineLog(log_file)
+    for record in log:
+        sieved.add(record)
+    began, before = time.perf_counter(), sieved.num_captions
+    progress(before, total)
+    known = np.isfinite(sieved.values["norm"])
+    waiting = ((place, text) for place, text in enumerate(texts) if not known[place])
+    batch_size = session.options.batch_size or _CAPTIONS_AT_ONCE
+    chunks = _chunks(waiting, max(batch_size, _CAPTIONS_AT_ONCE // batch_size * batch_size))
+    for record in session.map(partial(sieve_chunk, settings=settings), chunks):
+        log.append(record)
+        sieved.add(record)
+        progress(sieved.num_captions, total)
+    if sieved.num_captions > before:
+        sieved.prompts_per_second = round((sieved.num_captions - before) / (time.perf_counter() - began), 2)
+    return sieved
+
+
+def sieve_chunk(session: Session, chunk: Sequence[Numbered], settings: SieveSettings) -> Iterator[dict]:
+    """The sieves' values of captions that follow each other.
+
+    Args:
+        session: the model.
+        chunk: numbered captions.
+        settings: the numbers of the sieves.
+
+    Yields:
+        One record: number of the first, a list of values a sieve, sample passes.
+    """
+    before = session.predictor.sample_passes
+    values = _sieves(session, settings).values([text for _, text in chunk])
+    yield {"first": chunk[0][0], **values, "sample_passes": session.predictor.sample_passes - before}
+
+
+@lru_cache(maxsize=1)
+def _sieves(session: Session, settings: SieveSettings) -> Sieves:
+    """The unconditional halves are the same for all captions."""
+    return Sieves(session.predictor, settings)
+
+
+def _chunks(numbered: Iterable[Numbered], most: int) -> Iterator[list[Numbered]]:
+    """Numbered captions in lists without a gap in the numbers."""
+    chunk: list[Numbered] = []
+    for each in numbered:
+        if chunk and (len(chunk) == most or each[0] != chunk[-1][0] + 1):
+            yield chunk
+            chunk = []
+        chunk.append(each)
+    if chunk:
+        yield chunk
+
+
+# --- closer looks at what passed ---
+
+
+def _closer_looks(
+    session: BaseSession,
+    passed: Sequence[Numbered],
+    work: Path,
+    options: ScreenOptions,
+    verification: VerificationSettings,
+    progress: Progress,
+) -> dict[str, dict[int, float]]:
+    """Column -> number of a caption -> value."""
+    looks = {"memorization_score": (score_chunk, "scores.jsonl", "score what passed")}
+    if options.confirm:
+        # Images of another guidance are other images.
+        file = f"images_{verification.guidance_scale:g}.jsonl"
+        looks[_AGREEMENT] = (partial(confirm_chunk, verification=verification), file, "confirm on images")
+    found: dict[str, dict[int, float]] = {}
+    for column, (task, file, stage) in looks.items():
+        log = LineLog(work / file)
+        known = {record["number"]: record["value"] for record in log}
+        waiting = [each for each in passed if each[0] not in known]
+        chunks = (waiting[first : first + _PASSED_AT_ONCE] for first in range(0, len(waiting), _PASSED_AT_ONCE))
+        done = len(passed) - len(waiting)
+        progress(stage, done, len(passed))
+        for record in session.map(task, chunks):
+            log.append(record)
+            known[record["number"]] = record["value"]
+            done += 1
+            progress(stage, done, len(passed))
+        found[column] = {number: known[number] for number, _ in passed}
+    return found
+
+
+def score_chunk(session: Session, chunk: Sequence[Numbered]) -> Iterator[dict]:
+    """NeMo's memorization score of numbered captions, a record a caption."""
+    scored = session.scorer.score_prompts([text for _, text in chunk])
+    for (number, _), each in zip(chunk, scored, strict=True):
+        yield {"number": number, "value": each.memorization.score}
+
+
+def confirm_chunk(session: Session, chunk: Sequence[Numbered], verification: VerificationSettings) -> Iterator[dict]:
+    """How much the images of numbered captions agree with each other from seed to seed, a record a caption."""
+    for number, text in chunk:
+        yield {"number": number, "value": seed_agreement(draw_images(session.pipe, text, verification))}
+
+
+def _with_gaps(found: dict[int, float], total: int) -> pyarrow.Array:
+    values = np.full(total, np.nan)
+    values[list(found)] = list(found.values())
+    return pyarrow.array(values, mask=np.isnan(values))
+
+
+# --- what labels tell ---
+
+
+def _separations(values: dict[str, np.ndarray], kinds: Sequence[str | None] | None) -> dict[str, dict[str, Separation]]:
+    """Sieve -> kind, and `memorized` for all of them -> separation from the ordinary captions."""
+    if kinds is None:
+        return {}
+    of_kind = {kind: np.array([each == kind for each in kinds]) for kind in sorted({*kinds} - {None, ORDINARY})}
+    of_kind["memorized"] = np.array([each not in (None, ORDINARY) for each in kinds])
+    ordinary = np.array([each == ORDINARY for each in kinds])
+    if not ordinary.any() or not of_kind["memorized"].any():
+        return {}
+    return {
+        name: {kind: separation(each[places], each[ordinary]) for kind, places in of_kind.items()}
+        for name, each in values.items()
+    }
+
+
+def _groups(
+    values: dict[str, np.ndarray], usual: dict[str, np.ndarray], kinds: Sequence[str | None] | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """What the picture compares: the labels' kinds, or the corpus, with the ordinary captions of the calibration."""
+    if kinds is None:
+        return {name: {"calibration": usual[name], "corpus": each} for name, each in values.items()}
+    named = np.array([kind or "unlabelled" for kind in kinds])
+    order = sorted(set(named.tolist()), key=lambda kind: (kind != ORDINARY, kind))
+    return {name: {kind: each[named == kind] for kind in order} for name, each in values.items()}

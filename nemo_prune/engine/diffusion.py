@@ -1,0 +1,256 @@
+"""Predict a model's noise for a text, with any number of masks at once."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from nemo_prune.engine.layers import find_text_projections, layer_sizes
+from nemo_prune.errors import ModelError
+from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.settings import LocalizationSettings
+
+
+@contextmanager
+def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor], scale: float = 0.0) -> Iterator[None]:
+    """Make neurons output 0, or a multiple of what they would, while the context lasts.
+
+    Args:
+        layers: dotted module name -> projection.
+        gates: dotted module name -> bool [batch or 1, out_features], True = suppressed. A batch of 1
+            holds for every sample.
+        scale: what the suppressed outputs are multiplied by.
+    """
+
+    def hook(gate: Tensor):
+        if scale:
+            return lambda module, inputs, output: torch.where(gate[:, None, :], output * scale, output)
+        # Filling instead of multiplying gives +0 as a zeroed row does, and stops NaN as well.
+        return lambda module, inputs, output: output.masked_fill(gate[:, None, :], 0.0)
+
+    handles = []
+    try:
+        for name, gate in gates.items():
+            if gate.any():
+                device = layers[name].weight.device
+                handles.append(layers[name].register_forward_hook(hook(gate.to(device))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0.0) -> Iterator[None]:
+    """Suppress a mask's neurons in a live pipeline while the context lasts; nothing is written.
+
+    Args:
+        pipe: the unpruned model; it is given back untouched.
+        mask: neurons of value projections, key projections or both.
+        scale: what their outputs are multiplied by.
+
+    Raises:
+        MaskError: the mask was made for a model with other layers.
+    """
+    layers = find_text_projections(pipe.unet, "both")
+    mask.check(layer_sizes(layers))
+    with suppress(layers, {name: pruned[None] for name, pruned in mask.layers.items()}, scale):
+        yield
+
+
+def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int) -> Tensor:
+    """Initial latents [num_samples, channels, height, width], float32, by one generator on the CPU."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((num_samples, unet.config.in_channels, height, width), generator=generator)
+
+
+class NoisePredictor:
+    """Predicts the noise of the first steps, conditional and without guidance, as the paper scores it.
+
+    The schedule is always DDIM's on the checkpoint's own scheduler settings. The model may predict
+    the noise, the velocity (v) or the sample: the noise is derived from what it predicts.
+
+    Args:
+        pipe: a Stable Diffusion pipeline in evaluation mode.
+        settings: number of samples, seed, schedule and timestep.
+        batch_size: latents that go through the U-Net at once, always as many: the last digits of a
+            prediction depend on it, but on nothing else in the batch, as long as a sample's tensors fill the
+            processor's vectors, as those of published models do. Halved where memory is short.
+            By default those of one prompt, on a GPU of four.
+        scale: what the outputs of suppressed neurons are multiplied by.
+
+    Attributes:
+        layers: dotted module name -> projection that is searched, in the order of execution.
+        sizes: dotted module name -> number of neurons.
+        timesteps: the schedule, the noisiest first.
+        timestep: the one that the settings name.
+        sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        settings: LocalizationSettings,
+        batch_size: int | None = None,
+        scale: float = 0.0,
+    ) -> None:
+        self.pipe = pipe
+        self.settings = settings
+        self.scale = scale
+        self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
+        self.layers = find_text_projections(pipe.unet, settings.projections)
+        self.sizes = layer_sizes(self.layers)
+        self.sample_passes = 0
+        # The U-Net walks through all of its weights whenever it is asked for its dtype.
+        self._dtype = pipe.unet.dtype
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(settings.num_inference_steps)
+        self.timesteps = tuple(scheduler.timesteps.tolist())
+        self.timestep = self.timesteps[settings.timestep_index]
+        self._alphas_cumprod = scheduler.alphas_cumprod
+        self._prediction_type = scheduler.config.prediction_type
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Text embeddings of prompts, [batch, positions, width], padded to the encoder's length."""
+        embeds, _ = self.pipe.encode_prompt(
+            list(texts), self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return embeds
+
+    def initial_latents(self, seed: int | None = None, num_samples: int | None = None) -> Tensor:
+        """Initial latents [S, channels, height, width], float32, drawn by one generator on the CPU.
+
+        Args:
+            seed: seed of the generator; that of the settings unless given.
+            num_samples: S; that of the settings unless given.
+        """
+        settings = self.settings
+        seed = settings.seed if seed is None else seed
+        return draw_latents(self.pipe.unet, num_samples or settings.num_samples, seed)
+
+    @torch.no_grad()
+    def predict_noise(
+        self, latents: Tensor, prompt_embeds: Tensor, masks: Sequence[NeuronMask | None] = (None,)
+    ) -> Tensor:
+        """Predict the noise of every latent under every mask.
+
+        Args:
+            latents: initial latents [S, channels, height, width].
+            prompt_embeds: text embeddings of one prompt, [positions, width].
+            masks: M masks; None suppresses nothing.
+
+        Returns:
+            Predicted noise [M, S, channels, height, width], float32, on the model's device.
+
+        Raises:
+            MaskError: a mask was made for a model with other layers.
+        """
+        for mask in masks:
+            if mask is not None:
+                mask.check(self.sizes)
+        num_masks, num_samples = len(masks), len(latents)
+        suppressed = [() if mask is None else mask.neurons for mask in masks]
+        predicted = self.predict_each(
+            latents.repeat(num_masks, 1, 1, 1),
+            prompt_embeds.expand(num_masks * num_samples, -1, -1),
+            [neurons for neurons in suppressed for _ in range(num_samples)],
+        )
+        return predicted.unflatten(0, (num_masks, num_samples))
+
+    @torch.no_grad()
+    def predict_each(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        suppressed: Sequence[Collection[Neuron]],
+        batch_size: int | None = None,
+        timestep: int | None = None,
+    ) -> Tensor:
+        """Predict the noise of latents, each for a text of its own and with neurons of its own suppressed.
+
+        A batch that is not full is filled up, so that a prediction does not depend on what it shares a
+        batch with. Where the device's memory does not take a batch, the batch size is halved, for good.
+
+        Args:
+            latents: initial latents [batch, channels, height, width].
+            prompt_embeds: text embeddings [batch, positions, width].
+            suppressed: the neurons to suppress, one collection a sample.
+            batch_size: how many at once, where it is not the predictor's own.
+            timestep: of the model's training, where it is not the predictor's own.
+
+        Returns:
+            Predicted noise [batch, channels, height, width], float32, on the model's device.
+
+        Raises:
+            ModelError: the device's memory does not take a single sample.
+        """
+        latents = latents.to(self.pipe.unet.device)
+        timestep = self.timestep if timestep is None else timestep
+        predicted: list[Tensor] = []
+        done = 0
+        while done < len(latents):
+            size = min(batch_size or self.batch_size, self.batch_size)
+            part = slice(done, done + size)
+            try:
+                predicted.append(
+                    self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size, timestep)
+                )
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise ModelError(
+                        "The device's memory does not take the model and one sample. Use --dtype float16, or another "
+                        "--device."
+                    ) from error
+                self.batch_size = size // 2
+                torch.cuda.empty_cache()
+                continue
+            done += len(predicted[-1])
+        self.sample_passes += len(latents)
+        return torch.cat(predicted)
+
+    def _predict_batch(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        suppressed: Sequence[Collection[Neuron]],
+        size: int,
+        timestep: int,
+    ) -> Tensor:
+        unet, count = self.pipe.unet, len(latents)
+        filled = torch.arange(size).clamp_max(count - 1)
+        with suppress(self.layers, self._gates([suppressed[sample] for sample in filled]), self.scale):
+            output = unet(
+                latents[filled].to(self._dtype),
+                timestep,
+                encoder_hidden_states=prompt_embeds[filled].to(self._dtype),
+            ).sample
+        return self._to_noise(output[:count].float(), latents, timestep)
+
+    def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
+        """Dotted module name -> bool [batch, out_features], for the layers where anything is suppressed."""
+        places: dict[str, tuple[list[int], list[int]]] = {}
+        for sample, neurons in enumerate(suppressed):
+            for layer, index in neurons:
+                samples, indices = places.setdefault(layer, ([], []))
+                samples.append(sample)
+                indices.append(index)
+        gates = {}
+        for layer, (samples, indices) in places.items():
+            gates[layer] = torch.zeros(len(suppressed), self.sizes[layer], dtype=torch.bool)
+            gates[layer][samples, indices] = True
+        return gates
+
+    def _to_noise(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
+        """What the model predicts, as noise (the identities of arXiv 2202.00512, App. D)."""
+        alpha_cumprod = float(self._alphas_cumprod[timestep])
+        signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+        if self._prediction_type == "v_prediction":
+            return signal * output + noise * latents
+        if self._prediction_type == "sample":
+            return (latents - signal * output) / noise
+        return output

@@ -1,0 +1,306 @@
+"""Find the neurons that make prompts give their training images back (Alg. 2 to 4 of the paper)."""
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
+from typing import Literal
+
+from torch import Tensor
+
+from nemo_prune.engine.activations import ActivationStatistics, neuron_activations
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.preserve import Preserve
+from nemo_prune.engine.scorer import ScoredPrompt, Scorer
+from nemo_prune.engine.search import SearchResult, search_neurons
+from nemo_prune.engine.selection import Candidates
+from nemo_prune.engine.trials import Trial
+from nemo_prune.mask import Neuron
+from nemo_prune.settings import LocalizationSettings
+
+Status = Literal["localized", "not_memorized", "unresolved"]
+
+
+@dataclass(frozen=True)
+class PromptLocalization:
+    """What was found for one prompt.
+
+    Attributes:
+        prompt: its text.
+        status: ``localized``; ``not_memorized``: no seed was kept; ``unresolved``: the selection ran
+            out before the score reached the threshold, the neurons are the best that was found.
+        score: its memorization score.
+        kept_seeds: positions of the seeds that agree with another one.
+        candidates: the initial set.
+        neurons: the refined set, a part of the candidates.
+        candidates_score: the highest suppressed similarity that was seen under the initial set; not
+            every seed need have been tried. None without a set.
+        neurons_score: the highest suppressed similarity under the refined set, over all kept seeds.
+        theta: the cut on |z| that gave the candidates.
+        k: how many of the most active neurons of each layer are among them.
+        margin: the smallest distance of any similarity from the threshold that decided about it.
+        silenced_by_others: whether other prompts' neurons silence it, so that it needs none of its own.
+        fell_back: whether the scores were not monotone, so that every set had to be tried in turn.
+        sample_passes: latents that went through the U-Net for it.
+        seconds: its share of the wall time.
+    """
+
+    prompt: str
+    status: Status
+    score: float
+    kept_seeds: tuple[int, ...] = ()
+    candidates: tuple[Neuron, ...] = ()
+    neurons: tuple[Neuron, ...] = ()
+    candidates_score: float | None = None
+    neurons_score: float | None = None
+    theta: float | None = None
+    k: int | None = None
+    margin: float | None = None
+    silenced_by_others: bool = False
+    fell_back: bool = False
+    sample_passes: int = 0
+    seconds: float = 0.0
+
+
+def count_statuses(localizations: Sequence[PromptLocalization]) -> dict[str, int]:
+    """How many prompts have each status, also where it is none."""
+    statuses = [each.status for each in localizations]
+    return {status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")}
+
+
+def select_candidates(
+    activations: Mapping[str, Tensor], z_scores: Mapping[str, Tensor], theta: float, k: int
+) -> tuple[Neuron, ...]:
+    """Neurons with unusual or with the highest activation (Alg. 2 and 3).
+
+    Args:
+        activations: dotted module name -> [out_features], of one prompt.
+        z_scores: the same in standard deviations from the usual.
+        theta: cut on |z|.
+        k: how many of the most active neurons of each layer are added.
+
+    Returns:
+        Layer by layer: |z| > theta by index, then the k most active, the most active first. A neuron
+        that is both stands at its last place: there the refinement's real test comes.
+    """
+    candidates = []
+    for name, activation in activations.items():
+        unusual = (z_scores[name].abs() > theta).nonzero().flatten().tolist()
+        most_active = activation.topk(min(k, len(activation))).indices.tolist()
+        ordered = [index for index in unusual if index not in most_active] + most_active
+        candidates += [Neuron(name, index) for index in ordered]
+    return tuple(candidates)
+
+
+def candidate_schedule(
+    activations: Mapping[str, Tensor],
+    statistics: ActivationStatistics,
+    settings: LocalizationSettings,
+    suppressed: Collection[Neuron] = (),
+) -> list[Candidates]:
+    """The candidates as the cut falls, each set a part of the next (Alg. 3).
+
+    Args:
+        activations: dotted module name -> [out_features], of one prompt.
+        statistics: what is usual.
+        settings: where theta starts, falls by and ends.
+        suppressed: neurons that are no candidates any more.
+    """
+    z_scores = statistics.z_scores(activations)
+    schedule: list[Candidates] = []
+    theta = settings.theta
+    while not schedule or theta >= settings.theta_min:
+        neurons = select_candidates(activations, z_scores, theta, len(schedule))
+        schedule.append(
+            Candidates(theta, len(schedule), tuple(neuron for neuron in neurons if neuron not in suppressed))
+        )
+        theta -= settings.theta_step
+    return schedule
+
+
+def localize_prompts(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    calibration: Calibration,
+    threshold: float,
+    preserve: Preserve | None = None,
+) -> Iterator[PromptLocalization]:
+    """Find the memorization neurons of prompts, of those that are memorized at all (Sec. 3).
+
+    As many prompts as fit into a batch are searched side by side, each trial a sample of the batch.
+
+    Args:
+        scorer: the model, with the settings of the localization.
+        prompts: the texts.
+        calibration: usual activations.
+        threshold: tau.
+        preserve: depart from the paper in favour of ordinary captions.
+
+    Yields:
+        One result a prompt, in the order in which they are finished.
+
+    Raises:
+        ModelError: the model predicts NaN or infinity.
+    """
+    waiting = list(prompts)[::-1]
+    running: list[_Running] = []
+    while waiting or running:
+        while waiting and len(running) < scorer.predictor.batch_size:
+            group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
+            for detected in detect(scorer, group, threshold):
+                if detected.kept_seeds:
+                    running.append(_Running(scorer, detected, calibration, threshold, preserve))
+                else:
+                    yield detected.not_memorized()
+        yield from _take_a_step(scorer, running)
+
+
+def localize_prompt(scorer: Scorer, prompt: str, calibration: Calibration, threshold: float) -> PromptLocalization:
+    """Find the memorization neurons of one prompt; see :func:`localize_prompts`."""
+    return next(localize_prompts(scorer, [prompt], calibration, threshold))
+
+
+def localize_on_top(
+    scorer: Scorer,
+    detected: "Detected",
+    calibration: Calibration,
+    threshold: float,
+    suppressed: Collection[Neuron],
+    preserve: Preserve | None = None,
+) -> PromptLocalization:
+    """Find the neurons that a prompt needs beyond those that are suppressed already.
+
+    Args:
+        scorer: the model.
+        detected: a memorized prompt.
+        calibration: usual activations.
+        threshold: tau.
+        suppressed: what stays suppressed throughout; it alone must not be enough.
+        preserve: depart from the paper in favour of ordinary captions.
+    """
+    running = [_Running(scorer, detected, calibration, threshold, preserve, frozenset(suppressed))]
+    # Most steps ask a single trial, so that a larger batch would be filled up for nothing.
+    while not (finished := list(_take_a_step(scorer, running, batch_size=1))):
+        pass
+    return finished[0]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A prompt whose seeds were compared (Alg. 1).
+
+    Attributes:
+        scored: its seeds with nothing suppressed.
+        kept_seeds: positions of those that agree with another one; without any it is not memorized.
+        sample_passes: latents that went through the U-Net for it.
+        seconds: its share of the wall time.
+    """
+
+    scored: ScoredPrompt
+    kept_seeds: tuple[int, ...]
+    sample_passes: int
+    seconds: float
+
+    def not_memorized(self) -> PromptLocalization:
+        """The result for a prompt without a kept seed."""
+        return PromptLocalization(
+            self.scored.prompt,
+            "not_memorized",
+            self.scored.memorization.score,
+            sample_passes=self.sample_passes,
+            seconds=self.seconds,
+        )
+
+
+def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Detected]:
+    """Score prompts in one batch and keep the seeds that agree with another one (Alg. 1)."""
+    began, passes_before = time.perf_counter(), scorer.sample_passes
+    scored_prompts = scorer.score_prompts(prompts)
+    kept_seeds = [scorer.kept_seeds(scored, threshold) for scored in scored_prompts]
+    sample_passes = (scorer.sample_passes - passes_before) // len(prompts)
+    seconds = (time.perf_counter() - began) / len(prompts)
+    return [
+        Detected(scored, kept, sample_passes, seconds) for scored, kept in zip(scored_prompts, kept_seeds, strict=True)
+    ]
+
+
+class _Running:
+    """A prompt whose search waits for the answers to its trials."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        detected: Detected,
+        calibration: Calibration,
+        threshold: float,
+        preserve: Preserve | None,
+        suppressed: frozenset[Neuron] = frozenset(),
+    ) -> None:
+        predictor = scorer.predictor
+        activations = {
+            name: values[0]
+            for name, values in neuron_activations(predictor.layers, detected.scored.prompt_embeds[None]).items()
+        }
+        self.detected = detected
+        self.trials: list[Trial] = []
+        self.result: SearchResult | None = None
+        self._suppressed = suppressed
+        self._sample_passes, self._seconds = detected.sample_passes, detected.seconds
+        self._search = search_neurons(
+            candidate_schedule(activations, calibration.statistics, predictor.settings, suppressed),
+            detected.kept_seeds,
+            threshold,
+            list(predictor.layers)[:: -1 if predictor.settings.layers_backwards else 1],
+            preserve.costs if preserve else None,
+            preserve.strength if preserve else 0.0,
+        )
+        self.advance(None, 0, 0.0)
+
+    def advance(self, answers: list[float] | None, sample_passes: int, seconds: float) -> None:
+        """Go on to the next trials, or to the result."""
+        self._sample_passes += sample_passes
+        self._seconds += seconds
+        try:
+            trials = self._search.send(answers)
+            self.trials = [trial._replace(neurons=trial.neurons | self._suppressed) for trial in trials]
+        except StopIteration as finished:
+            self.trials, self.result = [], finished.value
+
+    def localization(self) -> PromptLocalization:
+        """What is kept of a finished search."""
+        result, scored = self.result, self.detected.scored
+        return PromptLocalization(
+            prompt=scored.prompt,
+            status="localized" if result.resolved else "unresolved",
+            score=scored.memorization.score,
+            kept_seeds=self.detected.kept_seeds,
+            candidates=result.selected.neurons,
+            neurons=result.neurons,
+            candidates_score=result.selected_score,
+            neurons_score=result.neurons_score,
+            theta=result.selected.theta,
+            k=result.selected.k,
+            margin=result.margin if isfinite(result.margin) else None,
+            fell_back=result.fell_back,
+            sample_passes=self._sample_passes,
+            seconds=self._seconds,
+        )
+
+
+def _take_a_step(
+    scorer: Scorer, running: list[_Running], batch_size: int | None = None
+) -> Iterator[PromptLocalization]:
+    """Answer the trials of all searches together; those that end leave the list and are yielded."""
+    asked = [(each.detected.scored, trial) for each in running for trial in each.trials]
+    began, passes_before = time.perf_counter(), scorer.sample_passes
+    similarities = iter(scorer.answer(asked, batch_size))
+    passes, seconds = scorer.sample_passes - passes_before, time.perf_counter() - began
+    for each in running:
+        if each.result is None:
+            share = len(each.trials) / len(asked)
+            answers = list(islice(similarities, len(each.trials)))
+            each.advance(answers, round(passes * share), seconds * share)
+    finished = [each for each in running if each.result is not None]
+    running[:] = [each for each in running if each.result is None]
+    yield from (each.localization() for each in finished)

@@ -1,0 +1,237 @@
+"""One mask for a corpus: the union of its prompts' neurons, or prompt by prompt on top of the mask so far."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.localize import Detected, PromptLocalization, detect, localize_on_top
+from nemo_prune.engine.preserve import Preserve
+from nemo_prune.engine.scorer import Scorer
+from nemo_prune.engine.trials import Trial
+from nemo_prune.mask import Neuron, NeuronMask
+
+Progress = Callable[[int, int], None]
+ROUNDS = 3
+
+
+def union_mask(
+    localizations: Sequence[PromptLocalization], sizes: Mapping[str, int], include_unresolved: bool = False
+) -> NeuronMask:
+    """The union of the localized prompts' neurons, as in the paper.
+
+    Sets of unresolved prompts stay out unless asked for: on SD v1-4 they would take a third of all.
+    """
+    return NeuronMask.from_neurons(
+        (neuron for each in _merged(localizations, include_unresolved) for neuron in each.neurons), sizes
+    )
+
+
+def prompts_per_neuron(
+    localizations: Sequence[PromptLocalization], mask: NeuronMask, include_unresolved: bool = False
+) -> dict[str, dict[int, int]]:
+    """How many prompts need each neuron of a mask, without saying which.
+
+    Returns:
+        Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
+    """
+    needed = Counter(neuron for each in _merged(localizations, include_unresolved) for neuron in set(each.neurons))
+    counts: dict[str, dict[int, int]] = {}
+    for neuron in mask.neurons:
+        counts.setdefault(neuron.layer, {})[neuron.index] = needed[neuron]
+    return counts
+
+
+def _merged(localizations: Sequence[PromptLocalization], include_unresolved: bool) -> list[PromptLocalization]:
+    statuses = {"localized", "unresolved"} if include_unresolved else {"localized"}
+    return [each for each in localizations if each.status in statuses]
+
+
+def localize_incrementally(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    calibration: Calibration,
+    threshold: float,
+    suppressed: Collection[Neuron] = (),
+    preserve: Preserve | None = None,
+) -> Iterator[PromptLocalization]:
+    """Go through a corpus in its order, each prompt on top of the neurons of those before it.
+
+    A prompt that these silence already needs no neuron of its own and costs one score.
+
+    Args:
+        scorer: the model.
+        prompts: texts, in the order of the corpus.
+        calibration: usual activations.
+        threshold: tau.
+        suppressed: neurons of prompts that were done before.
+        preserve: depart from the paper in favour of ordinary captions.
+
+    Yields:
+        One result a prompt, in the order of the corpus; its neurons are those that came on top.
+    """
+    neurons = set(suppressed)
+    waiting = list(prompts)[::-1]
+    while waiting:
+        group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
+        for detected in detect(scorer, group, threshold):
+            if not detected.kept_seeds:
+                yield detected.not_memorized()
+                continue
+            passes_before = scorer.sample_passes
+            silent = _Corpus(scorer, [detected], threshold).is_silent(detected, neurons)
+            passes = detected.sample_passes + scorer.sample_passes - passes_before
+            detected = replace(detected, sample_passes=passes)
+            if silent:
+                yield _silenced(detected)
+                continue
+            found = localize_on_top(scorer, detected, calibration, threshold, neurons, preserve)
+            if found.status == "localized":
+                neurons.update(found.neurons)
+            yield found
+
+
+@dataclass(frozen=True)
+class SettledMask:
+    """A corpus' mask that was scored again as a whole.
+
+    Attributes:
+        mask: what no prompt needs is not in it.
+        localizations: the prompts; those that the others' neurons silenced, or that were localized
+            on top of them, carry their new result.
+        rounds: how often prompts had to be localized again.
+        num_dropped: neurons that no prompt needed any more.
+    """
+
+    mask: NeuronMask
+    localizations: tuple[PromptLocalization, ...]
+    rounds: int
+    num_dropped: int
+
+
+def settle_mask(
+    scorer: Scorer,
+    localizations: Sequence[PromptLocalization],
+    calibration: Calibration,
+    threshold: float,
+    preserve: Preserve | None = None,
+    progress: Progress = lambda done, total: None,
+) -> SettledMask:
+    """Score every memorized prompt under the merged mask, localize what came back, drop what is not needed.
+
+    Args:
+        scorer: the model.
+        localizations: one a prompt, in the order of the corpus.
+        calibration: usual activations.
+        threshold: tau.
+        preserve: the most costly neurons are tried first when neurons are dropped.
+        progress: called with the neurons that were tried and their number.
+    """
+    results = {each.prompt: each for each in localizations}
+    memorized = [each.prompt for each in localizations if each.status != "not_memorized"]
+    corpus = _Corpus(scorer, [d for prompt in memorized for d in detect(scorer, [prompt], threshold)], threshold)
+    neurons = set(union_mask(localizations, scorer.predictor.sizes).neurons)
+    rounds = 0
+    while rounds < ROUNDS and (awake := corpus.awake_under(neurons)):
+        rounds += 1
+        for detected in awake:
+            # What was added for another one may silence it already.
+            if corpus.is_silent(detected, neurons):
+                continue
+            found = localize_on_top(scorer, detected, calibration, threshold, neurons, preserve)
+            if found.status == "localized":
+                neurons.update(found.neurons)
+                results[found.prompt] = _joined(results[found.prompt], found)
+    awake = {detected.scored.prompt for detected in corpus.awake_under(neurons)}
+    for detected in corpus.detected:
+        prompt = detected.scored.prompt
+        if prompt not in awake and results[prompt].status == "unresolved":
+            results[prompt] = _silenced(detected)
+    silenced = corpus.without(awake)
+    order = list(scorer.predictor.layers)[::-1]
+    tried = sorted(neurons, key=lambda n: (-preserve.costs[n], n) if preserve else (order.index(n.layer), n.index))
+    needing = {neuron: each.prompt for each in results.values() for neuron in each.neurons}
+    for done, neuron in enumerate(tried, start=1):
+        if silenced.is_silenced_by(neurons - {neuron}, needing.get(neuron)):
+            neurons.remove(neuron)
+        progress(done, len(tried))
+    return SettledMask(
+        mask=NeuronMask.from_neurons(neurons, scorer.predictor.sizes),
+        localizations=tuple(results[each.prompt] for each in localizations),
+        rounds=rounds,
+        num_dropped=len(tried) - len(neurons),
+    )
+
+
+def _silenced(detected: Detected) -> PromptLocalization:
+    """The result for a prompt that other prompts' neurons silence."""
+    return PromptLocalization(
+        prompt=detected.scored.prompt,
+        status="localized",
+        score=detected.scored.memorization.score,
+        kept_seeds=detected.kept_seeds,
+        silenced_by_others=True,
+        sample_passes=detected.sample_passes,
+        seconds=detected.seconds,
+    )
+
+
+def _joined(old: PromptLocalization, new: PromptLocalization) -> PromptLocalization:
+    """The result of a prompt that was localized again, with its earlier neurons if they are in the mask."""
+    if old.status != "localized":
+        return new
+    neurons = (*old.neurons, *(neuron for neuron in new.neurons if neuron not in old.neurons))
+    return replace(new, neurons=neurons, sample_passes=old.sample_passes + new.sample_passes)
+
+
+class _Corpus:
+    """Memorized prompts, asked whether they are silent under a set of neurons.
+
+    A prompt is silent when no kept seed's similarity is above the threshold. The seed that was
+    above it last is asked first.
+    """
+
+    def __init__(self, scorer: Scorer, detected: Sequence[Detected], threshold: float) -> None:
+        self.detected = list(detected)
+        self._scorer, self._threshold = scorer, threshold
+        self._seeds = {each.scored.prompt: list(each.kept_seeds) for each in self.detected}
+
+    def without(self, prompts: Collection[str]) -> "_Corpus":
+        """The corpus without some prompts."""
+        kept = [each for each in self.detected if each.scored.prompt not in prompts]
+        return _Corpus(self._scorer, kept, self._threshold)
+
+    def is_silenced_by(self, neurons: Collection[Neuron], first: str | None = None) -> bool:
+        """Whether all prompts are silent; ends with the first seed that is not.
+
+        Args:
+            neurons: what is suppressed.
+            first: the prompt to ask before all others.
+        """
+        ordered = sorted(self.detected, key=lambda each: each.scored.prompt != first)
+        hardest = [(each, self._seeds[each.scored.prompt][0]) for each in ordered]
+        others = [(each, seed) for each in ordered for seed in self._seeds[each.scored.prompt][1:]]
+        size = self._scorer.predictor.batch_size
+        parts = [hardest[:1], hardest[1:], *(others[start : start + size] for start in range(0, len(others), size))]
+        return not any(self._first_above(neurons, part) for part in parts if part)
+
+    def awake_under(self, neurons: Collection[Neuron]) -> list[Detected]:
+        """The prompts that are not silent."""
+        return [each for each in self.detected if not self.is_silent(each, neurons)]
+
+    def is_silent(self, detected: Detected, neurons: Collection[Neuron]) -> bool:
+        """Whether one of the prompts is silent."""
+        seeds = [(detected, seed) for seed in self._seeds[detected.scored.prompt]]
+        return not any(self._first_above(neurons, part) for part in (seeds[:1], seeds[1:]) if part)
+
+    def _first_above(self, neurons: Collection[Neuron], pairs: Sequence[tuple[Detected, int]]) -> bool:
+        if not neurons:
+            return True
+        trials = [(each.scored, Trial(frozenset(neurons), seed, self._threshold)) for each, seed in pairs]
+        for (each, seed), similarity in zip(pairs, self._scorer.answer(trials), strict=True):
+            if not similarity <= self._threshold:
+                seeds = self._seeds[each.scored.prompt]
+                seeds.remove(seed)
+                seeds.insert(0, seed)
+                return True
+        return False

@@ -1,0 +1,47 @@
+"""Images in the work folder: drawn once, also where a run is stopped in between."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from nemo_prune.files.staging import staged_file
+from nemo_prune.files.work import write_atomically
+
+_IDENTITY = "depends_on.json"
+
+
+class ImageFolder:
+    """A folder of images without loss, one file an image.
+
+    Args:
+        path: the folder; it is made where it is missing.
+        depends_on: what the images depend on, as JSON values; a folder that depends on something else is
+            begun anew.
+    """
+
+    def __init__(self, path: Path, depends_on: dict) -> None:
+        self._path = path
+        described = json.dumps(depends_on, sort_keys=True)
+        identity = path / _IDENTITY
+        if not identity.exists() or identity.read_text(encoding="utf-8") != described:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            write_atomically(identity, described)
+
+    def kept_or_drawn(self, name: str, number: int, draw: Callable[[], Sequence[Image.Image]]) -> list[Image.Image]:
+        """Images under a name: those that are kept, or new ones, which are kept.
+
+        Args:
+            name: beginning of their file names.
+            number: how many there are.
+            draw: makes them.
+        """
+        files = [self._path / f"{name}_{place}.png" for place in range(number)]
+        if not all(file.exists() for file in files):
+            for file, image in zip(files, draw(), strict=True):
+                with staged_file(file) as partial:
+                    image.save(partial, format="png")
+        return [Image.open(file).convert("RGB") for file in files]

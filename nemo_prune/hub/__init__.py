@@ -1,0 +1,1 @@
+"""The Hub: releases and masks pushed in one commit, masks fetched."""

@@ -1,0 +1,1 @@
+"""What is published, and the report that is not: weights, record, card, licence."""

@@ -1,0 +1,1 @@
+"""Many devices: a session on the workers of a Ray cluster."""
