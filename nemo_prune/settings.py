@@ -170,7 +170,8 @@ class RunOptions:
         out: folder of the pruned model; it can be published.
         work: folder of what the run knows; it is not for publication.
         model: how the model is computed.
-        merge: ``union`` of the prompts' neurons, or ``incremental``: each on top of those before it.
+        merge: ``incremental``: each prompt's neurons on top of those before it; ``union`` of all prompts' neurons,
+            the paper's; None: incremental, but a union where sets of unresolved prompts are to be in it.
         preserve: 0 to 1: how much the search departs from the paper in favour of ordinary captions.
         calibration: a finished calibration; None calibrates on ordinary prompts.
         published_calibration: whether what was published for a known model counts instead, where it fits.
@@ -185,7 +186,7 @@ class RunOptions:
     out: Path
     work: Path
     model: ModelOptions = field(default_factory=ModelOptions)
-    merge: str = "union"
+    merge: str | None = None
     preserve: float = 0.0
     calibration: Path | None = None
     published_calibration: bool = False
@@ -196,6 +197,8 @@ class RunOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.merge is None:
+            object.__setattr__(self, "merge", "union" if self.include_unresolved else "incremental")
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
         changes = isfinite(self.scale) and self.scale != 1
         _require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")

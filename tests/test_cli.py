@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import nemo_prune.engine.localize
+import nemo_prune.engine.merge
 import nemo_prune.run
 from kills import kill_until_done, result
 from nemo_prune import __version__
@@ -212,13 +213,13 @@ def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finish
 
 
 def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkeypatch):
-    original = nemo_prune.engine.localize.localize_prompts
+    original = nemo_prune.engine.merge.localize_incrementally
 
     def interrupted(*inner):
         yield next(original(*inner))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nemo_prune.run, "localize_prompts", interrupted)
+    monkeypatch.setattr(nemo_prune.run, "localize_incrementally", interrupted)
     result = run(arguments)
     assert result.exit_code == 130 and "goes on" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -71,8 +71,12 @@ def run(
     num_samples: NumSamplesOption = None,
     threshold: ThresholdOption = None,
     merge: Annotated[
-        str, typer.Option(help="`union` of all prompts' neurons (the paper's), or `incremental`: prompt by prompt.")
-    ] = "union",
+        str | None,
+        typer.Option(
+            help="`incremental`: each prompt on top of those before it, or `union` of all prompts' neurons (the "
+            "paper's). (default: incremental; with --include-unresolved union)"
+        ),
+    ] = None,
     preserve: Annotated[
         float, typer.Option(help="0 (the paper's search) to 1: how much to favour ordinary captions.")
     ] = 0.0,
