@@ -1,12 +1,14 @@
-"""Write the figures of the benchmarks into README and RESULTS.md.
+"""Write the figures of the benchmarks into README.
 
-python benchmarks/report.py --localization localization.json --merging merging.json
+python benchmarks/report.py --localization "the demo model=demo.json" "the reference=reference.json" \\
+    --merging "the reference=merging.json"
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -16,15 +18,22 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 def main() -> None:
     """Renew the tables between the marks of the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--localization", type=Path, required=True)
-    parser.add_argument("--merging", type=Path)
+    parser.add_argument("--localization", nargs="+", required=True, metavar="MODEL=FILE")
+    parser.add_argument("--merging", nargs="+", default=[], metavar="MODEL=FILE")
     arguments = parser.parse_args()
-    described = localization_table(json.loads(arguments.localization.read_text()))
-    if arguments.merging:
-        described += "\n\n" + merging_table(json.loads(arguments.merging.read_text()))
+    described = [
+        *(_titled("Localization", given, localization_table) for given in arguments.localization),
+        *(_titled("One mask for the corpus", given, merging_table) for given in arguments.merging),
+    ]
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{described}\n{END}{text.split(END)[1]}", encoding="utf-8")
+    tables = "\n\n".join(described)
+    readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{tables}\n{END}{text.split(END)[1]}", encoding="utf-8")
+
+
+def _titled(title: str, given: str, table: Callable[[dict], str]) -> str:
+    model, _, file = given.partition("=")
+    return f"**{title}, {model}**\n\n{table(json.loads(Path(file).read_text()))}"
 
 
 def localization_table(figures: dict) -> str:
@@ -37,6 +46,7 @@ def localization_table(figures: dict) -> str:
         ("U-Net sample passes a memorized prompt, mean", *(f"{n / prompts:.0f}" for n in passes.values())),
         ("the least that any method must make, mean", f"{bound / prompts:.0f}", f"{bound / prompts:.0f}"),
         (f"seconds for the {prompts} prompts", f"{seconds['oracle']:.0f}", f"{engine_seconds:.0f}"),
+        ("the same, in all", *(f"{n:,}" for n in passes.values())),
         ("prompts searched set by set, because scores were not monotone", "all", str(figures["not_monotone"])),
         ("peak memory, MB", *(f"{value:.0f}" for value in memory.values())),
     ]
