@@ -14,7 +14,7 @@ _MINUTE, _HOUR = 60, 3600
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """How long a run will take, in seconds.
 
     Attributes:
@@ -43,7 +43,7 @@ class Estimate:
         )
 
 
-def estimate_run(predictor: NoisePredictor, num_prompts: int, verification: VerificationSettings) -> Estimate:
+def estimate_run(predictor: NoisePredictor, num_prompts: int, verification: VerificationSettings) -> TimeEstimate:
     """Measure the first passes and reckon how long a run will take.
 
     Args:
@@ -68,7 +68,7 @@ def estimate_run(predictor: NoisePredictor, num_prompts: int, verification: Veri
     images = min(num_prompts, verification.max_prompts) * verification.images_per_prompt
     # Guidance takes two passes a step, and every image is drawn before and after.
     passes_for_images = images * verification.num_inference_steps * 2 * 2
-    return Estimate(
+    return TimeEstimate(
         a_pass=a_pass,
         localization=(num_prompts * detection * a_pass, num_prompts * (detection + _MOST_TRIALS) * a_pass),
         images=passes_for_images * a_pass,

@@ -24,7 +24,7 @@ import nemo_prune.run
 from kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.cli import app
-from nemo_prune.estimate import Estimate
+from nemo_prune.estimate import TimeEstimate
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MARKER = "zanzibarquokka"
@@ -293,7 +293,7 @@ def test_a_run_writes_a_single_file_with_all_else_in_a_folder_beside_it(finished
 
 
 def test_a_run_that_will_take_long_says_so_and_goes_on(arguments, monkeypatch):
-    slow = Estimate(a_pass=60.0, localization=(1e5, 1e6), images=1e5)
+    slow = TimeEstimate(a_pass=60.0, localization=(1e5, 1e6), images=1e5)
     monkeypatch.setattr(nemo_prune.run, "estimate_run", lambda *given: slow)
     result = run(arguments, "--json", threshold=0.999999)
     assert result.exit_code == 0 and "2 prompts will take 28 hours" in result.stderr

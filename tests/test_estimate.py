@@ -5,7 +5,7 @@ import time
 import pytest
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.estimate import Estimate, duration, estimate_run
+from nemo_prune.estimate import TimeEstimate, duration, estimate_run
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 
 
@@ -24,7 +24,7 @@ def test_it_is_the_time_of_a_pass_times_the_passes(pipe):
 
 
 def test_a_slow_machine_is_told_in_words_of_a_size_that_fits():
-    slow = Estimate(a_pass=8.0, localization=(40_000.0, 760_000.0), images=100_000.0)
+    slow = TimeEstimate(a_pass=8.0, localization=(40_000.0, 760_000.0), images=100_000.0)
     assert slow.is_long
     words = slow.described(500)
     assert "8 s" in words and "500 prompts will take 11 hours" in words and "9 days" in words and "--limit" in words
