@@ -28,7 +28,7 @@ _EXPECTED = {
     "base": dict, "settings": dict, "prompts": dict, "prompts_per_neuron": dict, "base_tensors": dict,
     "model": str | None, "digest": str,
 }  # fmt: skip
-_BASE = ("name", "repo_id", "commit", "variant")
+_BASE = ("name", "repo_id", "commit", "variant", "model")
 _COUNTS = ("total", "localized", "not_memorized", "unresolved", "unresolved_included")
 
 

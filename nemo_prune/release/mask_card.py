@@ -32,7 +32,10 @@ def mask_card(mask: NeuronMask, described: Mapping, repo_id: str) -> str:
     data = ModelCardData(base_model=base_id, tags=["nemo-prune", "memorization", "neuron-mask"])
     model = code(base_id or base.get("name") or "a model that it does not name")
     counts = [(code(name), count, mask.sizes[name]) for name, count in mask.counts.items()]
-    rebuild = f"nemo-prune export --model {base_id or 'BASE'} --mask {repo_id} --out pruned/"
+    # `demo` names its model here, too.
+    named = next((name for name in (base.get("model"), base_id) if _HUB_ID.fullmatch(name or "")), None)
+    where = "" if named else " `base` stands for the base model, wherever it lies."
+    rebuild = f"nemo-prune export --model {named or 'base'} --mask {repo_id} --out pruned/"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# A mask of memorization neurons",
@@ -42,7 +45,7 @@ def mask_card(mask: NeuronMask, described: Mapping, repo_id: str) -> str:
         "## What is not claimed",
         _NOT_CLAIMED,
         "## Use",
-        f"The pruned model, which stock diffusers loads:\n\n```bash\n{rebuild}\n```",
+        f"The pruned model, which stock diffusers loads.{where}\n\n```bash\n{rebuild}\n```",
         "Or without writing anything:\n\n```python\nfrom nemo_prune import NeuronMask, apply_mask, find_mask\n\n"
         f'with apply_mask(pipe, NeuronMask.load(find_mask("{repo_id}"))):\n'
         '    image = pipe("a caption").images[0]\n```',
