@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import string
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from nemo_prune.settings import VerificationSettings
 
 TEXT_WIDTH = 16
 
-# Tensors this small take longer to hand out to threads than to compute.
+# Tensors this small take longer to hand out to threads than to compute, and processes that run side by side with more
+# threads than cores wait for each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def tiny_unet(**changes: object) -> UNet2DConditionModel:

@@ -31,7 +31,7 @@ def inspect(
         return
     console = Console()
     needed = metadata.get("prompts_per_neuron", {})
-    shown = "rows (prompts that need it)" if needed else "rows"
+    shown = "rows (prompts whose own set has it)" if needed else "rows"
     table = Table("layer", "pruned", "of", shown, title=f"{mask.num_neurons} neurons pruned")
     for name, indices in rows.items():
         table.add_row(name, str(len(indices)), str(mask.sizes[name]), _listed(indices, needed.get(name, {})))

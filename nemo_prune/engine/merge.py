@@ -32,6 +32,9 @@ def prompts_per_neuron(
 ) -> dict[str, dict[int, int]]:
     """How many prompts need each neuron of a mask, without saying which.
 
+    In an incremental merge a prompt that others silence has no set of its own and counts nowhere, so that these are
+    the prompts that brought a neuron into the mask.
+
     Returns:
         Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
     """

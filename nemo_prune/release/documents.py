@@ -24,7 +24,7 @@ def release_run(folder: Path, findings: Findings, facts: Mapping, grid: Path) ->
     """
     options, mask = findings.options, findings.mask
     described = {key: facts[key] for key in ("base", "settings", "prompts", "versions")}
-    described["scale"] = options.scale
+    described["scale"], described["merge"] = options.scale, options.merge
     described["prompts_per_neuron"] = prompts_per_neuron(findings.localizations, mask, options.include_unresolved)
     described["base_tensors"] = tensor_digests(findings.source.folder, mask)
     (folder / MASK_FILE).parent.mkdir()
