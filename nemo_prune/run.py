@@ -146,7 +146,9 @@ def prune_model(
         )
     with stages.stage("merge") as report_progress:
         if options.merge == "incremental":
-            settled = settle_mask(session.scorer, localizations, calibration, threshold, preserve, report_progress)
+            settled = settle_mask(
+                session.scorer, localizations, calibration, threshold, preserve, report_progress, work.needed
+            )
             mask, localizations = settled.mask, settled.localizations
         else:
             mask = union_mask(localizations, predictor.sizes, options.include_unresolved)

@@ -146,12 +146,22 @@ def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_pas
 
 
 @pytest.mark.slow
-def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(scorer, calibration):
+def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(scorer, calibration, tmp_path):
     texts = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "VM"][:3]
     threshold, sizes = calibration.threshold, scorer.predictor.sizes
     found = list(localize_incrementally(scorer, texts, calibration, threshold))
     assert [each.prompt for each in found] == texts
-    settled = settle_mask(scorer, found, calibration, threshold)
+    log = tmp_path / "needed.jsonl"
+    settled = settle_mask(scorer, found, calibration, threshold, log_file=log)
+    first, *lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) == settled.mask.num_neurons + settled.num_dropped
+    # Stopped half way it goes on, and says the same; what is known is not tried again.
+    log.write_text(first + "".join(lines[: len(lines) // 2]))
+    assert settle_mask(scorer, found, calibration, threshold, log_file=log).mask.neurons == settled.mask.neurons
+    assert log.read_text() == first + "".join(lines)
+    before = scorer.sample_passes
+    settle_mask(scorer, found, calibration, threshold, log_file=log)
+    assert scorer.sample_passes - before == sum(10 + len(each.kept_seeds) for each in found)
     union = union_mask(list(localize_prompts(scorer, texts, calibration, threshold)), sizes)
     assert 0 < settled.mask.num_neurons <= union.num_neurons
     detected = [each for text in texts for each in detect(scorer, [text], threshold)]

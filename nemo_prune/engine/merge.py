@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import Detected, PromptLocalization, detect, localize_on_top
 from nemo_prune.engine.preserve import Preserve
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.trials import Trial
+from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
 
 Progress = Callable[[int, int], None]
@@ -119,6 +121,7 @@ def settle_mask(
     threshold: float,
     preserve: Preserve | None = None,
     progress: Progress = lambda done, total: None,
+    log_file: Path | None = None,
 ) -> SettledMask:
     """Score every memorized prompt under the merged mask, localize what came back, drop what is not needed.
 
@@ -129,13 +132,14 @@ def settle_mask(
         threshold: tau.
         preserve: the most costly neurons are tried first when neurons are dropped.
         progress: called with the neurons that were tried and their number.
+        log_file: where it is kept which neurons are needed, as it comes; what it holds is not tried again.
     """
     results = {each.prompt: each for each in localizations}
     memorized = [each.prompt for each in localizations if each.status != "not_memorized"]
     corpus = _Corpus(scorer, [d for prompt in memorized for d in detect(scorer, [prompt], threshold)], threshold)
     neurons = set(union_mask(localizations, scorer.predictor.sizes).neurons)
-    rounds = 0
-    while rounds < ROUNDS and (awake := corpus.awake_under(neurons)):
+    rounds, awake = 0, corpus.awake_under(neurons)
+    while awake and rounds < ROUNDS:
         rounds += 1
         for detected in awake:
             # What was added for another one may silence it already.
@@ -145,25 +149,51 @@ def settle_mask(
             if found.status == "localized":
                 neurons.update(found.neurons)
                 results[found.prompt] = _joined(results[found.prompt], found)
-    awake = {detected.scored.prompt for detected in corpus.awake_under(neurons)}
-    for detected in corpus.detected:
-        prompt = detected.scored.prompt
-        if prompt not in awake and results[prompt].status == "unresolved":
-            results[prompt] = _silenced(detected)
-    silenced = corpus.without(awake)
+        awake = corpus.awake_under(neurons)
+    silenced = corpus.without({detected.scored.prompt for detected in awake})
+    for detected in silenced.detected:
+        if results[detected.scored.prompt].status == "unresolved":
+            results[detected.scored.prompt] = _silenced(detected)
     order = list(scorer.predictor.layers)[::-1]
     tried = sorted(neurons, key=lambda n: (-preserve.costs[n], n) if preserve else (order.index(n.layer), n.index))
     needing = {neuron: each.prompt for each in results.values() for neuron in each.neurons}
-    for done, neuron in enumerate(tried, start=1):
-        if silenced.is_silenced_by(neurons - {neuron}, needing.get(neuron)):
-            neurons.remove(neuron)
-        progress(done, len(tried))
+    log = LineLog(log_file, {"tried": tried, "threshold": threshold}) if log_file else None
+    needed = _needed(silenced, tried, needing, log, progress)
     return SettledMask(
-        mask=NeuronMask.from_neurons(neurons, scorer.predictor.sizes),
+        mask=NeuronMask.from_neurons(needed, scorer.predictor.sizes),
         localizations=tuple(results[each.prompt] for each in localizations),
         rounds=rounds,
-        num_dropped=len(tried) - len(neurons),
+        num_dropped=len(tried) - len(needed),
     )
+
+
+def _needed(
+    silenced: "_Corpus",
+    tried: Sequence[Neuron],
+    needing: Mapping[Neuron, str],
+    log: LineLog | None,
+    progress: Progress,
+) -> set[Neuron]:
+    """What remains of neurons that are let go one after the other as long as all prompts stay silent.
+
+    Args:
+        silenced: the prompts.
+        tried: the neurons, in the order in which they are tried.
+        needing: neuron -> the prompt to ask first.
+        log: what is known already, and where it is kept.
+        progress: called with the neurons that were tried and their number.
+    """
+    neurons = set(tried)
+    known = {Neuron(layer, index): is_needed for layer, index, is_needed in log or ()}
+    for done, neuron in enumerate(tried, start=1):
+        if neuron not in known:
+            known[neuron] = not silenced.is_silenced_by(neurons - {neuron}, needing.get(neuron))
+            if log:
+                log.append([*neuron, known[neuron]])
+        if not known[neuron]:
+            neurons.remove(neuron)
+        progress(done, len(tried))
+    return neurons
 
 
 def _silenced(detected: Detected) -> PromptLocalization:

@@ -62,6 +62,11 @@ class WorkFolder:
         return self.path / "costs.jsonl"
 
     @property
+    def needed(self) -> Path:
+        """Where it lies which neurons of an incremental merge are needed, a line a neuron."""
+        return self.path / "needed.jsonl"
+
+    @property
     def verified(self) -> Path:
         """Where the scores under the mask lie, a line a prompt."""
         return self.path / "verified.jsonl"
