@@ -53,7 +53,7 @@ def kill_often(options: Sequence[str], num_kills: int, seed: int, folder: Path, 
     if start(options, folder / "undisturbed", command).wait():
         raise RuntimeError("The undisturbed one fails.")
     seconds = time.monotonic() - began
-    compared = result if command == "run" else everything
+    compared = result if command == "run" else files_of
     expected = compared(folder / "undisturbed")
     moments, places, finished, equal = random.Random(seed), Counter(), 0, 0
     while sum(places.values()) < num_kills:
@@ -137,7 +137,7 @@ def result(out: Path) -> tuple[bytes, bytes]:
     return (out / WEIGHTS).read_bytes(), (out / MASK).read_bytes()
 
 
-def everything(out: Path) -> dict[str, str]:
+def files_of(out: Path) -> dict[str, str]:
     """sha256 of every file."""
     return {path.relative_to(out).as_posix(): file_hash(path) for path in out.rglob("*") if path.is_file()}
 

@@ -27,6 +27,7 @@ from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.known_models import KNOWN_MODELS, KnownModel
 from nemo_prune.mask import NeuronMask
+from nemo_prune.progress import Notify, Progress, silently, unheard
 from nemo_prune.release.documents import release_run
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.pruned import write_weights
@@ -47,9 +48,6 @@ from nemo_prune.verify import (
     verify_prompt,
 )
 
-Progress = Callable[[str, int, int], None]
-Notify = Callable[[str], None]
-
 _NUM_COST_PROMPTS = 16
 _NUM_WEIGHING_PROMPTS = 5
 _NUM_ORDINARY_IMAGES = 4
@@ -68,14 +66,6 @@ class RunResult:
     facts: dict
     out: Path | None
     report: Path
-
-
-def _silently(stage: str, done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-def _unheard(message: str) -> None:
-    """Nobody listens."""
 
 
 class _Stages:
@@ -99,8 +89,8 @@ def prune_model(
     options: RunOptions,
     settings: LocalizationSettings,
     verification: VerificationSettings,
-    progress: Progress = _silently,
-    notify: Notify = _unheard,
+    progress: Progress = silently,
+    notify: Notify = unheard,
 ) -> RunResult:
     """Localize the memorization neurons of a corpus, prune them, prove it and write the release.
 
@@ -211,7 +201,7 @@ def calibrate_model(
     options: ModelOptions,
     settings: LocalizationSettings,
     overwrite: bool = False,
-    progress: Progress = _silently,
+    progress: Progress = silently,
 ) -> Calibration:
     """The first stage alone: measure what is usual and keep it in a file; an old one stands until then.
 
@@ -228,7 +218,7 @@ def localize_model(
     corpus: Corpus,
     calibration_texts: Sequence[str],
     options: RunOptions,
-    progress: Progress = _silently,
+    progress: Progress = silently,
 ) -> tuple[Path, Sequence[PromptLocalization]]:
     """The stages up to the localization: results for a later merge, in the work folder.
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import MaskError, ModelError, OutputError
@@ -25,10 +26,6 @@ def mask(pipe):
     sizes = NoisePredictor(pipe, LocalizationSettings()).sizes
     generator = torch.Generator().manual_seed(0)
     return NeuronMask({name: torch.rand(size, generator=generator) < 0.4 for name, size in sizes.items()})
-
-
-def files_of(folder):
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def export(base, mask, folder):

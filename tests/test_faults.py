@@ -7,16 +7,15 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
+from kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import OutputError
-from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import folder_beside
 from nemo_prune.files.staging import check_release_target, staged_folder
 from nemo_prune.files.work import LineLog
@@ -26,10 +25,6 @@ from nemo_prune.release.targets import staged_release
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,9 @@ def base(tmp_path):
 
 
 def make_base(folder):
+    """The folder, made where it is missing: examples of one test share it."""
+    if folder.exists():
+        return folder
     (folder / "unet").mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
     save_file(TENSORS, folder / WEIGHTS, metadata={"format": "pt"})
@@ -154,9 +157,7 @@ def assert_error_or_exactly_the_masked_rows(base, mask_file, out, mask=None):
 @many
 @given(st.data())
 def test_mutated_bytes_give_an_error_or_exactly_the_masked_rows(tmp_path, data):
-    base = tmp_path / "base"
-    if not base.exists():
-        make_base(base)
+    base = make_base(tmp_path / "base")
     content = save(TENSORS, metadata={"format": "pt"})
     (base / WEIGHTS).write_bytes(data.draw(mutated(content)))
     assert_error_or_exactly_the_masked_rows(base, None, tmp_path / "out", MASK)
@@ -165,9 +166,7 @@ def test_mutated_bytes_give_an_error_or_exactly_the_masked_rows(tmp_path, data):
 @many
 @given(st.data())
 def test_mutated_headers_give_an_error_or_what_the_official_reader_sees(tmp_path, data):
-    base = tmp_path / "base"
-    if not base.exists():
-        make_base(base)
+    base = make_base(tmp_path / "base")
     content = save(TENSORS)
     header = data.draw(mutated_json(header_of(content)))
     (base / WEIGHTS).write_bytes(with_header(content, json.dumps(header).encode()))

@@ -11,11 +11,11 @@ from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, re
 from nemo_prune.checkpoint.stored import StoredTensor, read_header
 from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import SAFETENSORS, is_licence_file
+from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, is_licence_file
 from nemo_prune.mask import NeuronMask
 
 # What a release adds to the base's files, and what it may write anew.
-_OF_THE_RELEASE = ("README.md", "nemo_prune.json", "nemo_prune/")
+_OF_THE_RELEASE = (CARD_FILE, RECORD_FILE, "nemo_prune/")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | 
     if in_place and _header_bytes(base, read_header(base)) != _header_bytes(out, read_header(out)):
         yield Difference(out.name, "changed")
     before, after = _tensors(base, variant), _tensors(out, variant)
-    masked = masked_tensors(mask, after) if mask else {}
+    masked, pruned = (masked_tensors(mask, after), mask.tensor_rows) if mask else ({}, {})
     for name in sorted(before.keys() | after.keys()):
         shown = after.get(name) or before[name]
         where = {"file": shown.file, "tensor": shown.name, "layer": masked.get(name) if out.is_file() else None}
@@ -140,7 +140,7 @@ def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | 
         elif _form(before[name].content) != _form(after[name].content):
             yield Difference(what="changed", **where)
         elif rows := differing_rows(before[name].content, after[name].content):
-            allowed = mask.tensor_rows[masked[name]] if name in masked else ()
+            allowed = pruned.get(masked.get(name), ())
             yield Difference(what="rows", rows=rows, expected=set(rows) <= set(allowed), **where)
 
 

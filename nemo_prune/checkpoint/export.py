@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from nemo_prune.checkpoint.folder import check_files, component_names
+from nemo_prune.checkpoint.folder import INDEX_FILE, check_files, component_names
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
 from nemo_prune.checkpoint.stored import StoredTensor, read_header
 from nemo_prune.errors import MaskError, ModelError, OutputError
@@ -87,7 +87,7 @@ def _why_left_out(name: str) -> str | None:
 
 
 def _belongs_at_root(path: Path) -> bool:
-    return path.is_file() and (path.name == "model_index.json" or is_licence_file(path.name))
+    return path.is_file() and (path.name == INDEX_FILE or is_licence_file(path.name))
 
 
 def export_size(base: Path) -> int:

@@ -85,14 +85,14 @@ def patch_single_file(file: Path, mask: NeuronMask, scale: float) -> tuple[int, 
         MaskError: a masked layer is not in the file or has another number of rows.
         ModelError: the file is damaged.
     """
-    stored = read_header(file)
+    stored, pruned = read_header(file), mask.tensor_rows
     copies = masked_tensors(mask, stored)
-    for name in mask.tensor_rows:
+    for name in pruned:
         if name.endswith(".weight") and name not in copies.values():
             raise MaskError(f"Mask layer `{name.removesuffix('.weight')}` is not in the single file.")
     for copy, name in copies.items():
         check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, mask)
-    rows = {copy: mask.tensor_rows[name] for copy, name in copies.items()}
+    rows = {copy: pruned[name] for copy, name in copies.items()}
     averages = sum(len(indices) for copy, indices in rows.items() if copy.startswith(EMA_PREFIX))
     return scale_rows(file, stored, rows, scale), averages
 

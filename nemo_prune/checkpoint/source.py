@@ -157,7 +157,7 @@ def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> Stabl
     Raises:
         ModelError: it can't be loaded, is of a family that is not supported, or holds NaN.
     """
-    index = json.loads((source.folder / "model_index.json").read_text())
+    index = json.loads((source.folder / INDEX_FILE).read_text())
     without_checker = {"safety_checker": None, "requires_safety_checker": False}
     options = without_checker if "safety_checker" in index else {}
     try:

@@ -16,11 +16,11 @@ from nemo_prune.corpus.stream import ORDINARY, CaptionStream
 from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.plot import save_distributions
+from nemo_prune.progress import Progress
 from nemo_prune.session import BaseSession, Session, digest
 from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettings
 from nemo_prune.verify import draw_images, seed_agreement
 
-Progress = Callable[[str, int, int], None]
 Numbered = tuple[int, str]
 
 # Filled up by the usual batches of 10 and 40, and lost by a kill in a few seconds' worth at most.

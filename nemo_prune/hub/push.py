@@ -1,6 +1,6 @@
 """Publication on the Hub: one atomic commit, or none."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha1, sha256
 from pathlib import Path
@@ -17,9 +17,7 @@ from nemo_prune.files.untrusted import read_json
 from nemo_prune.hub.account import check_access, existing_repo
 from nemo_prune.hub.errors import named_errors
 from nemo_prune.hub.parcel import RELEASE_FILES, Parcel, is_weights, pack, some_of
-
-Progress = Callable[[str, int, int], None]
-Notify = Callable[[str], None]
+from nemo_prune.progress import Notify, Progress, silently, unheard
 
 # Larger files are sent one by one, so that a stop costs one at most.
 _LARGE = 10_000_000
@@ -66,20 +64,12 @@ class Pushed:
         return bool(self.sent or self.deleted)
 
 
-def _silently(stage: str, done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-def _unheard(message: str) -> None:
-    """Nobody listens."""
-
-
 def push_release(
     out: Path,
     repo_id: str,
     options: PushOptions = PushOptions(),
-    progress: Progress = _silently,
-    notify: Notify = _unheard,
+    progress: Progress = silently,
+    notify: Notify = unheard,
 ) -> Pushed:
     """Push a release, or a mask alone, to a repo of the Hub as one commit on top of what was seen there.
 

@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import SettingsError
-from nemo_prune.files.layout import is_licence_file
+from nemo_prune.files.layout import CARD_FILE, is_licence_file
 from nemo_prune.release.markdown import HUB
 from nemo_prune.settings import Statement
 
@@ -69,7 +69,7 @@ def licence_of(source: ModelSource, statement: Statement) -> Licence:
     Raises:
         SettingsError: the publisher states another licence than the base's card.
     """
-    card = _card_metadata(source.folder / "README.md")
+    card = _card_metadata(source.folder / CARD_FILE)
     texts = tuple(
         sorted(path.name for path in source.folder.iterdir() if path.is_file() and is_licence_file(path.name))
     )

@@ -49,7 +49,8 @@ def write_weights(source: ModelSource, mask: NeuronMask, release: StagedRelease,
     else:
         write_single_file(release.folder, source.variant, release.file)
         tensors = folder_tensors(release.folder, source.variant)
-        rows = sum(len(mask.tensor_rows[name]) for name in masked_tensors(mask, tensors).values())
+        pruned = mask.tensor_rows
+        rows = sum(len(pruned[name]) for name in masked_tensors(mask, tensors).values())
         left_out = report.left_out
         if not source.single_file:
             left_out = left_out | _left_out(release.folder, tensors.values())

@@ -2,7 +2,6 @@
 
 import platform
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import MaskError
 from nemo_prune.files.layout import MASK_FILE
 from nemo_prune.mask import NeuronMask
+from nemo_prune.progress import Notify, unheard
 from nemo_prune.release.documents import write_release
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.pruned import write_weights
@@ -28,7 +28,7 @@ def export_model(
     force: bool = False,
     overwrite: bool = False,
     statement: Statement | None = None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = unheard,
 ) -> dict:
     """Prune a base by a finished mask and write it with mask, record and card.
 
