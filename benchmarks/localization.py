@@ -19,13 +19,13 @@ from statistics import mean, median
 
 import torch
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.engine.calibration import Calibration, calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import PromptLocalization, localize_prompts
 from nemo_prune.engine.scorer import Scorer
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline, resolve_model
 from nemo_prune.settings import LocalizationSettings
 from oracle import Oracle, agrees, largest_difference, lower_bound
 

@@ -18,9 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder
 from nemo_prune.engine.calibration import Calibration, calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import PromptLocalization, localize_prompts
@@ -28,8 +26,10 @@ from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_m
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.proof.cost import full_mask, noise_change
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.verify import full_mask, noise_change
 
 CURVE_POINTS = 5
 

@@ -19,26 +19,19 @@ from statistics import mean, median
 import torch
 from PIL import Image
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 from nemo_prune.corpus.prompts import Prompt, read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.localize import PromptLocalization, localize_prompts
 from nemo_prune.engine.merge import union_mask
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE
+from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
+from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities, save_grid
+from nemo_prune.proof.scores import verify_prompt
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from nemo_prune.verify import (
-    copy_similarities,
-    draw_images,
-    full_mask,
-    image_similarities,
-    matched_random_mask,
-    noise_change,
-    save_grid,
-    verify_prompt,
-)
 
 NUM_ORDINARY_DRAWN = 16
 NUM_COST_PROMPTS = 32

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
     from nemo_prune.engine.localize import PromptLocalization, localize_prompt, localize_prompts
     from nemo_prune.errors import NemoPruneError
-    from nemo_prune.hub.mask_source import find_mask
-    from nemo_prune.hub.push import Pushed, PushOptions, push_release
     from nemo_prune.mask import Neuron, NeuronMask
+    from nemo_prune.models.mask_source import find_mask
+    from nemo_prune.publish.push import Pushed, PushOptions, push_release
     from nemo_prune.run import RunResult, prune_model
     from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Calibration": "engine.calibration",
     "calibrate": "engine.calibration",
-    "find_mask": "hub.mask_source",
+    "find_mask": "models.mask_source",
     "NoisePredictor": "engine.diffusion",
     "apply_mask": "engine.diffusion",
     "NemoPruneError": "errors",
@@ -32,9 +32,9 @@ _HOMES = {
     "Scorer": "engine.scorer",
     "Neuron": "mask",
     "NeuronMask": "mask",
-    "PushOptions": "hub.push",
-    "Pushed": "hub.push",
-    "push_release": "hub.push",
+    "PushOptions": "publish.push",
+    "Pushed": "publish.push",
+    "push_release": "publish.push",
     "RunOptions": "settings",
     "RunResult": "run",
     "prune_model": "run",

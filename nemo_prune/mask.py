@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
-from nemo_prune.checkpoint.stored import read_header
 from nemo_prune.errors import MaskError, ModelError
+from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.files.staging import staged_file
 from nemo_prune.files.untrusted import parse_json
 

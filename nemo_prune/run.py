@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 
-from nemo_prune.checkpoint.source import ModelSource, load_pipeline
+from nemo_prune.compute.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.corpus.prompts import Corpus, Prompt
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -20,33 +20,27 @@ from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError, PromptError
-from nemo_prune.estimate import estimate_run
 from nemo_prune.files.images import ImageFolder
 from nemo_prune.files.layout import folder_beside
 from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder
-from nemo_prune.known_models import KNOWN_MODELS, KnownModel
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.known import KNOWN_MODELS, KnownModel
+from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.progress import Notify, Progress, silently, unheard
+from nemo_prune.proof.bits import check_pruned_equals_suppressed
+from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
+from nemo_prune.proof.images import compare_images, draw_images
+from nemo_prune.proof.scores import PromptVerification, verify_prompt
 from nemo_prune.release.documents import release_run
 from nemo_prune.release.licence import licence_of
+from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.pruned import write_weights
 from nemo_prune.release.record import Findings, described_base
-from nemo_prune.release.references import prompt_references, secret_key
 from nemo_prune.release.report import save_grids, write_report
 from nemo_prune.release.targets import check_release, staged_release
-from nemo_prune.session import BaseSession, Session, choose_dtype, digest
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
-from nemo_prune.verify import (
-    PromptVerification,
-    check_pruned_equals_suppressed,
-    compare_images,
-    draw_images,
-    full_mask,
-    matched_random_mask,
-    noise_change,
-    verify_prompt,
-)
+from nemo_prune.stages.estimate import estimate_run
 
 _NUM_COST_PROMPTS = 16
 _NUM_WEIGHING_PROMPTS = 5
@@ -95,7 +89,7 @@ def prune_model(
     """Localize the memorization neurons of a corpus, prune them, prove it and write the release.
 
     Args:
-        source: the model, see :func:`nemo_prune.checkpoint.source.resolve_model`.
+        source: the model, see :func:`nemo_prune.models.source.resolve_model`.
         corpus: what to examine.
         calibration_texts: ordinary prompts, none of the memorized ones among them.
         options: where to and how.

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import find_again, load_pipeline, resolve_model
 from nemo_prune.cli import app
 from nemo_prune.errors import ModelError
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.source import find_again, load_pipeline, resolve_model
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.activations import ActivationStatistics
@@ -32,16 +31,18 @@ from nemo_prune.engine.scorer import Rechecks
 from nemo_prune.errors import OutputError, SettingsError
 from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.source import ModelSource
+from nemo_prune.proof.images import ImageEvidence
+from nemo_prune.proof.scores import PromptVerification
 from nemo_prune.release.card import PAPER, model_card, named
 from nemo_prune.release.documents import release_run
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.markdown import code, table
+from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import Findings, described_base
-from nemo_prune.release.references import prompt_references, secret_key
 from nemo_prune.release.report import run_report, write_report
 from nemo_prune.release.sealed import read_record
 from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
-from nemo_prune.verify import ImageEvidence, PromptVerification
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

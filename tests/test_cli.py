@@ -24,7 +24,7 @@ import nemo_prune.run
 from kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.cli import app
-from nemo_prune.estimate import TimeEstimate
+from nemo_prune.stages.estimate import TimeEstimate
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MARKER = "zanzibarquokka"
@@ -177,7 +177,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
         raise AssertionError("the work folder knows it")
 
     monkeypatch.setattr(nemo_prune.engine.localize, "detect", not_again)
-    monkeypatch.setattr(nemo_prune.session, "fit_calibration", not_again)
+    monkeypatch.setattr(nemo_prune.compute.session, "fit_calibration", not_again)
     stated = {"license": "other", "license_name": "Our Terms"}
     record = json.loads((out / "nemo_prune.json").read_text())
     again = run(command, "--include-unresolved", "--overwrite", "--publish-examples", **stated)

@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE, demo_folder, write_demo
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.localize import detect, localize_prompt, localize_prompts
@@ -21,8 +19,18 @@ from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_m
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.demo import (
+    CALIBRATION_FILE,
+    DEMO_GUIDANCE_SCALE,
+    PROMPTS_FILE,
+    TEST_FILE,
+    demo_folder,
+    write_demo,
+)
+from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.proof.cost import matched_random_mask
+from nemo_prune.proof.images import copy_similarities, draw_images
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from nemo_prune.verify import copy_similarities, draw_images, matched_random_mask
 from oracle import Oracle, agrees
 
 VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE, images_per_prompt=2)

@@ -14,13 +14,13 @@ import torch
 from kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import OutputError
 from nemo_prune.files.layout import folder_beside
 from nemo_prune.files.staging import check_release_target, staged_folder
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.release.rebuild import export_model
+from nemo_prune.models.source import ModelSource
+from nemo_prune.release.from_mask import export_model
 from nemo_prune.release.targets import staged_release
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -16,8 +16,8 @@ from nemo_prune.files.layout import MASK_FILE
 RESOLVE = """
 import sys
 from nemo_prune.errors import NemoPruneError
-from nemo_prune.hub.mask_source import find_mask
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
+from nemo_prune.models.mask_source import find_mask
+from nemo_prune.models.source import load_pipeline, resolve_model
 import torch
 for name in sys.argv[1:]:
     try:

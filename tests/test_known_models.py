@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError
-from nemo_prune.known_models import SD_V1_4, URL_VARIABLE, ReferenceFile, fetch, published_calibration, why_not
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
+from nemo_prune.models.known import SD_V1_4, URL_VARIABLE, ReferenceFile, fetch, published_calibration, why_not
 from nemo_prune.settings import LocalizationSettings
 
 TEXTS = [f"thing number {i}" for i in range(60)]
@@ -121,7 +121,7 @@ def test_a_published_calibration_fits_its_model_and_no_other(pipe):
 # The command line as installed, with the files of this test in the place of the published ones, and few images.
 PROGRAM = """
 import dataclasses, functools, json, sys
-import nemo_prune.cli.run, nemo_prune.known_models as known, nemo_prune.run
+import nemo_prune.cli.run, nemo_prune.models.known as known, nemo_prune.run
 from nemo_prune.settings import VerificationSettings
 files = {name: known.ReferenceFile(*file) for name, file in json.loads(sys.argv.pop(1)).items()}
 known.KNOWN_MODELS["CompVis/stable-diffusion-v1-4"] = dataclasses.replace(known.SD_V1_4, **files)

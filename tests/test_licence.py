@@ -3,9 +3,9 @@
 import pytest
 
 from nemo_prune.checkpoint.export import files_to_export
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.layout import is_licence_file
+from nemo_prune.models.source import ModelSource
 from nemo_prune.release.licence import licence_of
 from nemo_prune.settings import Statement
 

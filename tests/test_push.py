@@ -15,9 +15,9 @@ from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.cli import app
 from nemo_prune.errors import PushError, RecordError
 from nemo_prune.files.layout import CARD_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, folder_beside
-from nemo_prune.hub.mask_source import find_mask
-from nemo_prune.hub.parcel import pack
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.mask_source import find_mask
+from nemo_prune.publish.parcel import pack
 from nemo_prune.release.residual import with_findings
 from nemo_prune.release.sealed import read_record, write_record
 

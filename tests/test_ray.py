@@ -11,16 +11,16 @@ from importlib.util import find_spec
 
 import pytest
 
-import nemo_prune.workers.ray_workers
-from nemo_prune.checkpoint.source import ModelSource, find_again
+import nemo_prune.compute.ray_workers
+from nemo_prune.compute.ray_cluster import connect, import_ray, resource_for
+from nemo_prune.compute.session import Session, open_session
 from nemo_prune.corpus.prompts import Corpus, Prompt
-from nemo_prune.corpus.screen import sieve_chunk
 from nemo_prune.engine.results import read_results
 from nemo_prune.errors import ModelError, SettingsError, WorkerError
+from nemo_prune.models.source import ModelSource, find_again
 from nemo_prune.run import localize_model
-from nemo_prune.session import Session, open_session
+from nemo_prune.screening.screen import sieve_chunk
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, SieveSettings
-from nemo_prune.workers.ray_cluster import connect, import_ray, resource_for
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 
@@ -93,7 +93,7 @@ def test_two_workers_of_which_one_is_killed_find_what_a_single_process_finds(clu
 @pytest.mark.slow
 def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_folder, monkeypatch):
     # A worker takes seconds to start.
-    monkeypatch.setattr(nemo_prune.workers.ray_workers, "MOST_DEATHS", 1)
+    monkeypatch.setattr(nemo_prune.compute.ray_workers, "MOST_DEATHS", 1)
 
     def task(session, chunk):
         if chunk == ["poison"]:

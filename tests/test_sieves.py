@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.corpus.sieves import Sieves, guidance_alignment, guidance_norm
-from nemo_prune.demo import DEMO_NORM_STEP, PROMPTS_FILE, TEST_FILE, demo_folder
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import SettingsError
+from nemo_prune.models.demo import DEMO_NORM_STEP, PROMPTS_FILE, TEST_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.screening.sieves import Sieves, guidance_alignment, guidance_norm
 from nemo_prune.settings import LocalizationSettings, SieveSettings
 
 CAPTIONS = ["a cat", "a dog", "a rather long caption of a bird", "b"]

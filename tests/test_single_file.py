@@ -23,11 +23,11 @@ from nemo_prune.checkpoint import conversion
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.checkpoint.ldm_names import ema_name, ldm_names, ldm_shape
 from nemo_prune.checkpoint.single_file import check_single_file, write_single_file
-from nemo_prune.checkpoint.source import find_again, load_pipeline, resolve_model
 from nemo_prune.cli import app
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.source import find_again, load_pipeline, resolve_model
 from nemo_prune.release.targets import staged_release
 from nemo_prune.settings import LocalizationSettings
 

@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import ModelSource, resolve_model
-from nemo_prune.checkpoint.stored import read_header
 from nemo_prune.cli import app
 from nemo_prune.engine.localize import PromptLocalization
 from nemo_prune.engine.merge import union_mask
 from nemo_prune.engine.results import ResultsFile, ResultsHeader, read_results
 from nemo_prune.errors import MaskError, ModelError, NemoPruneError, PromptError
-from nemo_prune.hub.parcel import pack
+from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
-from nemo_prune.release.rebuild import export_model
+from nemo_prune.models.source import ModelSource, resolve_model
+from nemo_prune.publish.parcel import pack
+from nemo_prune.release.from_mask import export_model
 from nemo_prune.release.sealed import read_record, write_record
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

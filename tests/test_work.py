@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.compute.session import Session
 from nemo_prune.files.work import LineLog
-from nemo_prune.session import Session
+from nemo_prune.models.source import ModelSource
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 
 TEXTS = [f"thing number {i}" for i in range(50)]

@@ -8,10 +8,10 @@ from typing import Literal
 from nemo_prune.checkpoint.export import files_to_export
 from nemo_prune.checkpoint.ldm_names import PREFIXES, full_name
 from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, read_tensors
-from nemo_prune.checkpoint.stored import StoredTensor, read_header
 from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, is_licence_file
+from nemo_prune.files.safetensors_header import StoredTensor, read_header
 from nemo_prune.mask import NeuronMask
 
 # What a release adds to the base's files, and what it may write anew.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nemo_prune.checkpoint.folder import INDEX_FILE, check_files, component_names
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
-from nemo_prune.checkpoint.stored import StoredTensor, read_header
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import is_licence_file
+from nemo_prune.files.safetensors_header import StoredTensor, read_header
 from nemo_prune.mask import NeuronMask
 
 # Weights in formats that can't be patched by offset, or that repeat what safetensors hold.

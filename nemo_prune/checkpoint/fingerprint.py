@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from nemo_prune.checkpoint.export import unet_weights
-from nemo_prune.checkpoint.stored import FLOAT_DTYPES, StoredTensor, read_header
 from nemo_prune.errors import MaskError
+from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor, read_header
 from nemo_prune.mask import NeuronMask
 
 # A base is published in any of these.

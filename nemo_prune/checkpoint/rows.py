@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_prune.checkpoint.stored import FLOAT_DTYPES, StoredTensor
 from nemo_prune.errors import MaskError, ModelError
+from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor
 from nemo_prune.mask import NeuronMask
 
 

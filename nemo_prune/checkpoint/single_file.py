@@ -12,11 +12,11 @@ from pathlib import Path
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
-from nemo_prune.checkpoint.stored import read_header
 from nemo_prune.checkpoint.tensors import TensorBytes, equal_bytes, loaded_tensor, stored_tensor, write_tensors
 from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS
+from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.mask import NeuronMask
 
 SUFFIXES = (SAFETENSORS, ".ckpt")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nemo_prune.checkpoint.stored import StoredTensor
 from nemo_prune.errors import ModelError
+from nemo_prune.files.safetensors_header import StoredTensor
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

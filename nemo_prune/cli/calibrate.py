@@ -55,7 +55,7 @@ def calibrate(
     with errors_reported(), progress_bar(quiet=as_json) as progress:
         settings = LocalizationSettings.preset(preset, projections=projections, seed=seed, num_samples=num_samples)
         quieten_libraries()
-        from nemo_prune.checkpoint.source import resolve_model
+        from nemo_prune.models.source import resolve_model
         from nemo_prune.run import calibrate_model
 
         ordinary = ordinary_texts(model, calibration_prompts)

@@ -14,7 +14,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
 
     Example: [bold]nemo-prune demo demo-model/[/]
     """
-    from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, write_demo
+    from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, write_demo
 
     with errors_reported():
         write_demo(folder)

@@ -31,8 +31,8 @@ def diff(
     with errors_reported():
         quieten_libraries()
         from nemo_prune.checkpoint.diff import diff_models
-        from nemo_prune.hub.mask_source import find_mask
         from nemo_prune.mask import NeuronMask
+        from nemo_prune.models.mask_source import find_mask
 
         before, after = _place(base, revision, variant), _place(out, None, variant)
         file = find_mask(mask) if mask else _own_mask(after)
@@ -56,7 +56,7 @@ def diff(
 
 def _place(name: str, revision: str | None, variant: str | None) -> Path:
     """The folder or the single file of a model."""
-    from nemo_prune.checkpoint.source import resolve_model
+    from nemo_prune.models.source import resolve_model
 
     path = Path(name)
     return path if path.is_file() else resolve_model(name, revision, variant).folder

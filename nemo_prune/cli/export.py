@@ -48,9 +48,9 @@ def export(
     with errors_reported():
         statement = Statement(base_model, license, license_name, license_link)
         quieten_libraries()
-        from nemo_prune.checkpoint.source import resolve_model
-        from nemo_prune.hub.mask_source import find_mask
-        from nemo_prune.release.rebuild import export_model
+        from nemo_prune.models.mask_source import find_mask
+        from nemo_prune.models.source import resolve_model
+        from nemo_prune.release.from_mask import export_model
 
         source = resolve_model(model, revision, variant, config)
         facts = export_model(source, find_mask(mask), out, scale, force, overwrite, statement, tell)

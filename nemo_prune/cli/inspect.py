@@ -21,8 +21,8 @@ def inspect(
     Example: [bold]nemo-prune inspect pruned/[/]
     """
     with errors_reported():
-        from nemo_prune.hub.mask_source import find_mask
         from nemo_prune.mask import NeuronMask
+        from nemo_prune.models.mask_source import find_mask
 
         mask, metadata = NeuronMask.load_with_metadata(find_mask(name))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}

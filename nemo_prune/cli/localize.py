@@ -76,10 +76,10 @@ def localize(
             published_calibration=calibration_prompts is None, overwrite=overwrite,
         )  # fmt: skip
         quieten_libraries()
-        from nemo_prune.checkpoint.source import resolve_model
+        from nemo_prune.compute.session import open_session
         from nemo_prune.engine.localize import count_statuses
+        from nemo_prune.models.source import resolve_model
         from nemo_prune.run import localize_model
-        from nemo_prune.session import open_session
 
         examined = examined_corpus(model, prompts, prompt_column, limit)
         ordinary = [] if calibration else ordinary_texts(model, calibration_prompts)

@@ -114,7 +114,7 @@ def examined_corpus(
     from nemo_prune.corpus.prompts import read_corpus
 
     if from_screen is not None:
-        from nemo_prune.corpus.screened import read_passed
+        from nemo_prune.screening.screened import read_passed
 
         if prompts is not None or column is not None:
             raise PromptError("--from-screen names the captions already. Leave out --prompts and --prompt-column.")
@@ -131,11 +131,11 @@ def ordinary_texts(model: str, prompts: str | None) -> list[str]:
 
 def own_prompts(model: str, kind: str) -> Path:
     """A file of captions that a model ``memorized``, or of ``ordinary`` ones, where it is known to have them."""
-    from nemo_prune.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, demo_folder
+    from nemo_prune.models.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, demo_folder
 
     if model == DEMO_MODEL:
         return demo_folder() / {"memorized": PROMPTS_FILE, "ordinary": CALIBRATION_FILE}[kind]
-    from nemo_prune.known_models import KNOWN_MODELS, fetch
+    from nemo_prune.models.known import KNOWN_MODELS, fetch
 
     if model in KNOWN_MODELS:
         return fetch(getattr(KNOWN_MODELS[model], kind))
@@ -148,7 +148,7 @@ def own_prompts(model: str, kind: str) -> Path:
 
 def image_guidance(model: str, given: float | None) -> float:
     """Guidance of the images that are drawn: the given one, or what suits the model."""
-    from nemo_prune.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL
+    from nemo_prune.models.demo import DEMO_GUIDANCE_SCALE, DEMO_MODEL
 
     if given is not None:
         return given

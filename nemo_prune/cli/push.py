@@ -33,7 +33,7 @@ def push(
     """
     with errors_reported(), progress_bar(quiet=as_json, first=_FIRST) as progress:
         quieten_hub_client()
-        from nemo_prune.hub.push import PushOptions, push_release
+        from nemo_prune.publish.push import PushOptions, push_release
 
         options = PushOptions(private, revision, create_pr, allow_residual)
         pushed = push_release(out, repo_id, options, progress, tell)
@@ -51,7 +51,7 @@ class PushAtTheEnd:
 
     Attributes:
         repo_id: where to; None where nothing is pushed.
-        private: see :class:`nemo_prune.hub.push.PushOptions`.
+        private: see :class:`nemo_prune.publish.push.PushOptions`.
         allow_residual: see there.
         quiet: show no progress.
     """
@@ -71,7 +71,7 @@ class PushAtTheEnd:
             if self.private or self.allow_residual:
                 raise SettingsError("--private and --allow-residual say how to push. Say where to with --push-to.")
             return
-        from nemo_prune.hub.account import check_access
+        from nemo_prune.publish.account import check_access
 
         check_access(self.repo_id, self.private)
 
@@ -90,7 +90,7 @@ class PushAtTheEnd:
             tell("Nothing was pruned, so that nothing was pushed.")
             return None
         quieten_hub_client()
-        from nemo_prune.hub.push import PushOptions, push_release
+        from nemo_prune.publish.push import PushOptions, push_release
 
         options = PushOptions(private=self.private, allow_residual=self.allow_residual)
         try:

@@ -140,7 +140,7 @@ def run(
         push_at_the_end.check()
         # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
         quieten_libraries()
-        from nemo_prune.checkpoint.source import resolve_model
+        from nemo_prune.models.source import resolve_model
         from nemo_prune.run import prune_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
@@ -165,7 +165,7 @@ def run(
 def _show_result(result: Any) -> None:
     """Tables on the terminal: what was found, what changed and where to look."""
     # The card's rows are the terminal's rows: one wording for both.
-    from nemo_prune.release.measured import before_after_rows
+    from nemo_prune.release.wording import before_after_rows
 
     facts, console = result.facts, Console()
     prompts = facts["prompts"]

@@ -108,16 +108,16 @@ def screen(
             confirm=confirm,
             overwrite=overwrite,
         )
-        from nemo_prune.demo import DEMO_MODEL, DEMO_NORM_STEP
+        from nemo_prune.models.demo import DEMO_MODEL, DEMO_NORM_STEP
 
         if norm_step is None:
             norm_step = DEMO_NORM_STEP if model == DEMO_MODEL else SIEVE_DEFAULTS.norm_step
         sieve_settings = SieveSettings(sieve, sieve_samples, norm_step, cosine_weight=cosine_weight)
         quieten_libraries()
-        from nemo_prune.checkpoint.source import resolve_model
-        from nemo_prune.corpus.screen import screen_captions
+        from nemo_prune.compute.session import open_session
         from nemo_prune.corpus.stream import CaptionStream
-        from nemo_prune.session import open_session
+        from nemo_prune.models.source import resolve_model
+        from nemo_prune.screening.screen import screen_captions
 
         captions = CaptionStream(lambda: _captions(model, prompts, prompt_column), limit, label_column)
         ordinary = ordinary_texts(model, calibration_prompts)
@@ -140,7 +140,7 @@ def _captions(model: str, prompts: str | None, column: str | None) -> Iterator[A
 
     from nemo_prune.corpus.prompts import iter_prompts
     from nemo_prune.corpus.stream import ORDINARY
-    from nemo_prune.demo import DEMO_MODEL, TEST_FILE, demo_folder
+    from nemo_prune.models.demo import DEMO_MODEL, TEST_FILE, demo_folder
 
     yield from iter_prompts(prompts or own_prompts(model, "memorized"), column)
     if prompts is None and model == DEMO_MODEL:

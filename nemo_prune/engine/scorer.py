@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
+from nemo_prune.engine.similarity import MemorizationScore, memorization_scores, noise_difference, similarity
 from nemo_prune.engine.trials import Trial
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import ModelOptions

@@ -12,7 +12,7 @@ from nemo_prune.checkpoint.folder import INDEX_FILE
 from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
 from nemo_prune.release.licence_notice import licence_notice
 from nemo_prune.release.markdown import HUB, code, table
-from nemo_prune.release.measured import before_after_rows, layer_rows, prompt_rows
+from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows
 
 PAPER = "https://arxiv.org/abs/2406.02366"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.files.layout import CARD_FILE, GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
-from nemo_prune.plot import save_layer_bars
+from nemo_prune.files.pictures import save_layer_bars
 from nemo_prune.release.card import model_card
 from nemo_prune.release.record import Findings
 from nemo_prune.release.sealed import write_record

@@ -9,9 +9,9 @@ from urllib.parse import quote
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.layout import CARD_FILE, is_licence_file
+from nemo_prune.models.source import ModelSource
 from nemo_prune.release.markdown import HUB
 from nemo_prune.settings import Statement
 

@@ -15,10 +15,10 @@ from nemo_prune.checkpoint.single_file import (
     patch_single_file,
     write_single_file,
 )
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.source import ModelSource
 from nemo_prune.release.targets import StagedRelease
 
 

@@ -12,17 +12,18 @@ from importlib.metadata import version
 from statistics import mean, median
 
 from nemo_prune.checkpoint.export import ExportReport
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.corpus.prompts import MOST_PROMPTS_COMPARED, near_duplicates
-from nemo_prune.demo import DEMO_MODEL
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import PromptLocalization, count_statuses
 from nemo_prune.engine.scorer import Rechecks
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.demo import DEMO_MODEL
+from nemo_prune.models.source import ModelSource
+from nemo_prune.proof.images import ImageEvidence
+from nemo_prune.proof.scores import PromptVerification
 from nemo_prune.release.licence import Licence
 from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
-from nemo_prune.verify import ImageEvidence, PromptVerification
 
 _PACKAGES = ("nemo-prune", "torch", "diffusers", "transformers", "safetensors", "torchmetrics")
 _DECIMALS = 3

@@ -10,10 +10,10 @@ from PIL import Image
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.files.work import write_atomically
+from nemo_prune.proof.images import save_grid
 from nemo_prune.release.markdown import code, number, share, table
-from nemo_prune.release.measured import before_after_rows, layer_rows, prompt_rows
 from nemo_prune.release.record import Findings
-from nemo_prune.verify import save_grid
+from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows
 
 Images = Mapping[str, Sequence[Image.Image]]
 

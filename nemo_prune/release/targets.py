@@ -13,10 +13,10 @@ from pathlib import Path
 
 from nemo_prune.checkpoint.export import export_size
 from nemo_prune.checkpoint.single_file import folder_tensors
-from nemo_prune.checkpoint.source import ModelSource
 from nemo_prune.errors import OutputError
 from nemo_prune.files.layout import CARD_FILE, MASK_FILE, SAFETENSORS, folder_beside, is_single_file
 from nemo_prune.files.staging import check_release_target, staged_folder, sync, writing
+from nemo_prune.models.source import ModelSource
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
-from nemo_prune.corpus.detection import Cut, Separation, fdr_cut, separation
-from nemo_prune.corpus.screened import PASSED_COLUMN, PROMPT_COLUMN, caption_table, write_screened
-from nemo_prune.corpus.sieves import Sieves
+from nemo_prune.compute.session import BaseSession, Session, digest
 from nemo_prune.corpus.stream import ORDINARY, CaptionStream
+from nemo_prune.files.pictures import save_distributions
 from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder
-from nemo_prune.plot import save_distributions
 from nemo_prune.progress import Progress
-from nemo_prune.session import BaseSession, Session, digest
+from nemo_prune.proof.images import draw_images, seed_agreement
+from nemo_prune.screening.detection import Cut, Separation, fdr_cut, separation
+from nemo_prune.screening.screened import PASSED_COLUMN, PROMPT_COLUMN, caption_table, write_screened
+from nemo_prune.screening.sieves import Sieves
 from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettings
-from nemo_prune.verify import draw_images, seed_agreement
 
 Numbered = tuple[int, str]
 

@@ -16,11 +16,11 @@ from math import ceil
 from typing import Any
 
 from nemo_prune import __version__
-from nemo_prune.checkpoint.source import ModelSource, find_again
+from nemo_prune.compute.ray_cluster import connect, free_places, import_ray, resource_for
+from nemo_prune.compute.session import BaseSession, Chunk, Result, Session
 from nemo_prune.errors import NemoPruneError, WorkerError
-from nemo_prune.session import BaseSession, Chunk, Result, Session
+from nemo_prune.models.source import ModelSource, find_again
 from nemo_prune.settings import LocalizationSettings, ModelOptions
-from nemo_prune.workers.ray_cluster import connect, free_places, import_ray, resource_for
 
 MOST_DEATHS = 3
 _MOST_TEXTS_IN_A_CHUNK = 64

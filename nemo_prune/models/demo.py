@@ -16,7 +16,7 @@ TEST_FILE = "test.csv"
 
 def demo_folder() -> Path:
     """The demo model's diffusers folder, with its prompts and training images, inside the package."""
-    return Path(__file__).parent / "demo_model"
+    return Path(__file__).parent.parent / "demo_model"
 
 
 def write_demo(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a pruned model still gives back, and what it costs: scores, images, controls."""
+"""Images before and after pruning: drawn, compared with training images and with each other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,132 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from nemo_prune.engine.diffusion import NoisePredictor, draw_latents
-from nemo_prune.engine.localize import PromptLocalization
-from nemo_prune.engine.scorer import Scorer
-from nemo_prune.errors import ModelError
-from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.engine.diffusion import draw_latents
 from nemo_prune.settings import VerificationSettings
 
-Progress = Callable[[int, int], None]
 _COMPARED_SIDE = 64
-# What the rounding of float32 rows grows to on its way through the demo's U-Net is 2e-5 of the prediction.
-_ROUNDING = 1e-4
-
-
-@dataclass(frozen=True)
-class PromptVerification:
-    """One prompt under the final mask.
-
-    Attributes:
-        prompt: its text.
-        suppressed_similarity: highest similarity with and without the mask over the kept seeds of
-            the detection; None where no seed was kept.
-        score_before: memorization score on fresh latents, nothing suppressed.
-        score_after: the same under the mask.
-    """
-
-    prompt: str
-    suppressed_similarity: float | None
-    score_before: float
-    score_after: float
-
-
-def verify_prompt(
-    scorer: Scorer, localization: PromptLocalization, mask: NeuronMask, fresh_latents: Tensor
-) -> PromptVerification:
-    """Score a prompt again under the final mask, on the detection's latents and on fresh ones."""
-    prompt, neurons = localization.prompt, frozenset(mask.neurons)
-    similarity = None
-    if localization.kept_seeds:
-        (scored,) = scorer.score_prompts([prompt])
-        similarity = max(scorer.suppressed_similarities(scored, localization.kept_seeds, neurons))
-    (before,) = scorer.score_prompts([prompt], fresh_latents)
-    (after,) = scorer.score_prompts([prompt], fresh_latents, neurons)
-    return PromptVerification(
-        prompt=prompt,
-        suppressed_similarity=similarity,
-        score_before=before.memorization.score,
-        score_after=after.memorization.score,
-    )
-
-
-def noise_change(
-    predictor: NoisePredictor, texts: Sequence[str], masks: Mapping[str, NeuronMask], num_samples: int = 2
-) -> dict[str, float]:
-    """How much masks change the noise prediction of prompts: the norm of the change over its own.
-
-    Args:
-        predictor: the unpruned model.
-        texts: ordinary prompts.
-        masks: name -> mask.
-        num_samples: latents per prompt.
-
-    Returns:
-        Name -> relative change, the mean over prompts and latents; 0 is no change.
-    """
-    latents = predictor.initial_latents(num_samples=num_samples)
-    changes = []
-    for prompt_embeds in predictor.encode(texts):
-        noise_pred = predictor.predict_noise(latents, prompt_embeds, [None, *masks.values()]).flatten(2)
-        changes.append((noise_pred[1:] - noise_pred[:1]).norm(dim=-1) / noise_pred[0].norm(dim=-1))
-    means = torch.stack(changes).mean(dim=(0, 2))
-    return dict(zip(masks, means.tolist(), strict=True))
-
-
-def matched_random_mask(mask: NeuronMask, activation: Mapping[str, Tensor], seed: int) -> NeuronMask:
-    """As many random neurons as a mask has, in the same layers, as active, and outside of it.
-
-    For each pruned neuron one is drawn among the five most alike in activation that are neither
-    pruned nor drawn yet. A layer that is pruned by more than half can't be matched in full.
-
-    Args:
-        mask: the mask to match.
-        activation: dotted module name -> usual activation [out_features].
-        seed: seed of the draw.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn: list[Neuron] = []
-    for name, pruned in mask.layers.items():
-        free = set((~pruned).nonzero().flatten().tolist())
-        for index in pruned.nonzero().flatten().tolist():
-            distance = (activation[name] - activation[name][index]).abs().tolist()
-            alike = sorted(free, key=lambda other: distance[other])[:5]
-            if alike:
-                chosen = alike[int(torch.randint(len(alike), (1,), generator=generator))]
-                free.remove(chosen)
-                drawn.append(Neuron(name, chosen))
-    return NeuronMask.from_neurons(drawn, mask.sizes)
-
-
-def full_mask(sizes: Mapping[str, int]) -> NeuronMask:
-    """Every neuron of every layer: the yardstick for the change that a mask makes."""
-    return NeuronMask({name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()})
-
-
-def check_pruned_equals_suppressed(
-    predictor: NoisePredictor, pruned_pipe: StableDiffusionPipeline, mask: NeuronMask, texts: Sequence[str]
-) -> None:
-    """Refuse an export whose prediction is not that of the suppressed model, to the last bit.
-
-    Scaled rows are rounded in the file, and their outputs in the live model, so that these agree within
-    the dtype's rounding alone.
-
-    Raises:
-        ModelError: they differ.
-    """
-    pruned = NoisePredictor(pruned_pipe, predictor.settings, predictor.batch_size)
-    latents = predictor.initial_latents(num_samples=2)
-    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if predictor.scale else 0.0
-    for text in texts:
-        suppressed = predictor.predict_noise(latents, predictor.encode([text])[0], [mask])
-        difference = (pruned.predict_noise(latents, pruned.encode([text])[0]) - suppressed).norm() / suppressed.norm()
-        # Written so that NaN does not pass for agreement.
-        if not difference <= allowed:
-            raise ModelError(
-                "The exported weights do not predict what the suppressed model does. The export is not "
-                "to be trusted and was discarded; please report this."
-            )
 
 
 def draw_images(pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings) -> list[Image.Image]:

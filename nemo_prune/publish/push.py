@@ -14,10 +14,10 @@ from nemo_prune.errors import PushError
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import RECORD_FILE
 from nemo_prune.files.untrusted import read_json
-from nemo_prune.hub.account import check_access, existing_repo
 from nemo_prune.hub.errors import named_errors
-from nemo_prune.hub.parcel import RELEASE_FILES, Parcel, is_weights, pack, some_of
 from nemo_prune.progress import Notify, Progress, silently, unheard
+from nemo_prune.publish.account import check_access, existing_repo
+from nemo_prune.publish.parcel import RELEASE_FILES, Parcel, is_weights, pack, some_of
 
 # Larger files are sent one by one, so that a stop costs one at most.
 _LARGE = 10_000_000
@@ -85,7 +85,8 @@ def push_release(
         notify: called with what the user should know.
 
     Raises:
-        NemoPruneError: it is not pushed, and nothing of it can be seen there; see :func:`nemo_prune.hub.parcel.pack`.
+        NemoPruneError: it is not pushed, and nothing of it can be seen there; see
+            :func:`nemo_prune.publish.parcel.pack`.
     """
     parcel = pack(out, repo_id, options.allow_residual)
     check_access(repo_id, options.private, options.create_pr)

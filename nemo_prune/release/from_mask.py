@@ -6,17 +6,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nemo_prune.checkpoint.fingerprint import check_base, tensor_digests
-from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.compute.session import model_digest
 from nemo_prune.errors import MaskError
 from nemo_prune.files.layout import MASK_FILE
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.source import ModelSource
 from nemo_prune.progress import Notify, unheard
 from nemo_prune.release.documents import write_release
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.pruned import write_weights
 from nemo_prune.release.record import described_base
 from nemo_prune.release.targets import check_release, staged_release
-from nemo_prune.session import model_digest
 from nemo_prune.settings import Statement
 
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 
 from nemo_prune.checkpoint.export import files_to_export
-from nemo_prune.checkpoint.source import ModelSource, load_pipeline
 from nemo_prune.engine.calibration import Calibration, MeasuredPrompt, enough_prompts, fit_calibration, measure_prompts
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.results import ResultsHeader
@@ -20,7 +19,8 @@ from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.work import LineLog
-from nemo_prune.known_models import KnownModel, published_calibration, why_not
+from nemo_prune.models.known import KnownModel, published_calibration, why_not
+from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 
 Progress = Callable[[int, int], None]
@@ -201,7 +201,7 @@ def open_session(
             raise SettingsError(f"--ray-workers {num_workers} has a meaning with --ray only. Add `--ray auto`.")
         yield Session(source, options, settings)
     else:
-        from nemo_prune.workers.ray_workers import RaySession
+        from nemo_prune.compute.ray_workers import RaySession
 
         with RaySession(source, options, settings, ray, num_workers) as session:
             yield session

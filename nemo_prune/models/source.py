@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from nemo_prune.checkpoint.conversion import Conversion, convert_pickled, convert_single_file, pickled_weights
-from nemo_prune.checkpoint.download import download_configs, download_pipeline
 from nemo_prune.checkpoint.folder import INDEX_FILE, read_model_index
 from nemo_prune.checkpoint.single_file import SUFFIXES
-from nemo_prune.demo import DEMO_MODEL, demo_folder
 from nemo_prune.errors import ModelError
+from nemo_prune.hub.download import download_configs, download_pipeline
+from nemo_prune.models.demo import DEMO_MODEL, demo_folder
 
 # Whose configs, tokenizer and scheduler a single file of Stable Diffusion 1.x takes.
 DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
