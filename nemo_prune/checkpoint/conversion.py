@@ -14,8 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nemo_prune.checkpoint.architecture import expected_shapes
-from nemo_prune.checkpoint.export import files_to_export
-from nemo_prune.checkpoint.folder import INDEX_FILE, check_files, component_names, read_model_index
+from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
 from nemo_prune.checkpoint.single_file import read_tensors
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
@@ -54,27 +53,28 @@ class Conversion:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def convert_single_file(file: Path, config: Path) -> Conversion:
+def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
     """A single file of SD 1.x as a diffusers folder.
 
     Args:
         file: .safetensors or .ckpt.
-        config: a diffusers folder of the same architecture; its configs, tokenizer and scheduler are taken, its
-            weights are not.
+        config: the files of a diffusers folder of the same architecture; its configs, tokenizer and scheduler are
+            taken, its weights are not.
 
     Raises:
         ModelError: the file is damaged, of another family, or does not fit the config.
         OutputError: the cache can't be written.
     """
-    kept = [path for path in files_to_export(config)[0] if path.parts[0] in _FROM_CONFIG and not _of_weights(path)]
+    kept = [path for path in config.kept if path.parts[0] in _FROM_CONFIG and not _of_weights(path)]
+    index = _index_of_parts(config.folder)
 
     def convert(folder: Path) -> Conversion:
         tensors = read_tensors(file)
         refuse_other_families(tensors)
-        _copy(config, kept, folder)
+        _copy(config.folder, kept, folder)
         used: set[str] = set()
         for component, name in _WEIGHTS.items():
-            shapes = expected_shapes(config, component)
+            shapes = expected_shapes(config.folder, component)
             found = _find(component, shapes, tensors)
             (folder / component).mkdir(exist_ok=True)
             write_tensors(
@@ -82,51 +82,50 @@ def convert_single_file(file: Path, config: Path) -> Conversion:
                 {name: replace(tensors[there], shape=shapes[name]) for name, there in found.items()},
             )
             used.update(found.values())
-        (folder / INDEX_FILE).write_text(json.dumps(_index_of_parts(config), indent=2), encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
         return Conversion(folder, f"a single-file checkpoint ({file.suffix})", _left_out(tensors.keys() - used))
 
-    return _kept(["single file", file_hash(file), _index_of_parts(config), _hashes(config, kept)], convert)
+    return _kept(["single file", file_hash(file), index, _hashes(config.folder, kept)], convert)
 
 
-def pickled_weights(base: Path, variant: str | None) -> dict[str, list[WeightsFile]]:
+def pickled_weights(base: CheckpointFiles, variant: str | None) -> dict[str, list[WeightsFile]]:
     """Component -> its ``.bin`` files that a loader would take, because there are no safetensors of them."""
     found = {}
-    for component in component_names(base):
+    for component in component_names(base.folder):
         files = loaded_weights(weights_files(base, component), variant)
         if files and not files[0].is_safetensors:
             found[component] = files
     return found
 
 
-def convert_pickled(base: Path, pickled: Mapping[str, list[WeightsFile]]) -> Conversion:
+def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFile]]) -> Conversion:
     """A diffusers folder whose ``.bin`` weights are safetensors; everything else is copied.
 
     Args:
-        base: the folder.
+        base: the files of the folder.
         pickled: see :func:`pickled_weights`; the shards of a component become one file.
 
     Raises:
         ModelError: a file is damaged, or wants more than tensors.
         OutputError: the cache can't be written.
     """
-    kept, left_out = files_to_export(base)
-    kept += [Path(CARD_FILE)] if (base / CARD_FILE).is_file() else []
+    kept = [*base.kept, *([Path(CARD_FILE)] if (base.folder / CARD_FILE).is_file() else [])]
     bins = [each.path for files in pickled.values() for each in files]
-    check_files(base, kept + bins)
+    check_files(base.folder, kept + bins)
 
     def convert(folder: Path) -> Conversion:
-        _copy(base, kept, folder)
-        why = {path.as_posix(): reason for path, reason in left_out.items()}
+        _copy(base.folder, kept, folder)
+        why = {path.as_posix(): reason for path, reason in base.left_out.items()}
         for component, files in pickled.items():
             target = Path(component, files[0].converted_name)
             tensors: dict[str, TensorBytes] = {}
             for each in files:
-                tensors |= read_tensors(base / each.path)
+                tensors |= read_tensors(base.folder / each.path)
                 why[each.path.as_posix()] = f"converted to {target.as_posix()}"
             write_tensors(folder / target, tensors)
         return Conversion(folder, f"the .bin weights of {', '.join(pickled)}", why)
 
-    return _kept(["bin", _hashes(base, kept + bins), sorted(map(str, left_out))], convert)
+    return _kept(["bin", _hashes(base.folder, kept + bins), sorted(map(str, base.left_out))], convert)
 
 
 def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:

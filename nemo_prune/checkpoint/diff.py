@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nemo_prune.checkpoint.export import files_to_export
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import PREFIXES, full_name
 from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, read_tensors
 from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
@@ -79,7 +79,8 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
     Raises:
         ModelError: a safetensors file of either is damaged.
     """
-    copied, left_out = (set(map(Path.as_posix, paths)) for paths in files_to_export(base))
+    files = scan_folder(base)
+    copied, left_out = (set(map(Path.as_posix, paths)) for paths in (files.kept, files.left_out))
     ours = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     for name in sorted(copied | left_out | ours):
         if name not in ours:
@@ -148,7 +149,8 @@ def _tensors(path: Path, variant: str | None) -> dict[str, _Named]:
     """The tensors of a folder or a single file, by the full names of single files."""
     if path.is_dir():
         return {
-            name: _Named(each.file, each.name, each.content) for name, each in folder_tensors(path, variant).items()
+            name: _Named(each.file, each.name, each.content)
+            for name, each in folder_tensors(scan_folder(path), variant).items()
         }
     return {full_name(name): _Named(path.name, name, content) for name, content in read_tensors(path).items()}
 

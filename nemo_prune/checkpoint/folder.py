@@ -2,15 +2,103 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_prune.errors import ModelError
+from nemo_prune.files.layout import SAFETENSORS, is_licence_file
 from nemo_prune.files.untrusted import read_json
 
 INDEX_FILE = "model_index.json"
+# Weights in formats that can't be patched by offset, or that repeat what safetensors hold.
+_OTHER_FORMATS = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")
 _COMPONENT = re.compile(r"\w[\w-]*", re.ASCII)
 _SHARD_INDEX = re.compile(r".+\.safetensors\.index\.(.+\.)?json")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of a diffusers folder, looked at once.
+
+    Attributes:
+        folder: the diffusers folder.
+        kept: the files that a release has too, relative to the folder, sorted.
+        left_out: the other files of its components -> why an export leaves them out.
+    """
+
+    folder: Path
+    kept: tuple[Path, ...]
+    left_out: Mapping[Path, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are kept."""
+        return sum((self.folder / path).stat().st_size for path in self.kept)
+
+    @property
+    def unet_weights(self) -> tuple[Path, ...]:
+        """The U-Net's safetensors files, relative to the folder: shards and variants.
+
+        Raises:
+            ModelError: there is none.
+        """
+        weights = tuple(path for path in self.kept if path.parts[0] == "unet" and path.suffix == SAFETENSORS)
+        if not weights:
+            raise ModelError(
+                "The model's U-Net has no safetensors weights. Save it as safetensors first: "
+                "`DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)`, then prune FOLDER."
+            )
+        return weights
+
+    @property
+    def licence_texts(self) -> tuple[str, ...]:
+        """Names of the licence texts at the root."""
+        return tuple(path.name for path in self.kept if len(path.parts) == 1 and is_licence_file(path.name))
+
+    def copied_to(self, folder: Path) -> "CheckpointFiles":
+        """The same files in a copy, which has those that are kept."""
+        return replace(self, folder=folder, left_out={})
+
+
+def scan_folder(base: Path) -> CheckpointFiles:
+    """Look through a diffusers folder: what an export copies, and what it leaves out.
+
+    Copied are model_index.json, the folders of the components that it names, and the licence.
+    Left out are weights that are not safetensors and copies by other averages (``non_ema``): an
+    unpruned twin must not be beside the pruned weights. Whatever else the folder holds, such as
+    sample images, is not part of the pipeline and stays behind.
+
+    Raises:
+        ModelError: a file is damaged, missing, or outside of the folder.
+    """
+    copied = [path.relative_to(base) for path in base.iterdir() if _belongs_at_root(path)]
+    left_out = {}
+    for component in component_names(base):
+        for folder, names, files in os.walk(base / component):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            for name in files:
+                path = Path(folder, name).relative_to(base)
+                if reason := _why_left_out(name):
+                    left_out[path] = reason
+                else:
+                    copied.append(path)
+    check_files(base, copied)
+    return CheckpointFiles(base, tuple(sorted(copied)), dict(sorted(left_out.items())))
+
+
+def _why_left_out(name: str) -> str | None:
+    if name.startswith("."):
+        return "a hidden file"
+    if "non_ema" in name:
+        return "weights of another average (non_ema)"
+    if name.endswith(_OTHER_FORMATS) or ".bin.index." in name:
+        return "not safetensors; the weights lie there as safetensors too"
+    return None
+
+
+def _belongs_at_root(path: Path) -> bool:
+    return path.is_file() and (path.name == INDEX_FILE or is_licence_file(path.name))
 
 
 def read_model_index(base: Path) -> dict:

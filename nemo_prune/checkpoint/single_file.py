@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
@@ -17,7 +18,7 @@ from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS
 from nemo_prune.files.safetensors_header import read_header
-from nemo_prune.mask import NeuronMask
+from nemo_prune.mask import NeuronMask, Pruning
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
@@ -45,7 +46,7 @@ def read_tensors(file: Path) -> dict[str, TensorBytes]:
     return {name: loaded_tensor(name, tensor) for name, tensor in read_pickled(file).items()}
 
 
-def folder_tensors(folder: Path, variant: str | None) -> dict[str, FolderTensor]:
+def folder_tensors(files: CheckpointFiles, variant: str | None) -> dict[str, FolderTensor]:
     """What a single file made from a diffusers folder holds: name in a single file -> tensor.
 
     Raises:
@@ -54,8 +55,8 @@ def folder_tensors(folder: Path, variant: str | None) -> dict[str, FolderTensor]
     found = {}
     for component in PREFIXES:
         here: dict[str, FolderTensor] = {}
-        for path in safetensors_of(folder, component, variant):
-            for name, content in read_tensors(folder / path).items():
+        for path in safetensors_of(files, component, variant):
+            for name, content in read_tensors(files.folder / path).items():
                 here[name] = FolderTensor(path.as_posix(), name, content)
         for name, ldm_name in ldm_names(component, here).items():
             shape = ldm_shape(ldm_name, here[name].content.shape)
@@ -75,7 +76,7 @@ def masked_tensors(mask: NeuronMask, names: Collection[str]) -> dict[str, str]:
     return {copy: name for copy, name in copies.items() if copy in names}
 
 
-def patch_single_file(file: Path, mask: NeuronMask, scale: float) -> tuple[int, int]:
+def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
     """Zero or scale the masked rows of every copy in a .safetensors file, in place.
 
     Returns:
@@ -85,36 +86,36 @@ def patch_single_file(file: Path, mask: NeuronMask, scale: float) -> tuple[int, 
         MaskError: a masked layer is not in the file or has another number of rows.
         ModelError: the file is damaged.
     """
-    stored, pruned = read_header(file), mask.tensor_rows
-    copies = masked_tensors(mask, stored)
+    stored, pruned = read_header(file), pruning.mask.tensor_rows
+    copies = masked_tensors(pruning.mask, stored)
     for name in pruned:
         if name.endswith(".weight") and name not in copies.values():
             raise MaskError(f"Mask layer `{name.removesuffix('.weight')}` is not in the single file.")
     for copy, name in copies.items():
-        check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, mask)
+        check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, pruning.mask)
     rows = {copy: pruned[name] for copy, name in copies.items()}
     averages = sum(len(indices) for copy, indices in rows.items() if copy.startswith(EMA_PREFIX))
-    return scale_rows(file, stored, rows, scale), averages
+    return scale_rows(file, stored, rows, pruning.scale), averages
 
 
-def write_single_file(folder: Path, variant: str | None, out: Path) -> None:
+def write_single_file(files: CheckpointFiles, variant: str | None, out: Path) -> None:
     """Write the weights of a diffusers folder as one file, with the names of single files.
 
     Raises:
         ModelError: the folder has a tensor that has no place in a single file.
         OSError: the file can't be written.
     """
-    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(folder, variant).items()})
+    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(files, variant).items()})
 
 
-def check_single_file(file: Path, folder: Path, variant: str | None) -> None:
+def check_single_file(file: Path, files: CheckpointFiles, variant: str | None) -> None:
     """Make sure that a single file holds every tensor of a folder, byte for byte.
 
     Raises:
         OutputError: one is missing or differs.
     """
     written = {full_name(name): stored_tensor(file, each) for name, each in read_header(file).items()}
-    for name, tensor in folder_tensors(folder, variant).items():
+    for name, tensor in folder_tensors(files, variant).items():
         if name not in written or not equal_bytes(tensor.content, written[name]):
             raise OutputError(
                 f"The single file was not written as it should: `{name}` is not what the pruned folder holds. Is the "

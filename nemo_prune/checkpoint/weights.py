@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.errors import ModelError
 
 _NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([\w.-]*)\.(safetensors|bin)", re.ASCII)
@@ -34,14 +35,13 @@ class WeightsFile:
         return f"{stem}.{self.variant}.safetensors" if self.variant else f"{stem}.safetensors"
 
 
-def weights_files(base: Path, component: str) -> list[WeightsFile]:
+def weights_files(files: CheckpointFiles, component: str) -> list[WeightsFile]:
     """The files of weights of a component, sorted by name."""
     found = []
-    for path in sorted((base / component).iterdir()) if (base / component).is_dir() else ():
-        if match := _NAME.fullmatch(path.name):
+    for path in sorted([*files.kept, *files.left_out]):
+        if path.parent == Path(component) and (match := _NAME.fullmatch(path.name)):
             variant = _SHARD.sub("", match[2]).strip(".") or None
-            is_shard = bool(_SHARD.search(match[2]))
-            found.append(WeightsFile(path.relative_to(base), variant, is_shard, match[3] == "safetensors"))
+            found.append(WeightsFile(path, variant, bool(_SHARD.search(match[2])), match[3] == "safetensors"))
     return found
 
 
@@ -53,13 +53,13 @@ def loaded_weights(files: Iterable[WeightsFile], variant: str | None) -> list[We
     return [each for each in chosen if not each.is_shard] or chosen
 
 
-def safetensors_of(base: Path, component: str, variant: str | None) -> list[Path]:
+def safetensors_of(files: CheckpointFiles, component: str, variant: str | None) -> list[Path]:
     """The safetensors files that a loader takes for a component, relative to the model's folder.
 
     Raises:
         ModelError: there is none.
     """
-    found = [each.path for each in loaded_weights(weights_files(base, component), variant) if each.is_safetensors]
+    found = [each.path for each in loaded_weights(weights_files(files, component), variant) if each.is_safetensors]
     if not found:
         raise ModelError(f"The {component} of the model has no safetensors weights. Fetch the model anew.")
     return found

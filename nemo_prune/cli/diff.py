@@ -1,14 +1,13 @@
 """What a release changed: `nemo-prune diff`."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemo_prune.cli.console import app, errors_reported, quieten_libraries
+from nemo_prune.cli.console import app, errors_reported, print_json, quieten_libraries
 from nemo_prune.cli.options import JsonOption, RevisionOption, VariantOption
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.untrusted import printable
 
 
@@ -39,7 +38,7 @@ def diff(
         differences = list(diff_models(before, after, NeuronMask.load(file) if file else None, variant))
         unexpected = [each for each in differences if not each.expected]
     if as_json:
-        typer.echo(json.dumps({"differences": [asdict(each) for each in differences], "unexpected": len(unexpected)}))
+        print_json({"differences": to_json(differences), "unexpected": len(unexpected)})
     else:
         for each in differences:
             rows = f" rows {', '.join(map(str, each.rows))}" if each.rows else ""
@@ -63,8 +62,8 @@ def _place(name: str, revision: str | None, variant: str | None) -> Path:
 
 
 def _own_mask(out: Path) -> Path | None:
-    """The mask that lies in a release, or beside one in a single file."""
-    from nemo_prune.files.layout import MASK_FILE, folder_beside
+    """The mask of a release."""
+    from nemo_prune.files.layout import ReleaseLayout
 
-    mask = out / MASK_FILE if out.is_dir() else folder_beside(out) / Path(MASK_FILE).name
+    mask = ReleaseLayout.found(out).mask
     return mask if mask.is_file() else None

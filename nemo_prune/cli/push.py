@@ -1,6 +1,5 @@
 """A release on the Hub: `nemo-prune push`."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_hub_client, tell
-from nemo_prune.cli.options import AllowResidualOption, JsonOption, PrivateOption
+from nemo_prune.cli.console import app, console_listener, errors_reported, print_json, quieten_hub_client, tell
+from nemo_prune.cli.options import HUB, AllowResidualOption, JsonOption, PrivateOption, option
 from nemo_prune.errors import NemoPruneError, PushError, SettingsError
-
-_FIRST = "Look at the release"
 
 
 @app.command()
@@ -21,9 +18,9 @@ def push(
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repo of the Hub; made where it is missing.")],
     private: PrivateOption = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch to push to; made where it is missing. (default: main)")
+        str | None, option(HUB, "Branch to push to; made where it is missing. (default: main)", "--revision")
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    create_pr: Annotated[bool, option(HUB, "Open a pull request instead of committing.", "--create-pr")] = False,
     allow_residual: AllowResidualOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -31,16 +28,16 @@ def push(
 
     Example: [bold]nemo-prune push pruned/ owner/name[/]
     """
-    with errors_reported(), progress_bar(quiet=as_json, first=_FIRST) as progress:
+    with errors_reported(), console_listener(quiet=as_json) as listener:
         quieten_hub_client()
         from nemo_prune.publish.push import PushOptions, push_release
 
         options = PushOptions(private, revision, create_pr, allow_residual)
-        pushed = push_release(out, repo_id, options, progress, tell)
+        pushed = push_release(out, repo_id, options, listener)
     if not pushed.changed:
         tell("Nothing changed: everything is there already.")
     if as_json:
-        typer.echo(json.dumps({"url": pushed.url, "sent": pushed.sent, "deleted": pushed.deleted}, indent=2))
+        print_json({"url": pushed.url, "sent": pushed.sent, "deleted": pushed.deleted})
     else:
         typer.echo(pushed.url)
 
@@ -87,15 +84,15 @@ class PushAtTheEnd:
         if self.repo_id is None:
             return None
         if out is None:
-            tell("Nothing was pruned, so that nothing was pushed.")
+            tell("Nothing was pruned, so nothing was pushed.")
             return None
         quieten_hub_client()
         from nemo_prune.publish.push import PushOptions, push_release
 
         options = PushOptions(private=self.private, allow_residual=self.allow_residual)
         try:
-            with progress_bar(self.quiet, first=_FIRST) as progress:
-                pushed = push_release(out, self.repo_id, options, progress, tell)
+            with console_listener(self.quiet) as listener:
+                pushed = push_release(out, self.repo_id, options, listener)
         except NemoPruneError as error:
             flags = " --private" * self.private + " --allow-residual" * self.allow_residual
             command = f"nemo-prune push {shlex.quote(str(out))} {self.repo_id}{flags}"

@@ -16,8 +16,9 @@ from math import ceil
 from typing import Any
 
 from nemo_prune import __version__
+from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.ray_cluster import connect, free_places, import_ray, resource_for
-from nemo_prune.compute.session import BaseSession, Chunk, Result, Session
+from nemo_prune.compute.session import Chunk, Result, Session
 from nemo_prune.errors import NemoPruneError, WorkerError
 from nemo_prune.models.source import ModelSource, find_again
 from nemo_prune.settings import LocalizationSettings, ModelOptions
@@ -58,10 +59,10 @@ class _Actor:
     def load(self) -> tuple[str, dict[str, int]]:
         """Load the model; its digest and its sizes."""
         source, options, settings = self._model
-        self._session = Session(find_again(source), options, settings)
+        self._session = LocalSession(find_again(source), options, settings)
         return self._session.model_digest, dict(self._session.sizes)
 
-    def do(self, task: Callable[[Session, Chunk], Iterable[Result]], chunk: Chunk) -> list[Result]:
+    def do(self, task: Callable[[LocalSession, Chunk], Iterable[Result]], chunk: Chunk) -> list[Result]:
         """The results of a chunk."""
         return list(task(self._session, chunk))
 
@@ -83,7 +84,7 @@ class _Work:
     deaths: int = 0
 
 
-class RaySession(BaseSession):
+class RaySession(Session):
     """A session whose model is on Ray workers; a context manager that ends them.
 
     Where this process is connected to Ray already, that cluster is used, and stays.
@@ -161,8 +162,8 @@ class RaySession(BaseSession):
         size = min(max(size, 1), _MOST_TEXTS_IN_A_CHUNK)
         return [texts[start : start + size] for start in range(0, len(texts), size)]
 
-    def map(self, task: Callable[[Session, Chunk], Iterable[Result]], chunks: Iterable[Chunk]) -> Iterator[Result]:
-        """Do a task on chunks of the work, each on whoever is free; see :meth:`BaseSession.map`.
+    def map(self, task: Callable[[LocalSession, Chunk], Iterable[Result]], chunks: Iterable[Chunk]) -> Iterator[Result]:
+        """Do a task on chunks of the work, each on whoever is free; see :meth:`Session.map`.
 
         Raises:
             WorkerError: a chunk's workers died again and again, or no worker can begin.

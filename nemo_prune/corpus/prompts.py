@@ -51,6 +51,11 @@ class Corpus:
     prompts: tuple[Prompt, ...]
     num_duplicates: int
 
+    @property
+    def texts(self) -> list[str]:
+        """The captions."""
+        return [prompt.text for prompt in self.prompts]
+
 
 def read_prompts(source: str | Path, column: str | None = None, limit: int | None = None) -> list[Prompt]:
     """The prompts of a source; see :func:`read_corpus`."""

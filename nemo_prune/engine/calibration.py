@@ -2,7 +2,7 @@
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from nemo_prune.engine.activations import ActivationStatistics, ActivationStatis
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.files.staging import staged_file
+from nemo_prune.progress import Advance, ignored
 from nemo_prune.settings import MIN_CALIBRATION_PROMPTS
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -126,13 +125,13 @@ class MeasuredPrompt:
         return cls(record["prompt"], activations, torch.tensor(record["similarities"]))
 
 
-def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda done, total: None) -> Calibration:
+def calibrate(scorer: Scorer, texts: Sequence[str], advance: Advance = ignored) -> Calibration:
     """Measure threshold and activation statistics on prompts that are not memorized (Sec. 3.1, 3.2).
 
     Args:
         scorer: the model.
         texts: at least 50 different ordinary prompts.
-        progress: called with the prompts done and their number.
+        advance: called with the prompts done and their number.
 
     Raises:
         PromptError: there are too few prompts.
@@ -141,7 +140,7 @@ def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda 
     measured = []
     for each in measure_prompts(scorer, texts):
         measured.append(each)
-        progress(len(measured), len(texts))
+        advance(len(measured), len(texts))
     return fit_calibration(measured, scorer.predictor.settings.threshold_num_std)
 
 

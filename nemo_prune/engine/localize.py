@@ -62,6 +62,28 @@ class PromptLocalization:
     sample_passes: int = 0
     seconds: float = 0.0
 
+    @property
+    def is_memorized(self) -> bool:
+        """Whether the model memorizes the prompt, be it resolved or not."""
+        return self.status != "not_memorized"
+
+
+@dataclass(frozen=True)
+class Localizer:
+    """What a localization works with.
+
+    Attributes:
+        scorer: the model, with the settings of the localization.
+        calibration: the usual activations.
+        threshold: tau.
+        preserve: departs from the paper in favour of ordinary captions; None follows it.
+    """
+
+    scorer: Scorer
+    calibration: Calibration
+    threshold: float
+    preserve: Preserve | None = None
+
 
 def count_statuses(localizations: Sequence[PromptLocalization]) -> dict[str, int]:
     """How many prompts have each status, also where it is none."""
@@ -119,69 +141,51 @@ def candidate_schedule(
     return schedule
 
 
-def localize_prompts(
-    scorer: Scorer,
-    prompts: Sequence[str],
-    calibration: Calibration,
-    threshold: float,
-    preserve: Preserve | None = None,
-) -> Iterator[PromptLocalization]:
+def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[PromptLocalization]:
     """Find the memorization neurons of prompts, of those that are memorized at all (Sec. 3).
 
     As many prompts as fit into a batch are searched side by side, each trial a sample of the batch.
 
     Args:
-        scorer: the model, with the settings of the localization.
+        localizer: the model and what is usual for it.
         prompts: the texts.
-        calibration: usual activations.
-        threshold: tau.
-        preserve: depart from the paper in favour of ordinary captions.
 
     Yields:
-        One result a prompt, in the order in which they are finished.
+        One result per prompt, in the order in which they are finished.
 
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
+    scorer = localizer.scorer
     waiting = list(prompts)[::-1]
     running: list[_Running] = []
     while waiting or running:
         while waiting and len(running) < scorer.predictor.batch_size:
             group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
-            for detected in detect(scorer, group, threshold):
+            for detected in detect(scorer, group, localizer.threshold):
                 if detected.kept_seeds:
-                    running.append(_Running(scorer, detected, calibration, threshold, preserve))
+                    running.append(_Running(localizer, detected))
                 else:
                     yield detected.not_memorized()
         yield from _take_a_step(scorer, running)
 
 
-def localize_prompt(scorer: Scorer, prompt: str, calibration: Calibration, threshold: float) -> PromptLocalization:
+def localize_prompt(localizer: Localizer, prompt: str) -> PromptLocalization:
     """Find the memorization neurons of one prompt; see :func:`localize_prompts`."""
-    return next(localize_prompts(scorer, [prompt], calibration, threshold))
+    return next(localize_prompts(localizer, [prompt]))
 
 
-def localize_on_top(
-    scorer: Scorer,
-    detected: "Detected",
-    calibration: Calibration,
-    threshold: float,
-    suppressed: Collection[Neuron],
-    preserve: Preserve | None = None,
-) -> PromptLocalization:
+def localize_on_top(localizer: Localizer, detected: "Detected", suppressed: Collection[Neuron]) -> PromptLocalization:
     """Find the neurons that a prompt needs beyond those that are suppressed already.
 
     Args:
-        scorer: the model.
+        localizer: the model and what is usual for it.
         detected: a memorized prompt.
-        calibration: usual activations.
-        threshold: tau.
         suppressed: what stays suppressed throughout; it alone must not be enough.
-        preserve: depart from the paper in favour of ordinary captions.
     """
-    running = [_Running(scorer, detected, calibration, threshold, preserve, frozenset(suppressed))]
-    # Most steps ask a single trial, so that a larger batch would be filled up for nothing.
-    while not (finished := list(_take_a_step(scorer, running, batch_size=1))):
+    running = [_Running(localizer, detected, frozenset(suppressed))]
+    # Most steps ask a single trial, and a larger batch would be filled up for nothing.
+    while not (finished := list(_take_a_step(localizer.scorer, running, batch_size=1))):
         pass
     return finished[0]
 
@@ -228,16 +232,8 @@ def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Det
 class _Running:
     """A prompt whose search waits for the answers to its trials."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        detected: Detected,
-        calibration: Calibration,
-        threshold: float,
-        preserve: Preserve | None,
-        suppressed: frozenset[Neuron] = frozenset(),
-    ) -> None:
-        predictor = scorer.predictor
+    def __init__(self, localizer: Localizer, detected: Detected, suppressed: frozenset[Neuron] = frozenset()) -> None:
+        predictor, preserve = localizer.scorer.predictor, localizer.preserve
         activations = {
             name: values[0]
             for name, values in neuron_activations(predictor.layers, detected.scored.prompt_embeds[None]).items()
@@ -248,9 +244,9 @@ class _Running:
         self._suppressed = suppressed
         self._sample_passes, self._seconds = detected.sample_passes, detected.seconds
         self._search = search_neurons(
-            candidate_schedule(activations, calibration.statistics, predictor.settings, suppressed),
+            candidate_schedule(activations, localizer.calibration.statistics, predictor.settings, suppressed),
             detected.kept_seeds,
-            threshold,
+            localizer.threshold,
             list(predictor.layers)[:: -1 if predictor.settings.layers_backwards else 1],
             preserve.costs if preserve else None,
             preserve.strength if preserve else 0.0,

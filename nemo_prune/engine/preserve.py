@@ -1,6 +1,6 @@
 """What suppressing a neuron costs ordinary captions, and how much the search minds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,7 @@ import torch
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
-
-Progress = Callable[[int, int], None]
+from nemo_prune.progress import Advance, ignored
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Preserve:
 def neuron_costs(
     predictor: NoisePredictor,
     texts: Sequence[str],
-    progress: Progress = lambda done, total: None,
+    advance: Advance = ignored,
     log: LineLog | None = None,
 ) -> dict[Neuron, float]:
     """The change of the noise prediction that each neuron alone makes: a small batch of passes a neuron.
@@ -36,7 +35,7 @@ def neuron_costs(
     Args:
         predictor: the model.
         texts: ordinary prompts, with one latent each.
-        progress: called with the neurons done and their number.
+        advance: called with the neurons done and their number.
         log: where the costs are kept as they come; those that it holds are not measured again.
 
     Returns:
@@ -62,5 +61,5 @@ def neuron_costs(
         if log is not None:
             log.append([[neuron.layer, neuron.index, cost] for neuron, cost in found.items()])
         costs.update(found)
-        progress(len(costs), len(neurons))
+        advance(len(costs), len(neurons))
     return costs

@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -19,7 +18,7 @@ from huggingface_hub.errors import (
 
 from nemo_prune.errors import ModelError
 from nemo_prune.files.layout import CARD_FILE, is_licence_file
-from nemo_prune.hub.errors import NO_ANSWER, quoted
+from nemo_prune.hub.errors import NO_ANSWER, named_errors
 
 _CONFIGS = ("*.json", "*.txt", "*.model")
 # They name files of weights, which are not fetched with the configs.
@@ -30,7 +29,7 @@ def download_pipeline(repo_id: str, revision: str | None, variant: str | None) -
     """The folder of a pipeline's files; it is named by its commit.
 
     Raises:
-        ModelError: they can't be had.
+        ModelError: they can't be downloaded.
     """
     with _named_errors(repo_id, revision, "give a local folder or `demo`"):
         listed = _listed_files(repo_id, revision)
@@ -48,7 +47,7 @@ def download_configs(repo_id: str) -> Path:
     """The folder of a pipeline's configs and tokenizer, without its weights.
 
     Raises:
-        ModelError: they can't be had.
+        ModelError: they can't be downloaded.
     """
     with _named_errors(repo_id, None, "give a local folder with --config"):
         return Path(snapshot_download(repo_id, allow_patterns=_CONFIGS, ignore_patterns=_NO_CONFIGS))
@@ -56,29 +55,23 @@ def download_configs(repo_id: str) -> Path:
 
 @contextmanager
 def _named_errors(repo_id: str, revision: str | None, instead: str) -> Iterator[None]:
+    """The Hub's errors, with the remedies of somebody who gave the name of a model."""
     where = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
-    try:
+    unknown = (
+        "it is neither a local folder nor a repo of the Hub that you may read. Check the name; for a private repo log "
+        "in: `hf auth login`, or set HF_TOKEN."
+    )
+    absent = f"it is not in the local cache and the Hub can't be reached. Connect (unset HF_HUB_OFFLINE), or {instead}."
+    remedies = {
+        RevisionNotFoundError: "the Hub has no such branch, tag or commit of it. Check --revision.",
+        LocalEntryNotFoundError: absent,
+        OfflineModeIsEnabled: absent,
+        RepositoryNotFoundError: unknown,
+        HFValidationError: unknown,
+        ConnectionError: absent,
+    }
+    with named_errors(ModelError, f"The model {where} can't be loaded", remedies):
         yield
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{where} is gated. Accept its terms on its page and log in: `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"The Hub has no {where}. Check --revision.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"{where} is neither a local folder nor a repo of the Hub that you may read. Check the name; "
-            "for a private repo log in: `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise ModelError(
-            f"{where} is not in the local cache and the Hub can't be reached. Connect (unset HF_HUB_OFFLINE), or "
-            f"{instead}."
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(f"The Hub refused {where}: status {error.response.status_code}{quoted(error)}.") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{where} can't be downloaded as a pipeline{quoted(error)}.") from error
 
 
 def _listed_files(repo_id: str, revision: str | None) -> list[str] | None:

@@ -1,7 +1,7 @@
 """What the Hub's client raises, as named errors: one place, for every version of the client that is supported."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from huggingface_hub import get_token
@@ -51,27 +51,31 @@ _LONGEST_QUOTE = 300
 _HIDDEN = "[the token]"
 _IN_A_HEADER = re.compile(r"(?<=Bearer )[^\s'\"\[]+")
 # Of these the remedy says all.
+_NO_REMEDIES: Mapping[type[BaseException], str] = {}
 _NOT_QUOTED = (LocalTokenNotFoundError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 
 
 @contextmanager
-def named_errors(kind: type[NemoPruneError], failing: str) -> Iterator[None]:
+def named_errors(
+    kind: type[NemoPruneError], failing: str, remedies: Mapping[type[BaseException], str] = _NO_REMEDIES
+) -> Iterator[None]:
     """Turn what the client raises into a named error that does not hold the token.
 
     Args:
         kind: the error to raise.
         failing: what failed then, such as "`owner/name` can't be read".
+        remedies: what to say instead of the usual, by the client's error; the first that fits counts.
     """
     try:
         yield
-    except (*NO_ANSWER, RuntimeError, ValueError) as error:
+    except (*NO_ANSWER, OSError, RuntimeError, ValueError) as error:
         # The client wraps what happens in the threads of an upload.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise kind(f"{failing}: {_remedy(cause)}{quoted(cause)}") from error
+        raise kind(f"{failing}: {_remedy(cause, remedies)}{_quoted(cause)}") from error
 
 
-def _remedy(error: BaseException) -> str:
-    for kind, remedy in _BY_KIND.items():
+def _remedy(error: BaseException, remedies: Mapping[type[BaseException], str]) -> str:
+    for kind, remedy in (*remedies.items(), *_BY_KIND.items()):
         if isinstance(error, kind):
             return remedy
     if isinstance(error, HfHubHTTPError):
@@ -80,7 +84,7 @@ def _remedy(error: BaseException) -> str:
     return _CUT if isinstance(error, _TRANSPORT_ERRORS) else "the Hub's client gave up."
 
 
-def quoted(error: BaseException) -> str:
+def _quoted(error: BaseException) -> str:
     """What the Hub or the client says itself, in one line and without the token."""
     if isinstance(error, _NOT_QUOTED):
         return ""

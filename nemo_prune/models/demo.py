@@ -1,17 +1,26 @@
 """The demo model that the package carries: small, really memorizing, ready offline."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_prune.errors import OutputError
 
 DEMO_MODEL = "demo"
-DEMO_GUIDANCE_SCALE = 3.0
-# At the first step its ordinary captions move the prediction as much as memorized ones do: they name its colours.
-DEMO_NORM_STEP = 25
 PROMPTS_FILE = "prompts.csv"
 CALIBRATION_FILE = "calibration.csv"
 TEST_FILE = "test.csv"
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file beside the demo model, by its name."""
+
+    name: str
+
+    def locate(self) -> Path:
+        """Where the file is."""
+        return demo_folder() / self.name
 
 
 def demo_folder() -> Path:

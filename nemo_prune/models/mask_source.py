@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from nemo_prune.errors import MaskError
-from nemo_prune.files.layout import MASK_FILE, folder_beside
+from nemo_prune.files.layout import MASK_FILE, ReleaseLayout
 from nemo_prune.hub.errors import named_errors
 
 _ALONE = Path(MASK_FILE).name
@@ -33,7 +33,7 @@ def find_mask(name: str | Path) -> Path:
             raise MaskError(f"{path} holds no mask: neither {' nor '.join(_PLACES)}. Give a release or a mask file.")
         return found[0]
     if path.is_file():
-        beside = folder_beside(path) / _ALONE
+        beside = ReleaseLayout.found(path).mask
         return beside if beside.is_file() else path
     repo = _REPO.fullmatch(str(name))
     if repo is None or path.suffix == ".safetensors":
@@ -43,7 +43,7 @@ def find_mask(name: str | Path) -> Path:
 
 def _fetch(repo_id: str, revision: str | None) -> Path:
     where = f"`{repo_id}`" + (f" at `{revision}`" if revision else "")
-    with named_errors(MaskError, f"The mask of {where} ({' or '.join(_PLACES)}) can't be had"):
+    with named_errors(MaskError, f"The mask of {where} ({' or '.join(_PLACES)}) can't be fetched"):
         try:
             return Path(hf_hub_download(repo_id, MASK_FILE, revision=revision))
         except EntryNotFoundError:

@@ -1,74 +1,98 @@
 """Where the model comes from: the demo model, a folder, a single file or a repo of the Hub."""
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from nemo_prune.checkpoint.conversion import Conversion, convert_pickled, convert_single_file, pickled_weights
-from nemo_prune.checkpoint.folder import INDEX_FILE, read_model_index
+from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, read_model_index, scan_folder
 from nemo_prune.checkpoint.single_file import SUFFIXES
 from nemo_prune.errors import ModelError
+from nemo_prune.facts import BaseFacts
+from nemo_prune.files.hashing import file_hash, text_hash
 from nemo_prune.hub.download import download_configs, download_pipeline
 from nemo_prune.models.demo import DEMO_MODEL, demo_folder
+from nemo_prune.models.known import KnownModel, known_model
 
 # Whose configs, tokenizer and scheduler a single file of Stable Diffusion 1.x takes.
 DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# What the results of a localization depend on.
+_RELEVANT_COMPONENTS = {"unet", "text_encoder", "tokenizer", "scheduler"}
+_USUAL_GUIDANCE, _USUAL_NORM_STEP = KnownModel.guidance_scale, KnownModel.norm_step
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pipeline's files on this machine and where they are from.
+    """A pipeline's files on this machine, looked through once, and where they are from.
 
     Attributes:
-        folder: the diffusers folder, with safetensors weights.
-        repo_id: the Hub id, None for what is local.
+        files: the diffusers folder with safetensors weights: which files a release keeps, which it leaves out and why.
+        model: what `--model` takes for it anywhere: ``demo`` or a Hub id; None for what is local.
         commit: the commit that the revision resolved to, None for what is local.
         variant: weights variant such as ``fp16``, None for the plain files.
-        is_demo: whether it is the demo model that the package carries.
         given: what was given, where the folder was converted from it: a single file, or a folder.
         config: what a single file took its configs from: a folder or a Hub id.
         converted: what was converted, in words; None where nothing was.
         left_out: what the conversion left out -> why.
     """
 
-    folder: Path
-    repo_id: str | None = None
+    files: CheckpointFiles
+    model: str | None = None
     commit: str | None = None
     variant: str | None = None
-    is_demo: bool = False
     given: Path | None = None
     config: str | None = None
     converted: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def folder(self) -> Path:
+        """The diffusers folder."""
+        return self.files.folder
+
+    @property
+    def repo_id(self) -> str | None:
+        """The Hub id; None for the demo and for what is local."""
+        return None if self.model == DEMO_MODEL else self.model
+
+    @property
+    def known(self) -> KnownModel | None:
+        """What is known about the model."""
+        return known_model(self.model) if self.model else None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance that suits images of the model."""
+        return self.known.guidance_scale if self.known else _USUAL_GUIDANCE
+
+    @property
+    def norm_step(self) -> int:
+        """The step, of 50, at which a sieve takes the norm."""
+        return self.known.norm_step if self.known else _USUAL_NORM_STEP
+
+    @property
     def single_file(self) -> Path | None:
         """The single file that was given, None for all other forms."""
         return self.given if self.config else None
 
-    @property
-    def public_name(self) -> str:
-        """How a published card may call it: never a path of the machine."""
-        if self.is_demo:
-            return "the nemo-prune demo model"
-        return self.repo_id or "a local checkpoint"
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the names and contents of the files that results depend on."""
+        paths = [path for path in self.files.kept if path.parts[0] in _RELEVANT_COMPONENTS]
+        hashed = [self.variant or "", *(path.as_posix() + file_hash(self.folder / path) for path in paths)]
+        return text_hash(hashed)
 
-    def described(self) -> dict:
-        """For the record, as JSON values: never a path of the machine."""
+    @property
+    def facts(self) -> BaseFacts:
+        """For the record: never a path of the machine."""
+        name = "the nemo-prune demo model" if self.model == DEMO_MODEL else self.model or "a local checkpoint"
         config = "a local folder" if self.config and _is_local(self.config) else self.config
-        return {
-            "name": self.public_name,
-            "repo_id": self.repo_id,
-            "commit": self.commit,
-            "variant": self.variant,
-            "converted": self.converted,
-            "config": config,
-        }
+        return BaseFacts(name, self.repo_id, self.commit, self.variant, self.converted, config, self.model)
 
 
 def resolve_model(
@@ -85,18 +109,18 @@ def resolve_model(
             and scheduler it takes; those of Stable Diffusion v1-5 unless given.
 
     Raises:
-        ModelError: there is no such model, it is gated, damaged, or no Stable Diffusion pipeline.
+        ModelError: there is no such model, it is gated, damaged, or not a Stable Diffusion pipeline.
         OutputError: what was converted can't be kept.
     """
     path = Path(model)
     if path.suffix in SUFFIXES and not path.is_dir():
         return _single_file(path, revision or variant, config)
     if config is not None:
-        raise ModelError(f"--config is for single files, and {model} is none. Leave it out.")
+        raise ModelError(f"--config is for single files, and {model} is not one. Leave it out.")
     if model == DEMO_MODEL:
-        source = ModelSource(demo_folder(), variant=variant, is_demo=True)
+        source = ModelSource(_scan(demo_folder(), model), DEMO_MODEL, variant=variant)
     elif path.is_dir():
-        source = ModelSource(path.resolve(), variant=variant)
+        source = ModelSource(_scan(path.resolve(), model), variant=variant)
     elif _looks_like_path(model):
         raise ModelError(
             f"There is no model at {model}. Give a diffusers folder, a single file ({', '.join(SUFFIXES)}), a Hub id "
@@ -105,12 +129,11 @@ def resolve_model(
     else:
         folder = download_pipeline(model, revision, variant)
         # The cache names a snapshot's folder by its commit.
-        source = ModelSource(folder, model, folder.name, variant)
-    _check_pipeline(source.folder, model)
-    pickled = pickled_weights(source.folder, variant)
+        source = ModelSource(_scan(folder, model), model, folder.name, variant)
+    pickled = pickled_weights(source.files, variant)
     if not pickled:
         return source
-    return _converted(replace(source, given=source.folder), convert_pickled(source.folder, pickled))
+    return _converted(replace(source, given=source.folder), convert_pickled(source.files, pickled))
 
 
 def find_again(source: ModelSource) -> ModelSource:
@@ -119,10 +142,8 @@ def find_again(source: ModelSource) -> ModelSource:
     Raises:
         ModelError: it is not there.
     """
-    if source.is_demo:
-        return resolve_model(DEMO_MODEL, variant=source.variant)
-    if source.repo_id:
-        return resolve_model(source.repo_id, source.commit, source.variant)
+    if source.model:
+        return resolve_model(source.model, source.commit, source.variant)
     if source.folder.is_dir():
         return source
     given = source.given or source.folder
@@ -135,35 +156,22 @@ def find_again(source: ModelSource) -> ModelSource:
     return resolve_model(str(given), None, source.variant, source.config)
 
 
-def _single_file(path: Path, chosen: str | None, config: str | None) -> ModelSource:
-    if not path.is_file():
-        raise ModelError(f"There is no single file at {path}. Check the name.")
-    if chosen:
-        raise ModelError(f"A single file has no variants or revisions, so that `{chosen}` names nothing. Leave it out.")
-    config = str(Path(config).resolve()) if config and Path(config).is_dir() else config or DEFAULT_CONFIG
-    configs = Path(config) if _is_local(config) else download_configs(config)
-    _check_pipeline(configs, config)
-    source = ModelSource(configs, given=path.resolve(), config=config)
-    return _converted(source, convert_single_file(path.resolve(), configs))
-
-
-def _converted(source: ModelSource, conversion: Conversion) -> ModelSource:
-    return replace(source, folder=conversion.folder, converted=conversion.converted, left_out=conversion.left_out)
-
-
-def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def load_pipeline(folder: Path, device: str, dtype: torch.dtype, variant: str | None = None) -> StableDiffusionPipeline:
     """Load a pipeline in evaluation mode, without its safety checker, onto a device.
+
+    Args:
+        folder: a diffusers folder.
+        device: torch device.
+        dtype: of the weights.
+        variant: weights variant such as ``fp16``.
 
     Raises:
         ModelError: it can't be loaded, is of a family that is not supported, or holds NaN.
     """
-    index = json.loads((source.folder / INDEX_FILE).read_text())
     without_checker = {"safety_checker": None, "requires_safety_checker": False}
-    options = without_checker if "safety_checker" in index else {}
+    options = without_checker if "safety_checker" in read_model_index(folder) else {}
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            source.folder, dtype=dtype, variant=source.variant, local_files_only=True, **options
-        )
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model can't be loaded: {error}") from error
     if not isinstance(pipe, StableDiffusionPipeline) or not isinstance(pipe.unet, UNet2DConditionModel):
@@ -176,6 +184,36 @@ def load_pipeline(source: ModelSource, device: str, dtype: torch.dtype) -> Stabl
     for component in ("unet", "text_encoder"):
         _refuse_nan(getattr(pipe, component), component)
     return pipe
+
+
+def _single_file(path: Path, chosen: str | None, config: str | None) -> ModelSource:
+    if not path.is_file():
+        raise ModelError(f"There is no single file at {path}. Check the name.")
+    if chosen:
+        raise ModelError(f"A single file has no variants or revisions, so `{chosen}` names nothing. Leave it out.")
+    config = str(Path(config).resolve()) if config and Path(config).is_dir() else config or DEFAULT_CONFIG
+    configs = _scan(Path(config) if _is_local(config) else download_configs(config), config)
+    source = ModelSource(configs, given=path.resolve(), config=config)
+    return _converted(source, convert_single_file(path.resolve(), configs))
+
+
+def _converted(source: ModelSource, conversion: Conversion) -> ModelSource:
+    files = scan_folder(conversion.folder)
+    return replace(source, files=files, converted=conversion.converted, left_out=conversion.left_out)
+
+
+def _scan(folder: Path, model: str) -> CheckpointFiles:
+    """Look through a folder that has the parts of a Stable Diffusion pipeline."""
+    if not (folder / INDEX_FILE).is_file():
+        raise ModelError(
+            f"{model} is not a diffusers pipeline: it has no {INDEX_FILE}. Give a diffusers folder, or a single file "
+            f"({', '.join(SUFFIXES)})."
+        )
+    index = read_model_index(folder)
+    missing = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if part not in index]
+    if missing:
+        raise ModelError(f"{model} is not a Stable Diffusion pipeline: its {INDEX_FILE} has no {', '.join(missing)}.")
+    return scan_folder(folder)
 
 
 def _refuse_nan(module: torch.nn.Module, component: str) -> None:
@@ -193,15 +231,3 @@ def _is_local(name: str) -> bool:
 
 def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1 or Path(model).exists()
-
-
-def _check_pipeline(folder: Path, model: str) -> None:
-    if not (folder / INDEX_FILE).is_file():
-        raise ModelError(
-            f"{model} is no diffusers pipeline: it has no {INDEX_FILE}. Give a diffusers folder, or a single file "
-            f"({', '.join(SUFFIXES)})."
-        )
-    index = read_model_index(folder)
-    missing = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if part not in index]
-    if missing:
-        raise ModelError(f"{model} is no Stable Diffusion pipeline: its {INDEX_FILE} has no {', '.join(missing)}.")

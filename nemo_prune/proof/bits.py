@@ -7,14 +7,14 @@ from diffusers import StableDiffusionPipeline
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError
-from nemo_prune.mask import NeuronMask
+from nemo_prune.mask import Pruning
 
 # What the rounding of float32 rows grows to on its way through the demo's U-Net is 2e-5 of the prediction.
 _ROUNDING = 1e-4
 
 
 def check_pruned_equals_suppressed(
-    predictor: NoisePredictor, pruned_pipe: StableDiffusionPipeline, mask: NeuronMask, texts: Sequence[str]
+    predictor: NoisePredictor, pruned_pipe: StableDiffusionPipeline, pruning: Pruning, texts: Sequence[str]
 ) -> None:
     """Refuse an export whose prediction is not that of the suppressed model, to the last bit.
 
@@ -26,9 +26,9 @@ def check_pruned_equals_suppressed(
     """
     pruned = NoisePredictor(pruned_pipe, predictor.settings, predictor.batch_size)
     latents = predictor.initial_latents(num_samples=2)
-    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if predictor.scale else 0.0
+    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if pruning.scale else 0.0
     for text in texts:
-        suppressed = predictor.predict_noise(latents, predictor.encode([text])[0], [mask])
+        suppressed = predictor.predict_noise(latents, predictor.encode([text])[0], [pruning.mask])
         difference = (pruned.predict_noise(latents, pruned.encode([text])[0]) - suppressed).norm() / suppressed.norm()
         # Written so that NaN does not pass for agreement.
         if not difference <= allowed:

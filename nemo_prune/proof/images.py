@@ -60,7 +60,6 @@ class ImageEvidence:
     """Images of one prompt before and after pruning.
 
     Attributes:
-        prompt: its text.
         copies_before: share of the images that are near any of the training images, None where no
             training image is known.
         copies_after: the same after pruning.
@@ -71,7 +70,6 @@ class ImageEvidence:
         between_seeds_after: the same after pruning.
     """
 
-    prompt: str
     copies_before: float | None
     copies_after: float | None
     nearest_before: float | None
@@ -82,7 +80,6 @@ class ImageEvidence:
 
 
 def compare_images(
-    prompt: str,
     before: Sequence[Image.Image],
     after: Sequence[Image.Image],
     training_images: Sequence[Image.Image],
@@ -100,7 +97,6 @@ def compare_images(
             near[position] = float(nearest.median())
             copies[position] = float((nearest >= cut).float().mean())
     return ImageEvidence(
-        prompt=prompt,
         copies_before=copies[0],
         copies_after=copies[1],
         nearest_before=near[0],

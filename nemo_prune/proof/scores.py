@@ -10,27 +10,32 @@ from nemo_prune.mask import NeuronMask
 
 
 @dataclass(frozen=True)
-class PromptVerification:
+class ScoresUnderMask:
     """One prompt under the final mask.
 
     Attributes:
-        prompt: its text.
         suppressed_similarity: highest similarity with and without the mask over the kept seeds of
             the detection; None where no seed was kept.
         score_before: memorization score on fresh latents, nothing suppressed.
         score_after: the same under the mask.
     """
 
-    prompt: str
     suppressed_similarity: float | None
     score_before: float
     score_after: float
 
 
-def verify_prompt(
+def score_under_mask(
     scorer: Scorer, localization: PromptLocalization, mask: NeuronMask, fresh_latents: Tensor
-) -> PromptVerification:
-    """Score a prompt again under the final mask, on the detection's latents and on fresh ones."""
+) -> ScoresUnderMask:
+    """Score a prompt again under the final mask, on the detection's latents and on fresh ones.
+
+    Args:
+        scorer: the unpruned model.
+        localization: of the prompt.
+        mask: the final one.
+        fresh_latents: initial latents that the localization never saw [S, channels, height, width].
+    """
     prompt, neurons = localization.prompt, frozenset(mask.neurons)
     similarity = None
     if localization.kept_seeds:
@@ -38,9 +43,4 @@ def verify_prompt(
         similarity = max(scorer.suppressed_similarities(scored, localization.kept_seeds, neurons))
     (before,) = scorer.score_prompts([prompt], fresh_latents)
     (after,) = scorer.score_prompts([prompt], fresh_latents, neurons)
-    return PromptVerification(
-        prompt=prompt,
-        suppressed_similarity=similarity,
-        score_before=before.memorization.score,
-        score_after=after.memorization.score,
-    )
+    return ScoresUnderMask(similarity, before.memorization.score, after.memorization.score)

@@ -1,7 +1,6 @@
 """What a push sends, packed and checked offline: a release that is as its record says, or a mask alone."""
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -11,21 +10,12 @@ from yaml import YAMLError
 from nemo_prune.checkpoint.folder import check_files
 from nemo_prune.errors import PushError, RecordError
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import (
-    CARD_FILE,
-    GRID_FILE,
-    MASK_FILE,
-    PLOT_FILE,
-    RECORD_FILE,
-    folder_beside,
-    is_licence_file,
-)
+from nemo_prune.files.layout import CARD_FILE, MASK_FILE, RELEASE_FILES, ReleaseLayout, is_licence_file
+from nemo_prune.progress import Advance
 from nemo_prune.release.card import named
+from nemo_prune.release.record import Record
 from nemo_prune.release.residual import residual_findings, with_findings
-from nemo_prune.release.sealed import read_record
 
-# What a release holds beside the files that its record names.
-RELEASE_FILES = frozenset((CARD_FILE, RECORD_FILE, MASK_FILE, GRID_FILE, PLOT_FILE))
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth", ".gguf")
 _MOST_NAMED = 5
 
@@ -46,20 +36,20 @@ class Parcel:
     sha256: Mapping[str, str] = field(default_factory=dict)
     unpruned: Mapping[str, str] = field(default_factory=dict)
 
-    def check(self, progress: Callable[[int, int], None]) -> None:
+    def check(self, advance: Advance) -> None:
         """Compare the files with what is recorded of them.
 
         Args:
-            progress: called with the files that were compared and their number.
+            advance: called with the files that were compared and their number.
 
         Raises:
             RecordError: one was changed since.
         """
         for done, (name, expected) in enumerate(self.sha256.items()):
-            progress(done, len(self.sha256))
+            advance(done, len(self.sha256))
             if file_hash(self.files[name]) != expected:
                 raise RecordError(f"{name} was changed after the export. Export the model again.")
-        progress(len(self.sha256), len(self.sha256))
+        advance(len(self.sha256), len(self.sha256))
 
 
 def pack(out: Path, repo_id: str, allow_residual: bool = False) -> Parcel:
@@ -76,14 +66,9 @@ def pack(out: Path, repo_id: str, allow_residual: bool = False) -> Parcel:
         MaskError: it is neither a release nor a mask.
         ModelError: a file can't be read or lies elsewhere.
     """
-    if out.is_dir():
-        return _pack_release(out, _files_in(out), repo_id, allow_residual)
-    beside = folder_beside(out)
-    if out.is_file() and beside.is_dir():
-        # Beside it they lie flat, in a repo as in a folder.
-        placed = {PurePath(name).name: name for name in RELEASE_FILES}
-        files = {placed.get(name, name): path for name, path in _files_in(beside).items()}
-        return _pack_release(beside, {**files, out.name: out}, repo_id, allow_residual)
+    layout = ReleaseLayout.found(out)
+    if layout.folder.is_dir():
+        return _pack_release(layout, repo_id, allow_residual)
     if out.is_file():
         return _pack_mask(out, repo_id)
     raise PushError(f"There is nothing at {out}. Give what `run`, `export` or `merge` wrote.")
@@ -101,22 +86,23 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def _pack_release(folder: Path, files: dict[str, Path], repo_id: str, allow_residual: bool) -> Parcel:
-    record = read_record(files.get(RECORD_FILE, folder / RECORD_FILE))
+def _pack_release(layout: ReleaseLayout, repo_id: str, allow_residual: bool) -> Parcel:
+    files = layout.files()
+    check_files(layout.folder, [path.relative_to(layout.folder) for path in files.values() if path != layout.file])
+    record = Record.load(layout.record)
     findings = residual_findings(record)
     if findings and not allow_residual:
         raise PushError(
             "\n- ".join(("Something remains in this release:", *findings))
-            + "\nMend it and export again, or publish it as it is with --allow-residual; its card says so then."
+            + "\nSolve it and export again, or publish it as it is with --allow-residual; its card says so then."
         )
-    sha256, unpruned = _hashes(record, "sha256"), _hashes(record, "base_sha256")
-    sha256[MASK_FILE] = str(record["mask"].get("sha256"))
+    sha256 = {**record.files.sha256, MASK_FILE: str(record.mask.sha256)}
     if missing := {*sha256, CARD_FILE} - set(files):
         raise RecordError(f"The release lacks files that its record names: {some_of(missing)}. Export the model again.")
     _refuse_others({name for name in files if name not in sha256})
     card = with_findings(named(_read_card(files[CARD_FILE]), repo_id), findings)
-    title = f"Pruned by nemo-prune: {record['mask'].get('num_neurons')} memorization neurons"
-    return Parcel({**files, CARD_FILE: card.encode()}, title, sha256, unpruned)
+    title = f"Pruned by nemo-prune: {record.mask.num_neurons} memorization neurons"
+    return Parcel({**files, CARD_FILE: card.encode()}, title, sha256, record.files.base_sha256)
 
 
 def _read_card(path: Path) -> str:
@@ -145,21 +131,7 @@ def _pack_mask(path: Path, repo_id: str) -> Parcel:
     from nemo_prune.mask import NeuronMask
     from nemo_prune.release.mask_card import mask_card
 
-    mask, described = NeuronMask.load_with_metadata(path)
-    card = mask_card(mask, described, repo_id).encode()
+    mask, facts = NeuronMask.load_with_facts(path)
+    card = mask_card(mask, facts, repo_id).encode()
     title = f"Mask of {mask.num_neurons} memorization neurons"
     return Parcel({PurePath(MASK_FILE).name: path, CARD_FILE: card}, title)
-
-
-def _files_in(folder: Path) -> dict[str, Path]:
-    """Every file of a folder by its name in it; none lies elsewhere."""
-    paths = [Path(where, name) for where, _, names in os.walk(folder) for name in names]
-    check_files(folder, [path.relative_to(folder) for path in paths])
-    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
-
-
-def _hashes(record: Mapping, key: str) -> dict[str, str]:
-    hashes = record["files"].get(key)
-    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
-        raise RecordError(f"The record holds no `{key}` of files. Export the model again.")
-    return dict(hashes)

@@ -12,12 +12,12 @@ from huggingface_hub.hf_api import RepoFile
 from nemo_prune import __version__
 from nemo_prune.errors import PushError
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import RECORD_FILE
+from nemo_prune.files.layout import RECORD_FILE, RELEASE_FILES
 from nemo_prune.files.untrusted import read_json
 from nemo_prune.hub.errors import named_errors
-from nemo_prune.progress import Notify, Progress, silently, unheard
+from nemo_prune.progress import Advance, Listener, Stage
 from nemo_prune.publish.account import check_access, existing_repo
-from nemo_prune.publish.parcel import RELEASE_FILES, Parcel, is_weights, pack, some_of
+from nemo_prune.publish.parcel import Parcel, is_weights, pack, some_of
 
 # Larger files are sent one by one, so that a stop costs one at most.
 _LARGE = 10_000_000
@@ -68,8 +68,7 @@ def push_release(
     out: Path,
     repo_id: str,
     options: PushOptions = PushOptions(),
-    progress: Progress = silently,
-    notify: Notify = unheard,
+    listener: Listener = Listener(),
 ) -> Pushed:
     """Push a release, or a mask alone, to a repo of the Hub as one commit on top of what was seen there.
 
@@ -81,23 +80,24 @@ def push_release(
         out: a release (a folder, or a checkpoint in one file), or the file of a mask.
         repo_id: ``owner/name``.
         options: how.
-        progress: called with the stage's name, what is done and how much there is.
-        notify: called with what the user should know.
+        listener: hears stages, progress and what the user should know.
 
     Raises:
         NemoPruneError: it is not pushed, and nothing of it can be seen there; see
             :func:`nemo_prune.publish.parcel.pack`.
     """
-    parcel = pack(out, repo_id, options.allow_residual)
-    check_access(repo_id, options.private, options.create_pr)
-    parcel.check(lambda done, total: progress("check files", done, total))
+    with listener.stage(Stage.CHECK_RELEASE):
+        parcel = pack(out, repo_id, options.allow_residual)
+        check_access(repo_id, options.private, options.create_pr)
+    with listener.stage(Stage.CHECK_FILES) as advance:
+        parcel.check(advance)
     repo = _Repo(repo_id, options)
     if repo.create_if_missing():
-        notify(f"The repo {repo_id} was created.")
+        listener.say(f"The repo {repo_id} was created.")
     head = repo.head()
     there = repo.files(head)
     earlier = _earlier_release(repo, head) if {RECORD_FILE} <= there.keys() & parcel.files.keys() else set()
-    _look_at_weights(parcel, there, earlier, repo_id, notify)
+    _look_at_weights(parcel, there, earlier, repo_id, listener)
     changed, stale = _difference(parcel, there, earlier)
     if not changed and not stale:
         return Pushed(f"{repo.api.endpoint}/{repo_id}/commit/{head}")
@@ -106,7 +106,8 @@ def push_release(
             if not any(_difference(parcel, repo.files(reference), earlier)):
                 return Pushed(url)
     additions = [_addition(parcel, name) for name in changed]
-    repo.send_ahead(additions, progress)
+    with listener.stage(Stage.UPLOAD) as advance:
+        repo.send_ahead(additions, advance)
     commit = repo.commit(additions, stale, head, parcel.title)
     return Pushed(commit.pr_url or commit.commit_url, tuple(changed), tuple(stale))
 
@@ -153,20 +154,20 @@ class _Repo:
         return [(each.url, each.git_reference) for each in found]
 
     @_named
-    def send_ahead(self, additions: Sequence[CommitOperationAdd], progress: Progress) -> None:
+    def send_ahead(self, additions: Sequence[CommitOperationAdd], advance: Advance) -> None:
         """Upload what the Hub keeps outside of git; it does not take what it has."""
         sizes = [each.upload_info.size for each in additions]
         small = [each for each in additions if each.upload_info.size < _LARGE]
         lots = [small, *([each] for each in additions if each.upload_info.size >= _LARGE)]
         done, total = 0, sum(sizes) // _MEGABYTE
         for lot in lots:
-            progress("upload", done // _MEGABYTE, total)
+            advance(done // _MEGABYTE, total)
             self.api.preupload_lfs_files(
                 self._repo_id, lot, revision=self._options.revision, create_pr=self._options.create_pr,
                 gitignore_content=_NOTHING_IGNORED,
             )  # fmt: skip
             done += sum(each.upload_info.size for each in lot)
-        progress("upload", total, total)
+        advance(total, total)
 
     @_named
     def commit(
@@ -189,7 +190,7 @@ def _earlier_release(repo: _Repo, commit: str) -> set[str]:
 
 
 def _look_at_weights(
-    parcel: Parcel, there: Mapping[str, RepoFile], earlier: Collection[str], repo_id: str, notify: Notify
+    parcel: Parcel, there: Mapping[str, RepoFile], earlier: Collection[str], repo_id: str, listener: Listener
 ) -> None:
     if others := [name for name in there if is_weights(name) and name not in parcel.files and name not in earlier]:
         raise PushError(
@@ -198,7 +199,7 @@ def _look_at_weights(
         )
     unpruned = [name for name, digest in parcel.unpruned.items() if name in there and _sha256(there[name]) == digest]
     if unpruned:
-        notify(
+        listener.say(
             f"The repo {repo_id} holds the unpruned weights: {some_of(unpruned)}. They are replaced, but whoever may "
             "read the repo still finds them in its history: pruning protects only where they were never released."
         )

@@ -1,4 +1,4 @@
-"""A release from a base and a mask, without searching for anything: whoever has both gets the same weights."""
+"""A release from a base and a mask, without searching for anything: base and mask always give the same weights."""
 
 import platform
 import shutil
@@ -6,17 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nemo_prune.checkpoint.fingerprint import check_base, tensor_digests
-from nemo_prune.compute.session import model_digest
 from nemo_prune.errors import MaskError
-from nemo_prune.files.layout import MASK_FILE
-from nemo_prune.mask import NeuronMask
+from nemo_prune.facts import MaskFacts
+from nemo_prune.mask import NeuronMask, Pruning
 from nemo_prune.models.source import ModelSource
-from nemo_prune.progress import Notify, unheard
-from nemo_prune.release.documents import write_release
+from nemo_prune.progress import Listener
 from nemo_prune.release.licence import licence_of
-from nemo_prune.release.pruned import write_weights
-from nemo_prune.release.record import described_base
-from nemo_prune.release.targets import check_release, staged_release
+from nemo_prune.release.record import MaskRecord, Record, base_facts
+from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import Statement
 
 
@@ -27,9 +24,9 @@ def export_model(
     scale: float = 0.0,
     force: bool = False,
     overwrite: bool = False,
-    statement: Statement | None = None,
-    notify: Notify = unheard,
-) -> dict:
+    statement: Statement = Statement(),
+    listener: Listener = Listener(),
+) -> Record:
     """Prune a base by a finished mask and write it with mask, record and card.
 
     Args:
@@ -40,55 +37,46 @@ def export_model(
         force: whether the base may be another one than the mask was made for; the card says so.
         overwrite: whether what stands there may be replaced.
         statement: what the publisher states about base and licence.
-        notify: called with what a publisher has to see to.
-
-    Returns:
-        The record, JSON values only.
+        listener: hears what the publisher has to see to.
 
     Raises:
         MaskError: the mask holds no neuron, or was made for another base.
         SettingsError: what is stated contradicts the base.
         OutputError: the release can't be written.
     """
-    statement = statement or Statement()
-    base, licence = described_base(source, statement), licence_of(source, statement)
+    base, licence = base_facts(source, statement), licence_of(source, statement)
     check_release(source, out, overwrite)
-    mask, described = NeuronMask.load_with_metadata(mask_file)
+    mask, facts = NeuronMask.load_with_facts(mask_file)
     if not mask.num_neurons:
-        raise MaskError(f"{mask_file} holds no neuron, so that there is nothing to prune.")
-    is_its_base = True
+        raise MaskError(f"{mask_file} holds no neuron, so there is nothing to prune.")
+    is_its_base = _is_its_base(source, mask, facts, force)
+    with staged_release(out, overwrite) as release:
+        files = write_weights(source, Pruning(mask, scale), release)
+        record = Record(
+            versions={"python": platform.python_version(), "nemo-prune": version("nemo-prune")},
+            base=base,
+            licence=licence,
+            mask=MaskRecord.of(mask, scale=scale, made_for=facts.base, forced_on_another_base=not is_its_base),
+            prompts=facts.prompts,
+            files=files,
+        )
+        release.layout.mask.parent.mkdir(exist_ok=True)
+        shutil.copyfile(mask_file, release.layout.mask)
+        record = write_documents(release.layout, record)
+    for warning in licence.warnings():
+        listener.say(warning)
+    return record
+
+
+def _is_its_base(source: ModelSource, mask: NeuronMask, facts: MaskFacts, force: bool) -> bool:
+    """Whether the mask was made for this base; without ``force`` another one is refused."""
+    # The mask of result files knows the digest of the whole model, that of a release those of its tensors.
+    if facts.model is not None and facts.model == source.digest:
+        return True
     try:
-        _check_base(source, mask, described)
+        check_base(tensor_digests(source.files, mask), facts.base_tensors or {})
     except MaskError:
         if not force:
             raise
-        is_its_base = False
-    with staged_release(out, overwrite) as release:
-        exported = write_weights(source, mask, release, scale)
-        facts = {
-            "versions": {"python": platform.python_version(), "nemo-prune": version("nemo-prune")},
-            "base": base,
-            "licence": licence.described(),
-            "mask": {
-                "num_neurons": mask.num_neurons,
-                "counts": mask.counts,
-                "sizes": mask.sizes,
-                "scale": scale,
-                "made_for": described.get("base"),
-                "forced_on_another_base": not is_its_base,
-            },
-            "prompts": described.get("prompts"),
-            "files": exported.described(),
-        }
-        (release.beside / MASK_FILE).parent.mkdir()
-        shutil.copyfile(mask_file, release.beside / MASK_FILE)
-        write_release(release.beside, facts)
-    for warning in licence.warnings():
-        notify(warning)
-    return facts
-
-
-def _check_base(source: ModelSource, mask: NeuronMask, described: dict) -> None:
-    # The mask of result files knows the digest of the whole model, that of a release those of its tensors.
-    if "model" not in described or described["model"] != model_digest(source):
-        check_base(tensor_digests(source.folder, mask), described.get("base_tensors", {}))
+        return False
+    return True

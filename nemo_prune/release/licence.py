@@ -1,5 +1,6 @@
-"""The licence of a release: inherited from the base model, or stated by who publishes; never guessed."""
+"""The licence of a release: inherited from the base model, or stated by the publisher; never guessed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,27 @@ from huggingface_hub import metadata_load
 from yaml import YAMLError
 
 from nemo_prune.errors import SettingsError
-from nemo_prune.files.layout import CARD_FILE, is_licence_file
+from nemo_prune.files.layout import CARD_FILE
 from nemo_prune.models.source import ModelSource
-from nemo_prune.release.markdown import HUB
+from nemo_prune.release.markdown import HUB, code
 from nemo_prune.settings import Statement
 
 _FIELDS = ("license", "license_name", "license_link")
 _NO_LICENCE = "other"
+
+_OPENRAIL = (
+    "This licence restricts uses. Its use-based restrictions go on to apply to whoever uses this model or passes it "
+    "on, and have to be passed on with it, together with a copy of the licence and with the notice above that files "
+    "were changed."
+)
+_NO_TEXT = (
+    "**No licence text lay beside the base model, so that none lies here.** Where the licence asks for a copy to be "
+    "passed on, one has to be put beside this card."
+)
+_GATED = (
+    "The base model is given out only to those who accept its terms. These terms go on to apply here; this card does "
+    "not ask for them again."
+)
 
 
 @dataclass(frozen=True)
@@ -30,19 +45,10 @@ class Licence:
         base_was_gated: whether the base's card asks for consent to its terms.
     """
 
-    fields: dict[str, str | list[str]]
+    fields: Mapping[str, str | list[str]]
     origin: Literal["base", "publisher", "missing"]
     texts: tuple[str, ...] = ()
     base_was_gated: bool = False
-
-    def described(self) -> dict:
-        """For the record, as JSON values."""
-        return {
-            "fields": self.fields,
-            "origin": self.origin,
-            "texts": list(self.texts),
-            "base_was_gated": self.base_was_gated,
-        }
 
     def warnings(self) -> list[str]:
         """What a publisher has to see to before publication."""
@@ -70,9 +76,7 @@ def licence_of(source: ModelSource, statement: Statement) -> Licence:
         SettingsError: the publisher states another licence than the base's card.
     """
     card = _card_metadata(source.folder / CARD_FILE)
-    texts = tuple(
-        sorted(path.name for path in source.folder.iterdir() if path.is_file() and is_licence_file(path.name))
-    )
+    texts = source.files.licence_texts
     inherited = _inherited_fields(card, source, texts)
     stated = {name: getattr(statement, name) for name in _FIELDS if getattr(statement, name)}
     for name, value in stated.items():
@@ -121,3 +125,39 @@ def _plain(value: object) -> str | list[str] | None:
     if not isinstance(value, str):
         return None
     return "".join(char for char in " ".join(value.split()) if char.isprintable()) or None
+
+
+def licence_notice(licence: Licence) -> str:
+    """What is known about a licence, and what is not, in words for a card."""
+    fields = licence.fields
+    stated = fields["license"]
+    names = [stated] if isinstance(stated, str) else stated
+    called = " or ".join(code(name) for name in names)
+    if fields.get("license_name"):
+        called += f" ({code(_joined(fields['license_name']))})"
+    texts = [_link(_joined(fields["license_link"]))] if fields.get("license_link") else []
+    texts += [_link(name) for name in licence.texts if name != fields.get("license_link")]
+    parts = [
+        {
+            "base": f"As the base model's card says: {called}. Its terms go on to apply.",
+            "publisher": f"As stated by who made this model: {called}. The base model's card names no licence.",
+            "missing": "**Not known.** The base model's card names no licence, and none was stated, so that the "
+            f"metadata of this card say {called}. Whoever publishes this model has to state the licence of the base.",
+        }[licence.origin],
+        *([_OPENRAIL] if any("openrail" in name.lower() for name in names) else []),
+        f"Licence text: {', '.join(texts)}." if texts else "",
+        _NO_TEXT if not licence.texts else "",
+        _GATED if licence.base_was_gated else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _joined(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def _link(place: str) -> str:
+    """An address or the name of a file as a link, if nothing in it can be anything else."""
+    if re.fullmatch(r"https?://[\w./%~#?=&+-]+", place, re.ASCII):
+        return f"<{place}>"
+    return f"[{code(place)}]({place})" if re.fullmatch(r"\w[\w.-]*", place, re.ASCII) else code(place)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 
-from nemo_prune.compute.session import BaseSession, Session, digest
+from nemo_prune.compute.local import LocalSession
+from nemo_prune.compute.session import Session
 from nemo_prune.corpus.stream import ORDINARY, CaptionStream
+from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.pictures import save_distributions
 from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder
-from nemo_prune.progress import Progress
+from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.images import draw_images, seed_agreement
 from nemo_prune.screening.detection import Cut, Separation, fdr_cut, separation
 from nemo_prune.screening.screened import PASSED_COLUMN, PROMPT_COLUMN, caption_table, write_screened
@@ -72,13 +75,13 @@ class _Sieved:
 
 
 def screen_captions(
-    session: BaseSession,
+    session: Session,
     captions: CaptionStream,
     ordinary: Sequence[str],
     options: ScreenOptions,
     sieve: SieveSettings,
     verification: VerificationSettings,
-    progress: Progress = lambda stage, done, total: None,
+    listener: Listener = Listener(),
 ) -> ScreenResult:
     """Sieve a corpus, cut, look closer at what passes, and write it all by value.
 
@@ -89,24 +92,26 @@ def screen_captions(
         options: where to and how.
         sieve: the numbers of the sieves.
         verification: how the images are drawn that confirm.
-        progress: called with the stage's name, what is done and how much there is.
+        listener: hears stages and progress.
 
     Raises:
         NemoPruneError: something can't be done as asked; what was computed is kept in the work folder.
     """
     check_new_file(options.out, options.overwrite)
+    source = session.source
+    sieve, verification = sieve.fitted_to(source.norm_step), verification.fitted_to(source.guidance_scale)
     ordinary = list(dict.fromkeys(ordinary))
     work = _open_work(session, captions, ordinary, options, sieve).path
     usual = _sieve_all(session, ordinary, len(ordinary), work / "ordinary.jsonl", sieve,
-                       partial(progress, "sieve ordinary"))  # fmt: skip
+                       listener, Stage.SIEVE_ORDINARY)  # fmt: skip
     sieved = _sieve_all(session, (prompt.text for prompt in captions), captions.num_prompts, work / "sieved.jsonl",
-                        sieve, partial(progress, "sieve"))  # fmt: skip
+                        sieve, listener, Stage.SIEVE)  # fmt: skip
     values = sieved.values[sieve.sieve]
     cut = fdr_cut(values, usual.values[sieve.sieve], options.fdr)
     passed = np.zeros(len(values), bool) if cut.cut is None else values >= cut.cut
     table = caption_table(captions)
     numbered = [(number, table[PROMPT_COLUMN][number].as_py()) for number in np.flatnonzero(passed).tolist()]
-    looks = _closer_looks(session, numbered, work, options, verification, progress)
+    looks = _closer_looks(session, numbered, work, options, verification, listener)
     columns = {"score": values, **sieved.values, PASSED_COLUMN: passed}
     columns |= {name: _with_gaps(found, len(values)) for name, found in looks.items()}
     agreement = list(looks.get(_AGREEMENT, {}).values())
@@ -132,11 +137,10 @@ def _facts(
         "duplicates": captions.num_duplicates,
         "unlabelled": kinds.count(None),
         "passed": cut.num_passed,
-        "sieve": dataclasses.asdict(sieve),
-        "cut": dataclasses.asdict(cut),
+        "sieve": to_json(sieve),
+        "cut": to_json(cut),
         "separation": {
-            name: {kind: dataclasses.asdict(found) for kind, found in of_kind.items()}
-            for name, of_kind in separations.items()
+            name: {kind: to_json(found) for kind, found in of_kind.items()} for name, of_kind in separations.items()
         },
         "sample_passes_per_prompt": sieved.sample_passes / sieved.num_captions,
         "prompts_per_second": sieved.prompts_per_second,
@@ -144,7 +148,7 @@ def _facts(
 
 
 def _open_work(
-    session: BaseSession,
+    session: Session,
     captions: CaptionStream,
     ordinary: Sequence[str],
     options: ScreenOptions,
@@ -153,9 +157,9 @@ def _open_work(
     identity = {
         "model": session.model_digest,
         "prompts": captions.digest,
-        "calibration prompts": digest(ordinary),
-        "settings": dataclasses.asdict(session.settings),
-        "sieve": dataclasses.asdict(sieve),
+        "calibration prompts": text_hash(ordinary),
+        "settings": to_json(session.settings),
+        "sieve": to_json(sieve),
         "dtype": options.model.dtype,
     }
     return WorkFolder(options.work, identity, options.overwrite)
@@ -165,12 +169,13 @@ def _open_work(
 
 
 def _sieve_all(
-    session: BaseSession,
+    session: Session,
     texts: Iterable[str],
     total: int,
     log_file: Path,
     settings: SieveSettings,
-    progress: Callable[[int, int], None],
+    listener: Listener,
+    stage: Stage,
 ) -> _Sieved:
     """The values of all captions: those of the log, and what is not in it."""
     names = ("norm",) if settings.sieve == "norm" else ("norm", "anisotropy")
@@ -179,21 +184,22 @@ def _sieve_all(
     for record in log:
         sieved.add(record)
     began, before = time.perf_counter(), sieved.num_captions
-    progress(before, total)
     known = np.isfinite(sieved.values["norm"])
     waiting = ((place, text) for place, text in enumerate(texts) if not known[place])
     batch_size = session.options.batch_size or _CAPTIONS_AT_ONCE
     chunks = _chunks(waiting, max(batch_size, _CAPTIONS_AT_ONCE // batch_size * batch_size))
-    for record in session.map(partial(sieve_chunk, settings=settings), chunks):
-        log.append(record)
-        sieved.add(record)
-        progress(sieved.num_captions, total)
+    with listener.stage(stage) as advance:
+        advance(before, total)
+        for record in session.map(partial(sieve_chunk, settings=settings), chunks):
+            log.append(record)
+            sieved.add(record)
+            advance(sieved.num_captions, total)
     if sieved.num_captions > before:
         sieved.prompts_per_second = round((sieved.num_captions - before) / (time.perf_counter() - began), 2)
     return sieved
 
 
-def sieve_chunk(session: Session, chunk: Sequence[Numbered], settings: SieveSettings) -> Iterator[dict]:
+def sieve_chunk(session: LocalSession, chunk: Sequence[Numbered], settings: SieveSettings) -> Iterator[dict]:
     """The sieves' values of captions that follow each other.
 
     Args:
@@ -210,7 +216,7 @@ def sieve_chunk(session: Session, chunk: Sequence[Numbered], settings: SieveSett
 
 
 @lru_cache(maxsize=1)
-def _sieves(session: Session, settings: SieveSettings) -> Sieves:
+def _sieves(session: LocalSession, settings: SieveSettings) -> Sieves:
     """The unconditional halves are the same for all captions."""
     return Sieves(session.predictor, settings)
 
@@ -231,44 +237,45 @@ def _chunks(numbered: Iterable[Numbered], most: int) -> Iterator[list[Numbered]]
 
 
 def _closer_looks(
-    session: BaseSession,
+    session: Session,
     passed: Sequence[Numbered],
     work: Path,
     options: ScreenOptions,
     verification: VerificationSettings,
-    progress: Progress,
+    listener: Listener,
 ) -> dict[str, dict[int, float]]:
     """Column -> number of a caption -> value."""
-    looks = {"memorization_score": (score_chunk, "scores.jsonl", "score what passed")}
+    looks = {"memorization_score": (score_chunk, "scores.jsonl", Stage.SCORE_PASSED)}
     if options.confirm:
         # Images of another guidance are other images.
         file = f"images_{verification.guidance_scale:g}.jsonl"
-        looks[_AGREEMENT] = (partial(confirm_chunk, verification=verification), file, "confirm on images")
+        looks[_AGREEMENT] = (partial(confirm_chunk, verification=verification), file, Stage.CONFIRM)
     found: dict[str, dict[int, float]] = {}
     for column, (task, file, stage) in looks.items():
         log = LineLog(work / file)
         known = {record["number"]: record["value"] for record in log}
         waiting = [each for each in passed if each[0] not in known]
         chunks = (waiting[first : first + _PASSED_AT_ONCE] for first in range(0, len(waiting), _PASSED_AT_ONCE))
-        done = len(passed) - len(waiting)
-        progress(stage, done, len(passed))
-        for record in session.map(task, chunks):
-            log.append(record)
-            known[record["number"]] = record["value"]
-            done += 1
-            progress(stage, done, len(passed))
+        with listener.stage(stage) as advance:
+            advance(len(known), len(passed))
+            for record in session.map(task, chunks):
+                log.append(record)
+                known[record["number"]] = record["value"]
+                advance(len(known), len(passed))
         found[column] = {number: known[number] for number, _ in passed}
     return found
 
 
-def score_chunk(session: Session, chunk: Sequence[Numbered]) -> Iterator[dict]:
+def score_chunk(session: LocalSession, chunk: Sequence[Numbered]) -> Iterator[dict]:
     """NeMo's memorization score of numbered captions, a record a caption."""
     scored = session.scorer.score_prompts([text for _, text in chunk])
     for (number, _), each in zip(chunk, scored, strict=True):
         yield {"number": number, "value": each.memorization.score}
 
 
-def confirm_chunk(session: Session, chunk: Sequence[Numbered], verification: VerificationSettings) -> Iterator[dict]:
+def confirm_chunk(
+    session: LocalSession, chunk: Sequence[Numbered], verification: VerificationSettings
+) -> Iterator[dict]:
     """How much the images of numbered captions agree with each other from seed to seed, a record a caption."""
     for number, text in chunk:
         yield {"number": number, "value": seed_agreement(draw_images(session.pipe, text, verification))}
