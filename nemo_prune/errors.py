@@ -29,6 +29,10 @@ class RecordError(NemoPruneError):
     """A release's record is damaged, or does not fit what lies beside it."""
 
 
+class EffectError(NemoPruneError):
+    """The pruning does nothing that can be measured."""
+
+
 class OutputError(NemoPruneError):
     """The output or work folder can't be used."""
 

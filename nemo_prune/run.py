@@ -35,7 +35,7 @@ from nemo_prune.release.writing import check_release, staged_release, write_docu
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
 from nemo_prune.stages.estimate import estimate_run
-from nemo_prune.stages.examined import ExaminedPrompt
+from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
@@ -80,7 +80,7 @@ def prune_model(
         work = _open_work(session, corpus, ordinary, plan)
         _tell_a_long_run(session, corpus, plan, timed)
     localizer = _calibrated(session, ordinary, plan, work, timed)
-    for warning in licence.warnings():
+    for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
     localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
     mask, localizations = merge_localizations(localizer, localizations, plan, work.needed, timed)
@@ -104,6 +104,7 @@ def prune_model(
     if not mask.num_neurons:
         return RunResult(record, None, write_report(work.path, record, examined))
 
+    refuse_no_effect(examined)
     proof = _image_proof(examined, ordinary, pruning, plan, work, training_images)
     proof.draw_before(session.pipe, timed)
     with staged_release(plan.out, plan.overwrite) as release:
@@ -239,7 +240,7 @@ def _score_again(
     )
     references = prompt_references(secret_key(work.prompt_key), corpus.texts)
     return [
-        ExaminedPrompt(prompt, references[prompt.text], localization, scores)
+        ExaminedPrompt.scored(prompt, references[prompt.text], localization, scores, threshold)
         for prompt, localization, scores in zip(corpus.prompts, localizations, under_mask, strict=True)
     ]
 

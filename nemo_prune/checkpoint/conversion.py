@@ -16,9 +16,10 @@ from pathlib import Path
 from nemo_prune.checkpoint.architecture import expected_shapes
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
+from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.single_file import read_tensors
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
-from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, weights_files
+from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, refuse_missing_shards, weights_files
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
@@ -89,11 +90,16 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
 
 
 def pickled_weights(base: CheckpointFiles, variant: str | None) -> dict[str, list[WeightsFile]]:
-    """Component -> its ``.bin`` files that a loader would take, because there are no safetensors of them."""
+    """Part -> its ``.bin`` files that a loader would take, because there are no safetensors of them.
+
+    Raises:
+        ModelError: a shard of them is missing.
+    """
     found = {}
     for component in component_names(base.folder):
         files = loaded_weights(weights_files(base, component), variant)
         if files and not files[0].is_safetensors:
+            refuse_missing_shards(component, files)
             found[component] = files
     return found
 
@@ -115,7 +121,7 @@ def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFil
 
     def convert(folder: Path) -> Conversion:
         _copy(base.folder, kept, folder)
-        why = {path.as_posix(): reason for path, reason in base.left_out.items()}
+        why = publicly_named(base.left_out)
         for component, files in pickled.items():
             target = Path(component, files[0].converted_name)
             tensors: dict[str, TensorBytes] = {}

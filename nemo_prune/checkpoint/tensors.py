@@ -1,6 +1,5 @@
 """Tensors whose bytes are read when they are needed, and safetensors files that are written from them."""
 
-import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ import numpy as np
 import torch
 
 from nemo_prune.errors import ModelError
-from nemo_prune.files.safetensors_header import StoredTensor
+from nemo_prune.files.safetensors_header import StoredTensor, encode_header
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+FORMAT_ONLY: Mapping[str, str] = {"format": "pt"}
 _BLOCK_BYTES = 16 << 20
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -100,23 +99,27 @@ def differing_rows(first: TensorBytes, second: TensorBytes) -> tuple[int, ...]:
     return tuple(found)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, TensorBytes], metadata: Mapping[str, str] = FORMAT_ONLY) -> None:
     """Write a safetensors file block by block; the same tensors give the same bytes.
+
+    Args:
+        path: the file.
+        tensors: by their names.
+        metadata: of the file.
 
     Raises:
         OSError: it can't be written.
     """
     # Wide elements first keep every tensor at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].length // max(prod(tensors[name].shape), 1), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     start = 0
     for name in order:
         tensor = tensors[name]
         end = start + tensor.length
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    encoded = encode_header(header)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in order:

@@ -10,6 +10,7 @@ from nemo_prune.errors import ModelError
 
 _NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([\w.-]*)\.(safetensors|bin)", re.ASCII)
 _SHARD = re.compile(r"-\d+-of-\d+")
+_PART_OF = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,19 @@ def safetensors_of(files: CheckpointFiles, component: str, variant: str | None) 
     if not found:
         raise ModelError(f"The {component} of the model has no safetensors weights. Fetch the model anew.")
     return found
+
+
+def refuse_missing_shards(component: str, files: Iterable[WeightsFile]) -> None:
+    """Refuse weights in shards of which one is not there.
+
+    Raises:
+        ModelError: one is missing.
+    """
+    numbers = {match.groups() for each in files if (match := _PART_OF.search(each.path.name))}
+    for total in {total for _, total in numbers}:
+        there = {int(number) for number, of in numbers if of == total}
+        if absent := [number for number in range(1, int(total) + 1) if number not in there]:
+            raise ModelError(
+                f"The weights of the {component} are {int(total)} shards, and {len(absent)} of them are missing, the "
+                f"first is number {absent[0]}. Fetch the missing files."
+            )

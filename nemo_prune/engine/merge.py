@@ -137,6 +137,10 @@ def settle_mask(
                 neurons.update(found.neurons)
                 results[found.prompt] = _joined(results[found.prompt], found)
         awake = corpus.awake_under(neurons)
+    for detected in awake:
+        # Whatever was found for it is not enough under the mask.
+        prompt = detected.scored.prompt
+        results[prompt] = replace(results[prompt], status="unresolved", silenced_by_others=False)
     silenced = corpus.without({detected.scored.prompt for detected in awake})
     for detected in silenced.detected:
         if results[detected.scored.prompt].status == "unresolved":

@@ -63,7 +63,7 @@ def export_model(
         release.layout.mask.parent.mkdir(exist_ok=True)
         shutil.copyfile(mask_file, release.layout.mask)
         record = write_documents(release.layout, record)
-    for warning in licence.warnings():
+    for warning in (*source.notes, *licence.warnings()):
         listener.say(warning)
     return record
 
