@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from nemo_prune.release.sealed import read_record, write_record
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.mask_source import find_mask
 from nemo_prune.publish.parcel import pack
 from nemo_prune.release.residual import with_findings
-from nemo_prune.release.sealed import read_record, write_record
 
 TOKEN = "hf_neverToBeSeenAnywhere"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -99,9 +99,9 @@ class Pushing:
 
     def __init__(self, hub, folder):
         self.said = folder / "said.txt"
-        environment = {**os.environ, "HF_HOME": str(folder), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        settings = {"HF_HOME": str(folder), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", DRIVER], env={**os.environ, **settings}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.said.open("w"), text=True,
         )  # fmt: skip
 
@@ -345,8 +345,8 @@ print(image.size, float(pipe.unet.mid_block.attentions[0].transformer_blocks[0].
 @pytest.mark.slow
 def test_stock_diffusers_loads_what_was_pushed_and_draws(hub, pushing, release, tmp_path):
     assert pushing(release, "me/loaded").code == 0
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True)
+    settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", LOAD], env={**os.environ, **settings}, capture_output=True, text=True)
     assert done.stdout == "(64, 64) 0.0\n", done.stderr
 
 

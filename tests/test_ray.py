@@ -12,12 +12,13 @@ from importlib.util import find_spec
 import pytest
 
 import nemo_prune.compute.ray_workers
+from nemo_prune.compute.local import LocalSession
+from nemo_prune.compute.opening import open_session
 from nemo_prune.compute.ray_cluster import connect, import_ray, resource_for
-from nemo_prune.compute.session import Session, open_session
 from nemo_prune.corpus.prompts import Corpus, Prompt
 from nemo_prune.engine.results import read_results
 from nemo_prune.errors import ModelError, SettingsError, WorkerError
-from nemo_prune.models.source import ModelSource, find_again
+from nemo_prune.models.source import ModelSource, find_again, resolve_model
 from nemo_prune.run import localize_model
 from nemo_prune.screening.screen import sieve_chunk
 from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, SieveSettings
@@ -60,7 +61,7 @@ def cluster():
 def alone(model_folder, tmp_path_factory):
     """What a single process localizes, its work folder, and what it sieves."""
     work = tmp_path_factory.mktemp("alone") / "work"
-    session = Session(ModelSource(model_folder), ON_CPU, SETTINGS)
+    session = LocalSession(resolve_model(str(model_folder)), ON_CPU, SETTINGS)
     return localize(session, work)[1], work, sieved_by(session)
 
 
@@ -74,7 +75,7 @@ def test_two_workers_of_which_one_is_killed_find_what_a_single_process_finds(clu
             killed.append(session.places[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto", 2) as session:
+    with open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto", 2) as session:
         file, localizations = localize(session, tmp_path, kill_one)
         sieved = sieved_by(session)
         assert killed and session.workers_lost == 1
@@ -103,7 +104,7 @@ def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_fol
         return [session.model_digest + text for text in chunk]
 
     found = []
-    with open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto", 1) as session:
+    with open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto", 1) as session:
         with pytest.raises(ModelError, match=r"^named$"):
             list(session.map(task, [["error"]]))
         with pytest.raises(WorkerError, match="2 workers died on the same part") as error:
@@ -117,7 +118,7 @@ def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_fol
 @pytest.mark.slow
 def test_what_the_cluster_has_not_is_an_error_and_not_a_wait(cluster, model_folder):
     def open_with(options, num_workers):
-        with open_session(ModelSource(model_folder), options, SETTINGS, "auto", num_workers):
+        with open_session(resolve_model(str(model_folder)), options, SETTINGS, "auto", num_workers):
             raise AssertionError("it opened")
 
     if not cluster.cluster_resources().get("GPU"):
@@ -147,7 +148,7 @@ def test_without_ray_the_error_says_how_to_install_it(model_folder, monkeypatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(SettingsError, match=r'pip install "nemo-prune\[ray\]"'),
-        open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto"),
+        open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto"),
     ):
         pass
 
@@ -155,7 +156,7 @@ def test_without_ray_the_error_says_how_to_install_it(model_folder, monkeypatch)
 def test_a_number_of_workers_needs_ray(model_folder):
     with (
         pytest.raises(SettingsError, match="--ray auto"),
-        open_session(ModelSource(model_folder), ON_CPU, SETTINGS, None, 2),
+        open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, None, 2),
     ):
         pass
 

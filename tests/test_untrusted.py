@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nemo_prune.release.sealed import read_record, write_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner
@@ -28,7 +29,6 @@ from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
 from nemo_prune.models.source import ModelSource, resolve_model
 from nemo_prune.publish.parcel import pack
 from nemo_prune.release.from_mask import export_model
-from nemo_prune.release.sealed import read_record, write_record
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -366,7 +366,7 @@ def test_intact_results_are_read_and_hostile_ones_are_refused(tmp_path):
     header = "Caption;Initial SSIM;Refined SSIM;Initial Neurons;Refined Neurons"
     for neurons in ("[" * 10**5, "[['a'], [], [], [], [], [], []]", "[[]]", "{}", "__import__('os')", "9" * 10**6):
         (tmp_path / "results.csv").write_text(f"{header}\nx;0.1;0.1;{neurons};{neurons}")
-        with pytest.raises(PromptError, match="no result file"):
+        with pytest.raises(PromptError, match="is not a result file"):
             read_results(tmp_path / "results.csv")
 
 
