@@ -101,8 +101,8 @@ class Pushing:
         self.said = folder / "said.txt"
         settings = {"HF_HOME": str(folder), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], env={**os.environ, **settings}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.said.open("w"), text=True,
+            [sys.executable, "-c", DRIVER], env={**os.environ, **settings}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.said.open("w"), text=True,
         )  # fmt: skip
 
     def __call__(self, *arguments, token=TOKEN, command="push"):
