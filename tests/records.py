@@ -2,11 +2,8 @@
 
 from dataclasses import replace
 
-from nemo_prune.checkpoint.export import ExportReport
 from nemo_prune.engine.released_code import SD_V1_LAYERS
-from nemo_prune.engine.scorer import Rechecks
-from nemo_prune.facts import BaseFacts, PromptFacts
-from nemo_prune.proof.cost import Cost
+from nemo_prune.facts import BaseFacts, Cost, ExportReport, PromptFacts, Rechecks
 from nemo_prune.release.licence import Licence
 from nemo_prune.release.record import (
     CalibrationFacts,

@@ -32,19 +32,19 @@ from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.engine.released_code import SD_V1_LAYERS
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError, SettingsError
-from nemo_prune.facts import BaseFacts, MaskFacts
+from nemo_prune.facts import BaseFacts, Cost, MaskFacts
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
 from nemo_prune.mask import Neuron, NeuronMask, Pruning
 from nemo_prune.models.source import ModelSource, resolve_model
-from nemo_prune.proof.cost import Cost
 from nemo_prune.proof.images import ImageEvidence
 from nemo_prune.proof.scores import ScoresUnderMask
 from nemo_prune.release.card import PAPER, model_card, named
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.markdown import code, table
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
-from nemo_prune.release.record import MaskRecord, Record, base_facts, measured_by_a_run, prompt_facts, versions
+from nemo_prune.release.record import MaskRecord, Record
+from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import run_report, write_report
 from nemo_prune.run import _publish
 from nemo_prune.settings import LocalizationSettings, Plan, Statement

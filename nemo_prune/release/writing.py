@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_prune.checkpoint.export import ExportReport, copy_file, export_files
+from nemo_prune.checkpoint.export import copy_file, export_files
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.single_file import (
     FolderTensor,
@@ -22,6 +22,7 @@ from nemo_prune.checkpoint.single_file import (
     write_single_file,
 )
 from nemo_prune.errors import OutputError
+from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout
 from nemo_prune.files.pictures import save_layer_bars
