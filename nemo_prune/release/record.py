@@ -208,7 +208,10 @@ class Record:
         names = {field.name for field in dataclasses.fields(Measured)}
         measured = {name: value for name, value in values.items() if name in names}
         others = {name: value for name, value in values.items() if name not in names}
-        return from_json(cls, {**others, "measured": measured or None})
+        record = from_json(cls, {**others, "measured": measured or None})
+        if record.measured and not isinstance(record.prompts, PromptFacts):
+            raise ValueError("`prompts` is not what a run found, though `settings` and `scores` are of a run")
+        return record
 
     def save(self, path: Path) -> None:
         """Write the record with a seal over everything in it.
