@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -26,6 +27,7 @@ import nemo_prune.stages.localize
 import nemo_prune.stages.prove
 from kills import kill_until_done, result
 from nemo_prune import __version__
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.stages.estimate import TimeEstimate
 
@@ -255,6 +257,24 @@ def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_pa
     assert [spy.call_count for spy in spies.values()] == [1, 1]
     assert (work / "verified.jsonl").read_bytes() == b"".join(verified)
     assert result(tmp_path / "out") == result(out)
+
+
+def test_the_base_is_looked_through_once_in_a_run(finished, arguments, model_folder, tmp_path, monkeypatch):
+    work, scanned = tmp_path / "work", Counter()
+    shutil.copytree(finished[0].with_name("out.work"), work)
+
+    def counted(base):
+        scanned[base] += 1
+        return scan_folder(base)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("nemo_prune.") and getattr(module, "scan_folder", None) is scan_folder:
+            monkeypatch.setattr(module, "scan_folder", counted)
+    assert run(arguments, "--include-unresolved", work=work).exit_code == 0
+    assert scanned == {model_folder: 1}
+    # A comparison looks through both folders: what the count is held against.
+    assert nemo_prune_command("diff", model_folder, tmp_path / "out").exit_code == 0
+    assert scanned[model_folder] > 1
 
 
 def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_path):

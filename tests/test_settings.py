@@ -36,11 +36,11 @@ def test_unknown_preset_lists_the_known():
 
 
 def test_a_choice_that_does_not_exist_lists_the_others():
-    with pytest.raises(SettingsError, match="projections.*value or key or both"):
+    with pytest.raises(SettingsError, match=r"projections.*value or key or both"):
         LocalizationSettings(projections="query")
-    with pytest.raises(SettingsError, match="sieve.*norm or anisotropy"):
+    with pytest.raises(SettingsError, match=r"sieve.*norm or anisotropy"):
         SieveSettings("cosine")
-    with pytest.raises(SettingsError, match="merge.*union or incremental"):
+    with pytest.raises(SettingsError, match=r"merge.*union or incremental"):
         Plan("out", merge="sum")
     with pytest.raises(SettingsError, match=r"int4.*float16"):
         choose_dtype("int4")
