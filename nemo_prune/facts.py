@@ -1,11 +1,13 @@
-"""What is recorded of a base, of prompts and of a mask; no caption and no path of the machine is among it."""
+"""What is recorded of base, prompts, mask and export; no caption and no path of the machine is among it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from nemo_prune.files.json_values import from_json, to_json
 
 Digests = Mapping[str, tuple[str, ...]]
+Status = Literal["localized", "not_memorized", "unresolved"]
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,52 @@ class MaskFacts:
         known = {name: value for name, value in values.items() if name in names}
         others = {name: value for name, value in values.items() if name not in names}
         return from_json(cls, {**known, "others": others}, only_known=False)
+
+
+@dataclass(frozen=True)
+class Rechecks:
+    """Similarities near the threshold that float32 decided.
+
+    Attributes:
+        made: how many.
+        overturned: how many of them the lower precision had on the other side of the threshold.
+    """
+
+    made: int = 0
+    overturned: int = 0
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        sha256: file relative to the release -> sha256 of its content, for every file of the base's.
+        base_sha256: the same of the base, for the files that were changed.
+        rows_changed: changed file -> number of rows that were set to zero or scaled in it.
+        left_out: what of the base is not in the release -> why.
+        dropped: file -> the keys that it does not have any more, because they told of a path, data or captions.
+        notes: what a publisher should say of the form of the weights, in sentences.
+    """
+
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    base_sha256: Mapping[str, str] = field(default_factory=dict)
+    rows_changed: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Relative change of the noise prediction on ordinary prompts, see :func:`nemo_prune.proof.cost.noise_change`.
+
+    Attributes:
+        mask: under the mask.
+        random: under as many random neurons, see :func:`nemo_prune.proof.cost.matched_random_mask`.
+        everything: with everything suppressed.
+    """
+
+    mask: float
+    random: float
+    everything: float

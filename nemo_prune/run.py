@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_prune.checkpoint.export import ExportReport
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
@@ -16,7 +15,7 @@ from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
-from nemo_prune.facts import MaskFacts
+from nemo_prune.facts import ExportReport, MaskFacts
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
@@ -29,7 +28,8 @@ from nemo_prune.progress import Listener, Stage, Timed
 from nemo_prune.proof.bits import check_pruned_equals_suppressed
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
-from nemo_prune.release.record import MaskRecord, Record, base_facts, measured_by_a_run, prompt_facts, versions
+from nemo_prune.release.record import MaskRecord, Record
+from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import save_grids, write_report
 from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan

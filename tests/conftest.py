@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import nemo_prune.cli
-import nemo_prune.run
 from nemo_prune.settings import VerificationSettings
 
 TEXT_WIDTH = 16
@@ -101,8 +100,8 @@ def model_folder(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPat
 def few_images():
     """For tests that are not about images: few are drawn, in few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nemo_prune.run, "_NUM_ORDINARY_IMAGES", 1)
-        patch.setattr(nemo_prune.run, "_NUM_COST_PROMPTS", 2)
-        few = functools.partial(VerificationSettings, num_inference_steps=2, images_per_prompt=2)
+        few = functools.partial(
+            VerificationSettings, num_inference_steps=2, images_per_prompt=2, ordinary_images=1, cost_prompts=2
+        )
         patch.setattr(nemo_prune.cli.run, "VerificationSettings", few)
         yield

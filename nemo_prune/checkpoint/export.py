@@ -1,7 +1,6 @@
 """Copy a checkpoint and zero or scale rows in the copy; nothing else changes but what must not be published."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,31 +9,11 @@ from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.privacy import cleaned_config, cleaned_metadata, write_config
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
 from nemo_prune.errors import MaskError, OutputError
+from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS
 from nemo_prune.files.safetensors_header import StoredTensor, copy_with_metadata, read_header, read_metadata
 from nemo_prune.mask import NeuronMask, Pruning
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        sha256: file relative to the release -> sha256 of its content, for every file of the base's.
-        base_sha256: the same of the base, for the files that were changed.
-        rows_changed: changed file -> number of rows that were set to zero or scaled in it.
-        left_out: what of the base is not in the release -> why.
-        dropped: file -> the keys that it does not have any more, because they told of a path, data or captions.
-        notes: what a publisher should say of the form of the weights, in sentences.
-    """
-
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    base_sha256: Mapping[str, str] = field(default_factory=dict)
-    rows_changed: Mapping[str, int] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0) -> ExportReport:

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
-from typing import Literal
 
 from torch import Tensor
 
@@ -16,10 +15,9 @@ from nemo_prune.engine.scorer import ScoredPrompt, Scorer
 from nemo_prune.engine.search import SearchResult, search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.engine.trials import Trial
+from nemo_prune.facts import Status
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import LocalizationSettings
-
-Status = Literal["localized", "not_memorized", "unresolved"]
 
 
 @dataclass(frozen=True)

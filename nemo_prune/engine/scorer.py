@@ -9,6 +9,7 @@ from torch import Tensor
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.similarity import MemorizationScore, memorization_scores, noise_difference, similarity
 from nemo_prune.engine.trials import Trial
+from nemo_prune.facts import Rechecks
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import ModelOptions
 
@@ -32,19 +33,6 @@ class ScoredPrompt:
     latents: Tensor
     noise_differences: Tensor
     memorization: MemorizationScore
-
-
-@dataclass(frozen=True)
-class Rechecks:
-    """Similarities near the threshold that float32 decided.
-
-    Attributes:
-        made: how many.
-        overturned: how many of them the lower precision had on the other side of the threshold.
-    """
-
-    made: int = 0
-    overturned: int = 0
 
 
 class Scorer:

@@ -1,6 +1,7 @@
 """Dataclasses to JSON values and back, checked strictly on the way back."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -106,7 +107,10 @@ def _is_plain(kind: Any, value: object) -> bool:
     # To Python a bool is an int, and an int is as good as a float.
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if kind is float:
+        # JSON has whole numbers of any size; arithmetic with those that no float holds would fail later.
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+    return isinstance(value, kind)
 
 
 def _key(kind: Any, key: str, where: str) -> Any:

@@ -8,8 +8,7 @@ from pathlib import PurePath
 
 from huggingface_hub import ModelCardData
 
-from nemo_prune.checkpoint.export import ExportReport
-from nemo_prune.facts import BaseFacts
+from nemo_prune.facts import BaseFacts, ExportReport
 from nemo_prune.files.layout import GRID_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
 from nemo_prune.release.licence import licence_notice
 from nemo_prune.release.markdown import HUB, code, table

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from huggingface_hub import metadata_load
@@ -12,9 +12,12 @@ from yaml import YAMLError
 
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.layout import CARD_FILE
-from nemo_prune.models.source import ModelSource
 from nemo_prune.release.markdown import HUB, code
 from nemo_prune.settings import Statement
+
+if TYPE_CHECKING:
+    # It loads torch, and reading a card or a record should not wait for that.
+    from nemo_prune.models.source import ModelSource
 
 _FIELDS = ("license", "license_name", "license_link")
 _NO_LICENCE = "other"
@@ -65,7 +68,7 @@ class Licence:
         return warnings
 
 
-def licence_of(source: ModelSource, statement: Statement) -> Licence:
+def licence_of(source: "ModelSource", statement: Statement) -> Licence:
     """The licence that a release of this base has.
 
     Args:
@@ -103,7 +106,7 @@ def _card_metadata(path: Path) -> dict[str, object]:
 
 
 def _inherited_fields(
-    card: Mapping[str, object], source: ModelSource, texts: tuple[str, ...]
+    card: Mapping[str, object], source: "ModelSource", texts: tuple[str, ...]
 ) -> dict[str, str | list[str]]:
     """The licence fields of a base's card; without a licence its name and link say nothing."""
     fields = {name: value for name in _FIELDS if (value := _plain(card.get(name)))}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_prune.checkpoint.export import ExportReport, export_files
+from nemo_prune.checkpoint.export import export_files
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.privacy import cleaned_metadata
 from nemo_prune.checkpoint.single_file import (
@@ -25,6 +25,7 @@ from nemo_prune.checkpoint.single_file import (
 )
 from nemo_prune.checkpoint.tensors import FORMAT_ONLY
 from nemo_prune.errors import OutputError
+from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout
 from nemo_prune.files.pictures import save_layer_bars
