@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.oracle import Oracle, agrees
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import calibrate
@@ -31,7 +32,6 @@ from nemo_prune.models.source import load_pipeline, resolve_model
 from nemo_prune.proof.cost import matched_random_mask
 from nemo_prune.proof.images import copy_similarities, draw_images
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from oracle import Oracle, agrees
 
 VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE, images_per_prompt=2)
 
@@ -142,7 +142,7 @@ def test_demo_writes_a_folder_that_can_be_run_by_path(tmp_path):
 
 @pytest.mark.slow
 def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_passes(demo_pipe, scorer, calibration):
-    """A verbatim and a template caption; benchmarks/localization.py compares all of them."""
+    """A verbatim and a template caption; `python -m benchmarks.localization` compares all of them."""
     prompts = read_prompts(demo_folder() / PROMPTS_FILE)
     texts = [next(prompt.text for prompt in prompts if prompt.kind == kind) for kind in ("VM", "TM")]
     oracle = Oracle(NoisePredictor(demo_pipe, LocalizationSettings()), calibration.statistics, calibration.threshold)
