@@ -87,7 +87,7 @@ class VerificationSettings:
 
     Attributes:
         seed: seed of the latents that images are drawn from; the released code uses 2.
-        score_seed: seed of fresh latents for the memorization score, other than those of detection.
+        score_seed: seed of fresh latents for the memorization score, different from those of detection.
         images_per_prompt: images drawn for a prompt.
         max_prompts: memorized prompts that images are drawn for, the first of the corpus.
         ordinary_images: ordinary prompts that images are drawn for.
@@ -110,7 +110,7 @@ class VerificationSettings:
     replication_cut: float = 0.5
 
     def fitted_to(self, guidance_scale: float) -> "VerificationSettings":
-        """The same settings, with a model's own guidance where none is given."""
+        """The same settings, with the model's own guidance if none is given."""
         return self if self.guidance_scale is not None else replace(self, guidance_scale=guidance_scale)
 
 
@@ -138,12 +138,12 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a publisher states in a card where the files of the base do not say it.
+    """What a publisher states in the card because the files of the base do not say it.
 
     Attributes:
         base_model: Hub id of a base that is given as a local folder.
-        license: identifier as the Hub lists them, ``other`` for one that it does not list.
-        license_name: its name, where it is ``other``.
+        license: identifier from the Hub's list, ``other`` for any other licence.
+        license_name: its name, if it is ``other``.
         license_link: address of its text.
     """
 
@@ -224,7 +224,7 @@ class Plan:
         _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
 
     def fitted_to(self, guidance_scale: float) -> "Plan":
-        """The same plan, with a model's own guidance where none is given."""
+        """The same plan, with the model's own guidance if none is given."""
         return replace(self, verification=self.verification.fitted_to(guidance_scale))
 
 
@@ -276,7 +276,7 @@ class SieveSettings:
             _require(step is None or step >= 0, name, step, "at least 0")
 
     def fitted_to(self, norm_step: int) -> "SieveSettings":
-        """The same settings, with the step that suits a model where none is given."""
+        """The same settings, with the step that suits the model if none is given."""
         return self if self.norm_step is not None else replace(self, norm_step=norm_step)
 
 

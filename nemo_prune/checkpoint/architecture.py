@@ -20,7 +20,7 @@ def expected_shapes(folder: Path, component: str) -> dict[str, tuple[int, ...]]:
         component: ``unet``, ``vae`` or ``text_encoder``.
 
     Raises:
-        ModelError: the config is missing or is none of SD 1.x's kind.
+        ModelError: the config is missing or not of Stable Diffusion 1.x.
     """
     path = folder / component / _CONFIG_FILE
     try:
@@ -37,6 +37,6 @@ def expected_shapes(folder: Path, component: str) -> dict[str, tuple[int, ...]]:
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if component == "text_encoder":
-        # transformers 5 drops the prefix, and reads both; transformers 4 needs it.
+        # transformers 5 drops the prefix and reads both forms; transformers 4 needs it.
         shapes = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
     return shapes

@@ -14,7 +14,7 @@ from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, is_lice
 from nemo_prune.files.safetensors_header import StoredTensor, read_header
 from nemo_prune.mask import NeuronMask
 
-# What a release adds to the base's files, and what it may write anew.
+# What a release adds to the base's files, and what it may rewrite.
 _OF_THE_RELEASE = (CARD_FILE, RECORD_FILE, "nemo_prune/")
 
 
@@ -25,10 +25,10 @@ class Difference:
     Attributes:
         file: relative to the folders, or the name of the single file.
         what: ``left out`` of the base's, ``added``, ``changed`` as a whole, or ``rows`` of a tensor changed.
-        tensor: its name, where a tensor differs.
+        tensor: its name, if a tensor differs.
         rows: the rows that differ.
         expected: whether a mask accounts for it: masked rows alone, or a file that belongs to a release.
-        layer: what a diffusers folder calls the tensor, where a mask touches it in a single file.
+        layer: the tensor's name in a diffusers folder, if a mask touches it in a single file.
     """
 
     file: str
@@ -44,14 +44,14 @@ def diff_models(
 ) -> Iterator[Difference]:
     """Compare a pruned model with its base; tensors are read in blocks and never held as a whole.
 
-    Two folders are compared file by file, two .safetensors files byte by byte. Of a folder and a single file, and of
-    a .ckpt, the tensors are compared: what a conversion leaves out is accounted for.
+    Two folders are compared file by file, two .safetensors files byte by byte. Between a folder and a single file, and
+    with a .ckpt, the tensors are compared; what a conversion leaves out is accounted for.
 
     Args:
         base: the unpruned diffusers folder or single file.
         out: the pruned one.
-        mask: rows that may differ; none may without it.
-        variant: of a folder's weights, where the other is a single file.
+        mask: rows that may differ; without it none may.
+        variant: of a folder's weights, if the other is a single file.
 
     Yields:
         What differs.
@@ -71,7 +71,7 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
     Args:
         base: the unpruned diffusers folder.
         out: the pruned one.
-        mask: rows that may differ; none may without it.
+        mask: rows that may differ; without it none may.
 
     Yields:
         What differs, file by file.
@@ -88,7 +88,7 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
         elif name.startswith(_OF_THE_RELEASE):
             yield Difference(name, "added", expected=True)
         elif name not in copied:
-            # A publisher puts the licence's text there where the base had none.
+            # A publisher adds the licence's text if the base had none.
             yield Difference(name, "added", expected="/" not in name and is_licence_file(name))
         elif name.endswith(".safetensors"):
             yield from _diff_tensors(base / name, out / name, name, mask)
@@ -117,7 +117,7 @@ def _header_bytes(path: Path, tensors: Mapping[str, StoredTensor]) -> bytes:
 
 @dataclass(frozen=True)
 class _Named:
-    """A tensor under the name that both sides share, and how its own side calls it."""
+    """A tensor under the name that both sides share, and its name on its own side."""
 
     file: str
     name: str

@@ -18,7 +18,7 @@ class ExportReport:
     """What an export wrote.
 
     Attributes:
-        sha256: file relative to the release -> sha256 of its content, for every file of the base's.
+        sha256: file relative to the release -> sha256 of its content, for every file that comes from the base.
         base_sha256: the same of the base, for the files that were changed.
         rows_changed: changed file -> number of rows that were set to zero or scaled in it.
         left_out: what of the base is not in the release -> why.
@@ -36,7 +36,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
     """Copy a diffusers folder file by file and zero the masked rows of the U-Net in the copy.
 
     Every safetensors file of the U-Net that holds a masked layer is patched: shards, and variants
-    such as fp16. Files are copied with their content, also where the base holds links.
+    such as fp16. Files are copied with their content, even if the base holds links.
 
     Args:
         base: the folder of the unpruned model; it is only read.
@@ -80,7 +80,7 @@ def export_files(files: CheckpointFiles, pruning: Pruning, out: Path, hashed: bo
 
 
 def copy_file(source: Path, target: Path, hashed: bool = True) -> str:
-    """Copy a file's content, never its link, and return the content's sha256, or nothing where it is not asked for."""
+    """Copy a file's content, never its link, and return the content's sha256, or nothing unless asked for."""
     digest = sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
         while block := reader.read(1 << 20):

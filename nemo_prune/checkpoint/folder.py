@@ -11,7 +11,7 @@ from nemo_prune.files.layout import SAFETENSORS, is_licence_file
 from nemo_prune.files.untrusted import read_json
 
 INDEX_FILE = "model_index.json"
-# Weights in formats that can't be patched by offset, or that repeat what safetensors hold.
+# Weights in formats that can't be patched by offset, or that duplicate the safetensors.
 _OTHER_FORMATS = (".bin", ".ckpt", ".msgpack", ".onnx", ".pb", ".h5", ".pt", ".pth")
 _COMPONENT = re.compile(r"\w[\w-]*", re.ASCII)
 _SHARD_INDEX = re.compile(r".+\.safetensors\.index\.(.+\.)?json")
@@ -19,11 +19,11 @@ _SHARD_INDEX = re.compile(r".+\.safetensors\.index\.(.+\.)?json")
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of a diffusers folder, looked at once.
+    """The files of a diffusers folder, scanned once.
 
     Attributes:
         folder: the diffusers folder.
-        kept: the files that a release has too, relative to the folder, sorted.
+        kept: the files that a release keeps, relative to the folder, sorted.
         left_out: the other files of its components -> why an export leaves them out.
     """
 
@@ -57,16 +57,16 @@ class CheckpointFiles:
         return tuple(path.name for path in self.kept if len(path.parts) == 1 and is_licence_file(path.name))
 
     def copied_to(self, folder: Path) -> "CheckpointFiles":
-        """The same files in a copy, which has those that are kept."""
+        """The same files in a copy, which has the kept files only."""
         return replace(self, folder=folder, left_out={})
 
 
 def scan_folder(base: Path) -> CheckpointFiles:
-    """Look through a diffusers folder: what an export copies, and what it leaves out.
+    """Scan a diffusers folder: what an export copies, and what it leaves out.
 
     Copied are model_index.json, the folders of the components that it names, and the licence.
     Left out are weights that are not safetensors and copies by other averages (``non_ema``): an
-    unpruned twin must not be beside the pruned weights. Whatever else the folder holds, such as
+    unpruned twin must not be beside the pruned weights. Other content of the folder, such as
     sample images, is not part of the pipeline and stays behind.
 
     Raises:
@@ -93,7 +93,7 @@ def _why_left_out(name: str) -> str | None:
     if "non_ema" in name:
         return "weights of another average (non_ema)"
     if name.endswith(_OTHER_FORMATS) or ".bin.index." in name:
-        return "not safetensors; the weights lie there as safetensors too"
+        return "not safetensors; the same weights are there as safetensors"
     return None
 
 
@@ -114,21 +114,23 @@ def component_names(base: Path) -> list[str]:
     """The subfolders that a diffusers folder consists of, sorted.
 
     Raises:
-        ModelError: model_index.json is missing or damaged, or names what is no subfolder.
+        ModelError: model_index.json is missing or damaged, or names something that cannot be a subfolder.
     """
     index = read_model_index(base)
     names = sorted(name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0])
     for name in names:
         if not _COMPONENT.fullmatch(name):
-            raise ModelError(f"{INDEX_FILE} names the component {name!r}, which is no name of a subfolder. Mend it.")
+            raise ModelError(
+                f"{INDEX_FILE} names the component {name!r}, which is not a valid name of a subfolder. Correct it."
+            )
     return names
 
 
 def check_files(base: Path, paths: Collection[Path]) -> None:
-    """Refuse files that lie outside of their folder or are no files, and shards that are not all there.
+    """Refuse files outside of their folder, what is not a regular file, and incomplete shards.
 
-    Links are followed within the folder and, for a snapshot in the cache of the Hub's client, to where that keeps
-    its files: the folder of the repo, and the store that all repos share.
+    Links are followed within the folder and, for a snapshot in the cache of the Hub's client, to the places where
+    the client keeps files: the folder of the repo, and the store that all repos share.
 
     Args:
         base: the checkpoint folder.
@@ -144,12 +146,12 @@ def check_files(base: Path, paths: Collection[Path]) -> None:
             raise ModelError(f"The file {str(path)!r} of the model has a name that can't be printed. Rename it.")
         if not any(real.is_relative_to(home) for home in homes):
             raise ModelError(
-                f"{path} of the model {base} is a link to {real}, which lies outside of it. Copy the model with what "
+                f"{path} of the model {base} is a link to {real}, which is outside of it. Copy the model with what "
                 f"its links lead to, `cp -rL {base} COPY`, and give the copy."
             )
         # A pipe or a device would be read without end.
         if not real.is_file() or not os.access(real, os.R_OK):
-            raise ModelError(f"{path} of the model {base} is no file that can be read. Fetch the model anew.")
+            raise ModelError(f"{path} of the model {base} is not a regular file. Fetch the model again.")
     for path in paths:
         if _SHARD_INDEX.fullmatch(path.name):
             _check_shards(base, path, paths)
@@ -164,11 +166,11 @@ def _homes(base: Path) -> list[Path]:
 def _check_shards(base: Path, path: Path, paths: Collection[Path]) -> None:
     shards = _read_object(base, path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ModelError(f"{path} has no weight_map that names a file for every tensor. Fetch it anew.")
+        raise ModelError(f"{path} has no weight_map that names a file for every tensor. Fetch it again.")
     for shard in sorted(set(shards.values())):
         if path.parent / shard not in paths:
             raise ModelError(
-                f"{path} names the file {shard!r}, which is not there beside it. Fetch the file, or delete {path} if "
+                f"{path} names the file {shard!r}, which is not beside it. Fetch the file, or delete {path} if "
                 "it belongs to weights that you left out."
             )
 
@@ -177,7 +179,7 @@ def _read_object(base: Path, path: Path) -> dict:
     try:
         content = read_json(base / path)
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} of the model {base} can't be read: {error}. Fetch it anew.") from error
+        raise ModelError(f"{path} of the model {base} can't be read: {error}. Fetch it again.") from error
     return content

@@ -1,4 +1,4 @@
-"""Safetensors files as they lie on disk: where each tensor is, without reading it."""
+"""Safetensors files on disk: where each tensor is, without reading it."""
 
 import struct
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from nemo_prune.files.untrusted import MAX_JSON_BYTES, parse_json
 
 # As safetensors names them.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bits a value of all that the format knows.
+# Bits per value of every dtype that the format has.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -26,7 +26,7 @@ _MAX_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file: dtype, shape, first byte and length in bytes."""
+    """A tensor's dtype, shape, first byte and length in bytes in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file lie.
+    """Where the tensors of a safetensors file are.
 
     The header is checked as a whole: the tensors fill the file without a hole or an overlap, and each is as long
     as its dtype and shape say.
@@ -51,22 +51,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header = parse_json(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         _check_metadata(header.pop("__metadata__", {}))
         tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
         _check_places(tensors, 8 + length, size)
     except (ValueError, struct.error) as error:
-        raise ModelError(f"{path.name} is no valid safetensors file: {error}. Fetch it anew.") from error
+        raise ModelError(f"{path.name} is not a valid safetensors file: {error}. Fetch it again.") from error
     return tensors
 
 
 def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no texts")
+        raise ValueError("its metadata are not texts")
 
 
 def _stored(name: str, entry: object, begin: int) -> StoredTensor:
-    """One entry of a header; offsets count from the byte behind it."""
+    """One entry of a header; offsets count from the byte after the header."""
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor `{name}` is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -83,7 +83,7 @@ def _stored(name: str, entry: object, begin: int) -> StoredTensor:
 
 
 def _are_counts(values: object) -> bool:
-    # A bool is an int to Python, and 64 bits are what the format gives a number.
+    # In Python a bool is an int; the format gives a number 64 bits.
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 

@@ -1,7 +1,7 @@
 """The record of a release: what was done and measured, sealed when it is saved and checked when it is loaded.
 
-No caption is in it. A number that is one prompt's alone is published coarsely or not at all: whoever guesses a
-caption and has the base could compute the same number, and would find the caption by it.
+No caption is in it. A number that belongs to a single prompt is published coarsely or not at all: anyone who guesses a
+caption and has the base could compute the same number, and confirm the caption by it.
 """
 
 import dataclasses
