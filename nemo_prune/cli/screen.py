@@ -170,7 +170,7 @@ def _cut_lines(cut: Any) -> list[str]:
     if cut.needed_ordinary is None:
         return [f"{asked}: no caption is above all {cut.num_ordinary:,} ordinary ones, so none stands out."]
     return [
-        f"{asked}: {cut.num_ordinary:,} ordinary captions are too few for {cut.num_prompts:,} captions.",
+        f"{asked}: for {cut.num_prompts:,} captions, {cut.num_ordinary:,} ordinary ones are too few.",
         f"With these values about {cut.needed_ordinary:,} are needed (--calibration-prompts), or a higher --fdr. "
         "The file holds all captions, sorted by value.",
     ]

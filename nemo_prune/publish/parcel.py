@@ -119,11 +119,11 @@ def _refuse_others(unrecorded: Iterable[str]) -> None:
     others = [name for name in unrecorded if name not in RELEASE_FILES and not is_licence_file(name)]
     if weights := [name for name in others if is_weights(name)]:
         raise PushError(
-            f"There are weights that the record does not name: {some_of(weights)}. Unpruned weights beside pruned ones "
+            f"Weights are there that the record does not name: {some_of(weights)}. Unpruned weights beside pruned ones "
             "undo the pruning. Take them out."
         )
     if others:
-        raise PushError(f"There are files that are not the release's: {some_of(others)}. Take them out.")
+        raise PushError(f"Files are there that are not the release's: {some_of(others)}. Take them out.")
 
 
 def _pack_mask(path: Path, repo_id: str) -> Parcel:
