@@ -19,7 +19,7 @@ class BaseFacts:
         repo_id: its Hub id; None for a local one.
         commit: the commit on the Hub.
         variant: weights variant, such as ``fp16``.
-        converted: what was converted, in words; None where nothing was.
+        converted: what was converted, in words; None if nothing was.
         config: where a single file took its configs from.
         model: what ``--model`` takes; None for a local model.
         stated_by_publisher: whether the publisher named the repo and nobody checked it.
@@ -60,8 +60,8 @@ class PromptFacts(StatusCounts):
 
     Attributes:
         memorized: prompts that are localized or unresolved.
-        duplicates: captions that were exactly the same as another one.
-        groups: the counts with near-duplicates counted once; None where there are too many to compare.
+        duplicates: captions that are exact duplicates of another one.
+        groups: the counts with near-duplicates counted once; None if there are too many to compare.
         silenced_by_others: prompts that other prompts' neurons silence.
         not_monotone: prompts that were searched set by set.
         smallest_margin: the smallest distance of a deciding similarity from its threshold, to one digit.
@@ -90,9 +90,9 @@ class MaskFacts:
         merge: how the prompts' neurons became one mask.
         threshold: tau.
         model: digest of the files of the model that the result files name.
-        prompts_per_neuron: layer -> row -> how many prompts' own sets have the neuron.
+        prompts_per_neuron: layer -> row -> number of prompts whose own sets have the neuron.
         base_tensors: tensor -> digests of its bytes in the base, see :mod:`nemo_prune.checkpoint.fingerprint`.
-        others: what else the file says; it is shown and not understood.
+        others: further facts in the file, shown but not used.
     """
 
     base: BaseFacts | None = None
@@ -108,16 +108,16 @@ class MaskFacts:
     others: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        """JSON values, without what is not known."""
+        """As JSON values, without unknown facts."""
         known = {each.name: getattr(self, each.name) for each in fields(self)[:-1]}
         return {**self.others, **{name: to_json(value) for name, value in known.items() if value is not None}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> "MaskFacts":
-        """What :meth:`to_json` made, or a newer version.
+        """The inverse of :meth:`to_json`, also for files of newer versions.
 
         Raises:
-            ValueError: something that others rely on is of another type.
+            ValueError: a fact that other code relies on is of another type.
         """
         names = {each.name for each in fields(cls)} - {"others"}
         known = {name: value for name, value in values.items() if name in names}

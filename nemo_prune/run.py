@@ -65,7 +65,7 @@ def prune_model(
         source: the model, see :func:`nemo_prune.models.source.resolve_model`.
         corpus: what to examine.
         ordinary: captions that the model does not memorize.
-        plan: where to and how.
+        plan: where to write, and how.
         listener: hears stages, progress and what the user should know.
 
     Raises:
@@ -85,7 +85,7 @@ def prune_model(
     localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
     mask, localizations = merge_localizations(localizer, localizations, plan, work.needed, timed)
 
-    # The search suppresses; what is proven from here on is what the release will hold.
+    # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
     scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
     examined = _score_again(scaled, corpus, localizations, pruning, localizer.threshold, plan, work, timed)
@@ -132,7 +132,7 @@ def calibrate_model(
     overwrite: bool = False,
     listener: Listener = Listener(),
 ) -> Calibration:
-    """The first stage alone: measure what is usual and keep it in a file; an old one stands until then.
+    """The first stage alone: measure what is usual and keep it in a file; an old file stays until then.
 
     Raises:
         OutputError: the file is there already.
@@ -157,7 +157,7 @@ def localize_model(
         session: the model, here or on workers.
         corpus: what to examine.
         ordinary: captions that the model does not memorize; none are needed with a finished calibration.
-        plan: where to and how.
+        plan: where to write, and how.
         listener: hears stages and progress.
 
     Returns:

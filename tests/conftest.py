@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import string
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ import nemo_prune.cli
 from nemo_prune.settings import VerificationSettings
 
 TEXT_WIDTH = 16
+
+# Tests import `benchmarks`, which is not installed. At the end of the path: nemo_prune stays the installed package.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Tensors this small take longer to hand out to threads than to compute, and processes that run side by side with more
 # threads than cores wait for each other.

@@ -94,7 +94,7 @@ def test_metadata_and_order_of_a_card():
     headings = re.findall(r"^## (.*)$", card.content, re.MULTILINE)
     assert headings[:3] == ["What is not claimed", "What was changed", "What was found"]
     before = card.text.split("## What was changed")[0]
-    assert "neurons" not in before and "fine-tunes" in before and "Base and mask together undo" in before
+    assert "neurons" not in before and "fine-tuning" in before and "Base and mask together undo" in before
     assert (
         "files of the base model were changed:** `unet/diffusion_pytorch_model.safetensors` (21 rows set to zero)"
         in (card.text)

@@ -115,7 +115,7 @@ def test_weights_that_can_not_be_patched_are_refused(model_folder, mask, tmp_pat
     content = (base / WEIGHTS).read_bytes()
     for damaged in (content[:100], b"\xff" * 64, content[:-500]):
         (base / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ModelError, match="no valid safetensors"):
+        with pytest.raises(ModelError, match="not a valid safetensors"):
             export_checkpoint(base, mask, tmp_path)
     (base / WEIGHTS).unlink()
     with pytest.raises(ModelError, match="save_pretrained"):

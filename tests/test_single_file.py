@@ -399,13 +399,13 @@ def test_wrong_names_and_options_are_named_errors(model_folder, mask, tmp_path):
         ([*export, tmp_path / "out", "--model", model_folder, "--config", model_folder], "--config"),
         ([*export, tmp_path / "out", "--model", tmp_path / "nowhere.safetensors"], "no single file"),
         ([*export, tmp_path / "out", "--model", file, "--config", tmp_path / "empty"], "model_index.json"),
-        ([*export, tmp_path, *base, "--overwrite"], "lies in"),
+        ([*export, tmp_path, *base, "--overwrite"], "is inside"),
         (["run", "--out", tmp_path / "out.safetensors", "--model", "demo"], "different lengths"),
     ):
         result = command(*arguments)
         assert result.exit_code == 1 and word in result.stderr, result.output
     file.write_bytes(file.read_bytes()[:-100])
-    assert "no valid safetensors" in command(*export, tmp_path / "out", *base).stderr
+    assert "not a valid safetensors" in command(*export, tmp_path / "out", *base).stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.ckpt").exists()
 
 

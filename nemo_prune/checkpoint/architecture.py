@@ -45,7 +45,7 @@ def expected_shapes(folder: Path, component: str) -> dict[str, tuple[int, ...]]:
     model = built_on_meta(folder, component)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if component == "text_encoder":
-        # transformers 5 drops the prefix, and reads both; transformers 4 needs it.
+        # transformers 5 drops the prefix and reads both forms; transformers 4 needs it.
         shapes = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
     return shapes
 

@@ -1,7 +1,7 @@
 """Checkpoints in other forms, converted to what everything works on: a diffusers folder with safetensors weights.
 
-A conversion changes no value. It is kept in the cache folder under the sha256 of what it was made from, appears there
-whole or not at all, and is used again the next time.
+A conversion changes no value. It is kept in the cache folder under the sha256 of its source, appears there whole or
+not at all, and is used again the next time.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from nemo_prune.files.layout import CARD_FILE
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
 
-# Part of the key: what another way of converting made is not found.
+# Part of the key: results of another version of the conversion are not found.
 _VERSION = 1
 _NOTE_FILE = "conversion.json"
 _WEIGHTS = {
@@ -112,7 +112,7 @@ def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFil
         pickled: see :func:`pickled_weights`; the shards of a component become one file.
 
     Raises:
-        ModelError: a file is damaged, or wants more than tensors.
+        ModelError: a file is damaged, or contains more than tensors.
         OutputError: the cache can't be written.
     """
     kept = [*base.kept, *([Path(CARD_FILE)] if (base.folder / CARD_FILE).is_file() else [])]
@@ -148,7 +148,7 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
                     note = {"converted": made.converted, "left_out": made.left_out}
                     (staged / _NOTE_FILE).write_text(json.dumps(note, indent=2), encoding="utf-8")
     except OutputError as error:
-        raise OutputError(f"The model can't be converted: {error} The cache lies under XDG_CACHE_HOME.") from error
+        raise OutputError(f"The model can't be converted: {error} The cache is under XDG_CACHE_HOME.") from error
     return Conversion(folder, **read_json(folder / _NOTE_FILE))
 
 
@@ -158,7 +158,7 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
     with writing(lock):
         file = lock.open("ab")
     with file:
-        # A file system without locks: then the second is told of the first.
+        # A file system without locks: staging tells the second process of the first.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -191,7 +191,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _left_out(names: Iterable[str]) -> dict[str, str]:
-    """What a folder has no place for, in few words: a training run leaves hundreds of tensors."""
+    """What has no place in a folder, in few words: a training run leaves hundreds of tensors."""
     names = sorted(names)
     averages = [name for name in names if name.startswith(EMA_PREFIX)]
     others = [name for name in names if not name.startswith(EMA_PREFIX)]
@@ -199,14 +199,14 @@ def _left_out(names: Iterable[str]) -> dict[str, str]:
     if averages:
         found[f"{EMA_PREFIX}*"] = f"the moving averages (EMA) of {len(averages)} tensors; the plain weights are used"
     for name in others[:_SHOWN_NAMES]:
-        found[name] = "no tensor of the pipeline"
+        found[name] = "not a tensor of the pipeline"
     if len(others) > _SHOWN_NAMES:
-        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "no tensors of the pipeline"
+        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "not tensors of the pipeline"
     return found
 
 
 def _index_of_parts(config: Path) -> dict:
-    """The model_index.json of a pipeline that consists of what a single file holds."""
+    """The model_index.json of a pipeline with the components of a single file."""
     index = read_model_index(config)
     dropped = {name: [None, None] for name, kind in index.items() if isinstance(kind, list)}
     kept = {name: index[name] for name in _FROM_CONFIG if name in index}

@@ -17,7 +17,7 @@ from nemo_prune.files.safetensors_header import StoredTensor, read_header, read_
 from nemo_prune.files.untrusted import read_json
 from nemo_prune.mask import METADATA_KEY, NeuronMask
 
-# What a release adds to the base's files, and what it may write anew.
+# What a release adds to the base's files, and what it may rewrite.
 _OF_THE_RELEASE = (CARD_FILE, RECORD_FILE, "nemo_prune/")
 
 
@@ -32,7 +32,7 @@ class Difference:
         tensor: its name, where a tensor differs.
         rows: the rows that differ.
         expected: whether a mask accounts for it: masked rows alone, or a file that belongs to a release.
-        layer: what a diffusers folder calls the tensor, where a mask touches it in a single file.
+        layer: the tensor's name in a diffusers folder, if a mask touches it in a single file.
     """
 
     file: str
@@ -55,8 +55,8 @@ def diff_models(
     Args:
         base: the unpruned diffusers folder or single file.
         out: the pruned one.
-        mask: rows that may differ; none may without it.
-        variant: of a folder's weights, where the other is a single file.
+        mask: rows that may differ; without it none may.
+        variant: of a folder's weights, if the other is a single file.
 
     Yields:
         What differs.
@@ -76,7 +76,7 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
     Args:
         base: the unpruned diffusers folder.
         out: the pruned one.
-        mask: rows that may differ; none may without it.
+        mask: rows that may differ; without it none may.
 
     Yields:
         What differs, file by file.
@@ -93,7 +93,7 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
         elif name.startswith(_OF_THE_RELEASE):
             yield Difference(name, "added", expected=True)
         elif name not in copied:
-            # A publisher puts the licence's text there where the base had none.
+            # A publisher adds the licence's text if the base had none.
             yield Difference(name, "added", expected="/" not in name and is_licence_file(name))
         elif name.endswith(SAFETENSORS):
             yield from _diff_tensors(base / name, out / name, name, mask)
@@ -139,7 +139,7 @@ def _forms(tensors: Mapping[str, StoredTensor]) -> list[tuple]:
 
 @dataclass(frozen=True)
 class _Named:
-    """A tensor under the name that both sides share, and how its own side calls it."""
+    """A tensor under the name that both sides share, and its name on its own side."""
 
     file: str
     name: str

@@ -20,7 +20,7 @@ def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.
     """Copy a diffusers folder file by file and zero the masked rows of the U-Net in the copy.
 
     Every safetensors file of the U-Net that holds a masked layer is patched: shards, and variants
-    such as fp16. Files are copied with their content, also where the base holds links.
+    such as fp16. Files are copied with their content, even if the base holds links.
 
     Args:
         base: the folder of the unpruned model; it is only read.
@@ -95,7 +95,7 @@ def copy_published(
 
 
 def copy_file(source: Path, target: Path, hashed: bool = True) -> str:
-    """Copy a file's content, never its link, and return the content's sha256, or nothing where it is not asked for."""
+    """Copy a file's content, never its link, and return the content's sha256, or nothing unless asked for."""
     digest = sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
         while block := reader.read(1 << 20):

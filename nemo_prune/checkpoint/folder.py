@@ -19,11 +19,11 @@ _SHARD_INDEX = re.compile(r".+\.safetensors\.index\.(.+\.)?json")
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of a diffusers folder, looked at once.
+    """The files of a diffusers folder, scanned once.
 
     Attributes:
         folder: the diffusers folder.
-        kept: the files that a release has too, relative to the folder, sorted.
+        kept: the files that a release keeps, relative to the folder, sorted.
         left_out: the other files of its components -> why an export leaves them out.
     """
 
@@ -57,12 +57,12 @@ class CheckpointFiles:
         return tuple(path.name for path in self.kept if len(path.parts) == 1 and is_licence_file(path.name))
 
     def copied_to(self, folder: Path) -> "CheckpointFiles":
-        """The same files in a copy, which has those that are kept."""
+        """The same files in a copy, which has the kept files only."""
         return replace(self, folder=folder, left_out={})
 
 
 def scan_folder(base: Path) -> CheckpointFiles:
-    """Look through a diffusers folder: what an export copies, and what it leaves out.
+    """Scan a diffusers folder: what an export copies, and what it leaves out.
 
     Copied are model_index.json, licence texts, and of each part the files that stock loaders take, see
     :mod:`nemo_prune.checkpoint.parts`. Everything else stays behind: an unpruned twin of the weights under whatever
@@ -148,10 +148,10 @@ def component_names(base: Path) -> list[str]:
 
 
 def check_files(base: Path, paths: Collection[Path]) -> None:
-    """Refuse files that lie outside of their folder or are no files, and shards that are not all there.
+    """Refuse files outside of their folder, what is not a regular file, and incomplete shards.
 
-    Links are followed within the folder and, for a snapshot in the cache of the Hub's client, to where that keeps
-    its files: the folder of the repo, and the store that all repos share.
+    Links are followed within the folder and, for a snapshot in the cache of the Hub's client, to the places where
+    the client keeps files: the folder of the repo, and the store that all repos share.
 
     Args:
         base: the checkpoint folder.
@@ -167,7 +167,7 @@ def check_files(base: Path, paths: Collection[Path]) -> None:
             raise ModelError(f"The file {str(path)!r} of the model has a name that can't be printed. Rename it.")
         if not any(real.is_relative_to(home) for home in homes):
             raise ModelError(
-                f"{path} of the model {base} is a link to {real}, which lies outside of it. Copy the model with what "
+                f"{path} of the model {base} is a link to {real}, which is outside of it. Copy the model with what "
                 f"its links lead to, `cp -rL {base} COPY`, and give the copy."
             )
         # A pipe or a device would be read without end.
@@ -188,7 +188,7 @@ def _homes(base: Path) -> list[Path]:
 def _check_shards(base: Path, path: Path, paths: Collection[Path]) -> None:
     shards = _read_object(base, path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ModelError(f"{path} has no weight_map that names a file for every tensor. Fetch it anew.")
+        raise ModelError(f"{path} has no weight_map that names a file for every tensor. Fetch it again.")
     for shard in sorted(set(shards.values())):
         if path.parent / shard not in paths:
             raise ModelError(
@@ -203,5 +203,5 @@ def _read_object(base: Path, path: Path) -> dict:
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} of the model {base} can't be read: {error}. Fetch it anew.") from error
+        raise ModelError(f"{path} of the model {base} can't be read: {error}. Fetch it again.") from error
     return content

@@ -1,4 +1,4 @@
-"""Weights in torch's own format (.ckpt, .bin): read without running anything that they hold."""
+"""Weights in torch's own format (.ckpt, .bin): read without running any code in them."""
 
 import pickle
 import re
@@ -13,7 +13,7 @@ from nemo_prune.errors import ModelError
 
 # Training programs leave objects of these packages beside the weights.
 _LEFT_BY_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "numpy")
-# What torch, pickle and zipfile raise at bytes that make no sense to them.
+# What torch, pickle and zipfile raise on invalid bytes.
 _DAMAGED = (
     OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     EOFError, MemoryError, struct.error, zipfile.BadZipFile,
@@ -31,7 +31,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
         path: names and tensors, or a training state that has them under ``state_dict``.
 
     Raises:
-        ModelError: the file is damaged, wants more than tensors, or holds none.
+        ModelError: the file is damaged, contains more than tensors, or holds none.
     """
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -44,22 +44,24 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run `{found[1]}`" if found else "it holds more than tensors"
         raise ModelError(
-            f"{path.name} was not read: {what}, which weights don't need and malware does. Give the safetensors of "
+            f"{path.name} was not read: {what}, which weights never need but malware does. Give the safetensors of "
             "this model."
         ) from error
     except _DAMAGED as error:
-        raise ModelError(f"{path.name} is no file of torch's, or is damaged: {error}. Fetch it anew.") from error
+        raise ModelError(
+            f"{path.name} is not a file saved by torch, or is damaged: {error}. Fetch it again."
+        ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     named = content.items() if isinstance(content, Mapping) else ()
     tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors:
-        raise ModelError(f"{path.name} holds no named tensors, so that it is no checkpoint.")
+        raise ModelError(f"{path.name} holds no named tensors, so it is not a checkpoint. Give another file.")
     return tensors
 
 
 def _stub(name: str) -> type:
-    """An empty class under a name: it takes whatever the pickle says of its objects, and does nothing."""
+    """An empty class under a name: it accepts any state that the pickle gives its objects, and does nothing."""
     module, _, attribute = name.rpartition(".")
 
     def ignore(self: object, *arguments: object) -> None:

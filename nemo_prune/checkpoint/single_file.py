@@ -57,7 +57,7 @@ def read_tensors(file: Path) -> dict[str, TensorBytes]:
 
 
 def folder_tensors(files: CheckpointFiles, variant: str | None) -> dict[str, FolderTensor]:
-    """What a single file made from a diffusers folder holds: name in a single file -> tensor.
+    """The content of a single file made from a diffusers folder: name in the single file -> tensor.
 
     Raises:
         ModelError: the folder has a tensor that has no place in a single file, or lacks weights.
@@ -148,6 +148,6 @@ def check_single_file(file: Path, files: CheckpointFiles, variant: str | None) -
     for name, tensor in folder_tensors(files, variant).items():
         if name not in written or not equal_bytes(tensor.content, written[name]):
             raise OutputError(
-                f"The single file was not written as it should: `{name}` is not what the pruned folder holds. Is the "
+                f"The single file was not written correctly: `{name}` is not what the pruned folder holds. Is the "
                 "disk damaged, or was the model changed meanwhile? Run the same command again."
             )

@@ -1,4 +1,4 @@
-"""Tensors whose bytes are read when they are needed, and safetensors files that are written from them."""
+"""Tensors whose bytes are read on demand, and safetensors files written from them."""
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """A tensor that lies somewhere.
+    """A tensor whose content is stored somewhere.
 
     Attributes:
         dtype: as safetensors names it.
@@ -50,10 +50,10 @@ def stored_tensor(path: Path, stored: StoredTensor) -> TensorBytes:
 
 
 def loaded_tensor(name: str, tensor: torch.Tensor) -> TensorBytes:
-    """A tensor in memory, or mapped to it.
+    """A tensor in memory, or mapped into it.
 
     Raises:
-        ModelError: safetensors have no such dtype, or the tensor is not there as a whole.
+        ModelError: safetensors have no such dtype, or the tensor is incomplete.
     """
     is_dense = tensor.layout == torch.strided and not tensor.is_meta
     if not is_dense or tensor.dtype not in _DTYPES:
@@ -61,9 +61,11 @@ def loaded_tensor(name: str, tensor: torch.Tensor) -> TensorBytes:
             f"`{name}` is a tensor of {tensor.dtype} that safetensors do not hold as it is. Use the float32, float16 "
             "or bfloat16 weights."
         )
-    # A few bytes can stand for any number of elements.
+    # A few bytes can claim any number of elements.
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise ModelError(f"`{name}` claims {tensor.numel()} elements that the file does not hold. Fetch the file anew.")
+        raise ModelError(
+            f"`{name}` claims {tensor.numel()} elements that the file does not hold. Fetch the file again."
+        )
     shape = tuple(tensor.shape)
 
     def blocks(size: int) -> Iterator[bytes]:
@@ -83,7 +85,7 @@ def equal_bytes(first: TensorBytes, second: TensorBytes) -> bool:
 
 
 def differing_rows(first: TensorBytes, second: TensorBytes) -> tuple[int, ...]:
-    """Rows whose bytes differ, of two tensors of one length; a tensor without rows counts as one."""
+    """Rows whose bytes differ, of two tensors of equal length; a tensor without rows counts as one row."""
     num_rows = first.shape[0] if first.shape and first.shape[0] else 1
     row_bytes = first.length // num_rows
     if not row_bytes:

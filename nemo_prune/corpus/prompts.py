@@ -29,7 +29,7 @@ class Prompt:
     Attributes:
         text: the caption.
         kind: what its file's ``type`` column says, such as ``VM``, ``TM`` or ``ordinary``.
-        image: the training image that it may give back, where the ``image`` column names a file.
+        image: the training image that it may give back, if the ``image`` column names a file.
         columns: the other columns of its row, as text.
     """
 
@@ -45,7 +45,7 @@ class Corpus:
 
     Attributes:
         prompts: in the order of their source.
-        num_duplicates: how many more captions were exactly the same as one of them.
+        num_duplicates: number of further captions that are exact duplicates.
     """
 
     prompts: tuple[Prompt, ...]
@@ -66,13 +66,13 @@ def read_corpus(source: str | Path, column: str | None = None, limit: int | None
     """Read prompts, every caption once, in the order of their source.
 
     Args:
-        source: a local file: .txt with one prompt a line; .csv or .tsv with any delimiter, .jsonl or
+        source: a local file: .txt with one prompt per line; .csv or .tsv with any delimiter, .jsonl or
             .parquet with a caption column; each also as .gz. A pattern such as ``captions/*.jsonl``
             takes several. Or a data set of the Hub: ``owner/name``, ``owner/name:split`` or
             ``owner/name:split:column``.
         column: name of the caption column; Caption, caption, prompt or text unless given. Columns
-            ``type`` and ``image`` (a path relative to the file) are understood, others travel along.
-        limit: take the first so many prompts only.
+            ``type`` and ``image`` (a path relative to the file) are used, others travel along.
+        limit: take only so many prompts, the first ones.
 
     Raises:
         PromptError: the source is missing, damaged, has no caption column or holds no prompt.
@@ -109,15 +109,15 @@ def iter_prompts(source: str | Path, column: str | None = None) -> Iterator[Prom
 def near_duplicates(texts: Sequence[str], overlap: float = NEAR_DUPLICATE_OVERLAP) -> list[list[int]]:
     """Group texts that share most of their words.
 
-    Two texts are near-duplicates when the words that both have are at least a share of the words
-    that either has; a chain of them is one group.
+    Two texts are near-duplicates if the words they share are at least a given share of all their words;
+    a chain of near-duplicates is one group.
 
     Args:
         texts: captions.
         overlap: that share.
 
     Returns:
-        Positions, a list a group, in the order of the first of each.
+        Positions, one list per group, ordered by the first of each group.
     """
     words = [frozenset(re.findall(r"\w+", text.casefold())) for text in texts]
     group_of = list(range(len(texts)))
@@ -155,7 +155,7 @@ def _read_file(path: Path, column: str | None) -> Iterator[Prompt]:
     readers = {".txt": _text_rows, ".csv": _table_rows, ".tsv": _table_rows, ".jsonl": _json_rows,
                ".parquet": _parquet_rows}  # fmt: skip
     if not kind or kind[0] not in readers:
-        raise PromptError(f"{path} is none of {_FORMATS}. Name it by what it holds.")
+        raise PromptError(f"{path} is none of {_FORMATS}. Rename it by its format.")
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
             yield from _prompts(readers[kind[0]](file, path, column), path, column)
@@ -186,7 +186,7 @@ def _prompts(rows: Iterable[Row], source: object, column: str | None) -> Iterato
 
 
 def _text(value: object) -> str:
-    """As text that can be written: JSON can hold halves of characters, which become ``?``."""
+    """As text that can be written: lone surrogates, which JSON can hold, become ``?``."""
     return str(value).encode(errors="replace").decode()
 
 
@@ -229,9 +229,11 @@ def _json_rows(file: io.BufferedIOBase, path: Path, column: str | None) -> Itera
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise PromptError(f"Line {number} of {path} is no JSON: {error}.") from error
+                raise PromptError(f"Line {number} of {path} is not valid JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise PromptError(f"Line {number} of {path} is no JSON object. Expected is one a line, with a caption.")
+                raise PromptError(
+                    f"Line {number} of {path} is not a JSON object. Expected is one object per line, with a caption."
+                )
             yield row
 
 
@@ -240,7 +242,7 @@ def _parquet_rows(file: io.BufferedIOBase, path: Path, column: str | None) -> It
     import pyarrow.parquet
 
     try:
-        # A packed file can't be read from its end, where parquet has its index.
+        # Parquet has its index at the end, which can't be read first in a packed file.
         table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file)
         for batch in table.iter_batches():
             yield from batch.to_pylist()
@@ -257,7 +259,7 @@ def _is_dataset_name(source: str) -> bool:
 
 def _read_dataset(source: str, column: str | None) -> Iterator[Prompt]:
     """Stream a data set's prompts."""
-    # The library takes a second to load and is of no use for local files.
+    # The library takes a second to load and is not needed for local files.
     import datasets
 
     name, split, named = [*source.split(":"), "", ""][:3]
@@ -270,6 +272,6 @@ def _read_dataset(source: str, column: str | None) -> Iterator[Prompt]:
         yield from _prompts(dataset, f"The data set {name}", column)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise PromptError(
-            f"{source} is no local file, and as a data set of the Hub it can't be read: {error}\n"
+            f"{source} is not a local file, and can't be read as a data set of the Hub: {error}\n"
             "Check the name and the split (owner/name:split:column); for a private one log in: `hf auth login`."
         ) from error

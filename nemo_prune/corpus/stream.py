@@ -1,4 +1,4 @@
-"""Captions too many to hold: read again in every pass, every caption once, some of them labelled."""
+"""More captions than memory holds: read again in every pass, every caption once, some with labels."""
 
 from collections.abc import Callable, Iterator
 from hashlib import blake2b, sha256
@@ -15,22 +15,22 @@ _ORDINARY_LABELS = ("0", "0.0", "false", "no", "n", "none", "ordinary", "normal"
 
 
 class CaptionStream:
-    """A source's captions, every one once, in their order.
+    """The captions of a source, each once, in their order.
 
-    The first pass is made at once: it counts, and keeps eight bytes a caption to tell duplicates, which are let
-    go afterwards; what stays is a byte a row.
+    The first pass is made at once: it counts, and keeps eight bytes per caption to recognise duplicates. Afterwards
+    one byte per row stays.
 
     Args:
         read: starts to read the source from its beginning.
-        limit: take the first so many captions only.
+        limit: take only so many captions, the first ones.
         label_column: the column that says which captions are memorized.
 
     Attributes:
         num_prompts: how many different captions there are.
-        num_duplicates: how many more were exactly the same as one of them.
+        num_duplicates: number of further captions that are exact duplicates.
         digest: sha256 over the captions in their order.
-        kinds: without a label column None; else a kind a caption: `ordinary`, VM, TM, memorized; None where it has
-            no label.
+        kinds: None without a label column; else one kind per caption: `ordinary`, VM, TM, memorized, or None without a
+            label.
 
     Raises:
         PromptError: there is no caption, or a label that is not understood.
@@ -67,7 +67,7 @@ class CaptionStream:
 
     def __iter__(self) -> Iterator[Prompt]:
         digest = sha256()
-        # Values are kept by place alone, so that a source that changed meanwhile must not go unnoticed.
+        # Values are kept by position alone, so a source that changed meanwhile must be noticed.
         for prompt in compress(self._read(), self._kept):
             digest.update(prompt.text.encode() + b"\0")
             yield prompt
@@ -76,7 +76,7 @@ class CaptionStream:
 
 
 def kind_of(prompt: Prompt, label_column: str) -> str | None:
-    """What a prompt's label says: `ordinary`, or what kind of memorized; None where it has none.
+    """What a prompt's label says: `ordinary`, or which kind of memorized; None without a label.
 
     Raises:
         PromptError: the label is not understood.

@@ -21,7 +21,7 @@ RELEASED_CODE_THRESHOLD = 0.428
 
 
 def read_table(path: Path) -> tuple[PromptLocalization, ...]:
-    """A table with seven lists of neurons per prompt; resolved where the initial score reached the threshold.
+    """A table with seven lists of neurons per prompt; resolved if the initial score reached the threshold.
 
     Raises:
         ValueError, KeyError, SyntaxError, csv.Error: it is not such a table.

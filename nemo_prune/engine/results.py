@@ -14,7 +14,7 @@ from nemo_prune.files.work import LineLog
 from nemo_prune.progress import Advance, ignored
 
 FORMAT_VERSION = 1
-# What parsers of text that is no result file raise.
+# What parsers raise on text that is not a result file.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError, csv.Error)
 _MOST_NEURONS = 1 << 20
 
@@ -26,7 +26,7 @@ class ResultsHeader:
     """What results depend on: the first line of their file.
 
     Attributes:
-        model: digest of the model's files; None where it is not known.
+        model: digest of the model's files; None if unknown.
         layers: dotted module name -> number of neurons, in the order of execution.
         threshold: tau.
         settings: the numbers of the method, as JSON values.
@@ -50,7 +50,7 @@ class ResultsFile:
     """A result file that grows; every line that was appended survives a kill.
 
     Args:
-        path: the file; it is begun where it is missing.
+        path: the file; created if missing.
         header: what the results depend on.
 
     Raises:
@@ -80,11 +80,11 @@ class ResultsFile:
         self._log.append(to_json(localization))
 
     def completed(self, texts: Sequence[str], find: Find, advance: Advance = ignored) -> list[PromptLocalization]:
-        """The results of all prompts, in their order: those that are kept, and those that are found now.
+        """The results of all prompts, in their order: those in the file, and those that are found now.
 
         Args:
             texts: the prompts.
-            find: localizes those that are missing, given them and what is kept.
+            find: localizes the missing prompts, given them and the results in the file.
             advance: called with the prompts done and their number.
         """
         known = {each.prompt: each for each in self.read()}
@@ -116,7 +116,7 @@ def read_results(path: Path) -> Results:
 
 
 def merge_results(paths: Sequence[Path]) -> Results:
-    """Read result files of one model as one; of a prompt that is in several the last counts.
+    """Read result files of one model as one; if several have the same prompt, the last counts.
 
     Raises:
         PromptError: a file can't be read, or the files are of different models or settings.
@@ -133,7 +133,7 @@ def merge_results(paths: Sequence[Path]) -> Results:
 
 
 def _read_lines(path: Path) -> Results:
-    # Lines of bytes: a caption may hold what ends a line of text.
+    # Split as bytes: a caption may hold characters that end a line of text.
     lines = [parse_json(line) for line in path.read_bytes().splitlines()]
     if not lines or lines[0].pop("nemo_prune_results", None) != FORMAT_VERSION:
         raise ValueError(f"its first line does not say that it holds results of format {FORMAT_VERSION}")

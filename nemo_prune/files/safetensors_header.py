@@ -1,4 +1,4 @@
-"""Safetensors files as they lie on disk: where each tensor is, without reading it."""
+"""Safetensors files on disk: where each tensor is, without reading it."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from nemo_prune.files.untrusted import MAX_JSON_BYTES, parse_json
 
 # As safetensors names them.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bits a value of all that the format knows.
+# Bits per value of every dtype that the format has.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -32,7 +32,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file: dtype, shape, first byte and length in bytes."""
+    """A tensor's dtype, shape, first byte and length in bytes in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file lie.
+    """Where the tensors of a safetensors file are.
 
     The header is checked as a whole: the tensors fill the file without a hole or an overlap, and each is as long
     as its dtype and shape say.
@@ -108,7 +108,7 @@ def _checked_metadata(metadata: object) -> dict[str, str]:
 
 
 def _stored(name: str, entry: object, begin: int) -> StoredTensor:
-    """One entry of a header; offsets count from the byte behind it."""
+    """One entry of a header; offsets count from the byte after the header."""
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor `{name}` is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -125,7 +125,7 @@ def _stored(name: str, entry: object, begin: int) -> StoredTensor:
 
 
 def _are_counts(values: object) -> bool:
-    # A bool is an int to Python, and 64 bits are what the format gives a number.
+    # In Python a bool is an int; the format gives a number 64 bits.
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 

@@ -218,7 +218,7 @@ def _refuse_nan(module: torch.nn.Module, component: str) -> None:
         if not parameter.isfinite().all():
             raise ModelError(
                 f"Weight `{name}` of the {component} holds NaN or infinity. The checkpoint is damaged, or "
-                "its values don't fit --dtype: try float32, or fetch it anew."
+                "its values don't fit --dtype: try float32, or fetch it again."
             )
 
 

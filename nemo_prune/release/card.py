@@ -18,11 +18,11 @@ from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_row
 PAPER = "https://arxiv.org/abs/2406.02366"
 
 _NOT_CLAIMED = """\
-- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Whoever optimises a text \
-embedding against this model, or fine-tunes it, may bring images back.
+- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Optimising a text \
+embedding against this model, or fine-tuning it, may bring images back.
 - **It protects only where the unpruned weights were never released,** nor those of a sibling that was trained on the \
-same images. Base and mask together undo the pruning: whoever has the base copies the rows back, and the changed rows \
-show where to look.
+same images. Base and mask together undo the pruning: anyone who has the base can copy the rows back, and the changed \
+rows show where to look.
 - **Prompts that were not examined are not covered,** nor images that other prompts give back.
 - The files are not smaller: pruned rows take the same space."""
 
