@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from kills import files_of
 from safetensors.torch import load_file, save_file
 
-from kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.engine.diffusion import NoisePredictor
