@@ -4,11 +4,9 @@ A conversion changes no value. It is kept in the cache folder under the sha256 o
 whole or not at all, and is used again the next time.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +21,7 @@ from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import CARD_FILE
+from nemo_prune.files.locks import waiting_lock
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
 
@@ -135,7 +134,7 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder.with_suffix(".lock")):
+        with waiting_lock(folder.with_suffix(".lock")):
             if not (folder / _NOTE_FILE).is_file():
                 with staged_folder(folder, overwrite=True) as staged:
                     made = convert(staged)
@@ -144,18 +143,6 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
     except OutputError as error:
         raise OutputError(f"The model can't be converted: {error} The cache lies under XDG_CACHE_HOME.") from error
     return Conversion(folder, **read_json(folder / _NOTE_FILE))
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process converts the same."""
-    with writing(lock):
-        file = lock.open("ab")
-    with file:
-        # A file system without locks: then the second is told of the first.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _find(component: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorBytes]) -> dict[str, str]:

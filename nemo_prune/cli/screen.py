@@ -101,11 +101,13 @@ def screen(
         quieten_libraries()
         from nemo_prune.compute.opening import open_session
         from nemo_prune.corpus.stream import CaptionStream
+        from nemo_prune.files.work import claim_work_folder
         from nemo_prune.models.source import resolve_model
         from nemo_prune.screening.screen import screen_captions
 
         captions = CaptionStream(partial(_captions, model, prompts, prompt_column), limit, label_column)
         ordinary = ordinary_captions(model, calibration_prompts).texts
+        claim_work_folder(options.work)
         source = resolve_model(model, revision, variant, config)
         verification = VerificationSettings(guidance_scale=guidance_scale)
         with open_session(source, options.model, settings, ray, ray_workers) as session:
