@@ -14,13 +14,13 @@ from pathlib import Path
 from nemo_prune.checkpoint.architecture import expected_shapes
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
-from nemo_prune.checkpoint.single_file import read_tensors
+from nemo_prune.checkpoint.single_file import read_tensors, read_weights
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
 from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, weights_files
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import CARD_FILE
+from nemo_prune.files.layout import CARD_FILE, SAFETENSORS, has_ending
 from nemo_prune.files.locks import waiting_lock
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
@@ -68,7 +68,8 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
     index = _index_of_parts(config.folder)
 
     def convert(folder: Path) -> Conversion:
-        tensors = read_tensors(file)
+        weights = read_weights(file)
+        tensors = weights.tensors
         refuse_other_families(tensors)
         _copy(config.folder, kept, folder)
         used: set[str] = set()
@@ -82,7 +83,11 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
             )
             used.update(found.values())
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        return Conversion(folder, f"a single-file checkpoint ({file.suffix})", _left_out(tensors.keys() - used))
+        where = f", its weights under `{weights.wrapper}`" if weights.wrapper else ""
+        left_out = _left_out(tensors.keys() - used) | {
+            f"{name}.*": f"{number} tensors beside the weights" for name, number in weights.others.items()
+        }
+        return Conversion(folder, f"a single-file checkpoint ({file.suffix.lower()}{where})", left_out)
 
     return _kept(["single file", file_hash(file), index, _hashes(config.folder, kept)], convert)
 
@@ -195,7 +200,7 @@ def _index_of_parts(config: Path) -> dict:
 
 
 def _of_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or ".index." in path.name
+    return has_ending(path, SAFETENSORS) or ".index." in path.name
 
 
 def _hashes(base: Path, paths: Iterable[Path]) -> list[list[str]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_prune.cli.console import tell
 from nemo_prune.errors import PromptError
 from nemo_prune.settings import (
     DTYPES,
@@ -88,14 +89,19 @@ PromptsOption = Annotated[
     str | None,
     option(
         CAPTIONS,
-        "Captions to examine: a file (.txt, .csv, .tsv, .jsonl, .parquet, also as .gz), a pattern for several, or a "
-        "data set of the Hub: owner/name:split:column. The demo and the known models have their own.",
+        "Captions to examine: a file (.txt, .csv, .tsv, .json, .jsonl, .parquet, also as .gz), a folder or pattern of "
+        "such files, where a .txt beside a picture of its name is the caption of that training image, or a data set of "
+        "the Hub: owner/name:split:column. The demo and the known models have their own.",
         "--prompts",
     ),
 ]
 ColumnOption = Annotated[
     str | None,
-    option(CAPTIONS, "Column of the captions. (default: Caption, caption, prompt or text)", "--prompt-column"),
+    option(
+        CAPTIONS,
+        "Column of the captions, in any case. (default: caption, prompt or text)",
+        "--prompt-column",
+    ),
 ]
 LimitOption = Annotated[int | None, option(CAPTIONS, "Examine only the first N captions.", "--limit", min=1)]
 OrdinaryOption = Annotated[
@@ -105,6 +111,14 @@ OrdinaryOption = Annotated[
         "Captions that the model does not memorize, at least 50, hundreds at best, from the same sources. The demo and "
         "the known models have their own.",
         "--calibration-prompts",
+    ),
+]
+OrdinaryColumnOption = Annotated[
+    str | None,
+    option(
+        CAPTIONS,
+        "Column of the captions in --calibration-prompts, in any case. (default: caption, prompt or text)",
+        "--calibration-column",
     ),
 ]
 CalibrationOption = Annotated[Path | None, setting(CAPTIONS, Plan, "calibration", "--calibration")]
@@ -132,8 +146,8 @@ LicenseOption = Annotated[
     str | None,
     option(
         HUB,
-        "The licence, where the base's card names none: an id as the Hub lists them, or `other`. What the base's card "
-        "says is inherited and can't be contradicted.",
+        "The licence, where the base's card names none: an id as the Hub lists them, in any case, or `other`. What the "
+        "base's card says is inherited and can't be contradicted.",
         "--license",
     ),
 ]
@@ -187,14 +201,26 @@ def examined_corpus(
         if prompts is not None or column is not None:
             raise PromptError("--from-screen names the captions already. Leave out --prompts and --prompt-column.")
         return read_passed(from_screen, limit)
-    return read_corpus(prompts or memorized_captions(model), column, limit)
+    return _told(read_corpus(prompts or memorized_captions(model), column, limit), prompts)
 
 
-def ordinary_captions(model: str, prompts: str | None) -> "OrdinaryCaptions":
+def ordinary_captions(model: str, prompts: str | None, column: str | None = None) -> "OrdinaryCaptions":
     """Captions that the model does not memorize: those that are given, or a known model's own."""
     from nemo_prune.corpus.prompts import read_corpus
     from nemo_prune.models import known
 
     if prompts is None:
+        if column is not None:
+            raise PromptError(
+                f"--calibration-column {column} names a column of --calibration-prompts, which are not given. Give "
+                "them, or leave the option out."
+            )
         return known.ordinary_captions(model)
-    return known.OrdinaryCaptions(tuple(read_corpus(prompts).texts))
+    return known.OrdinaryCaptions(tuple(_told(read_corpus(prompts, column), prompts).texts))
+
+
+def _told(corpus: "Corpus", source: str | None) -> "Corpus":
+    """The same captions; the user hears of rows that have none."""
+    if corpus.num_empty:
+        tell(f"{corpus.num_empty} rows of {source} have no caption and are left out.")
+    return corpus

@@ -117,16 +117,16 @@ def _checked(
     """Rows with as many cells as the header; a header that stands there again, as in joined files, is left out."""
     needed = max((place + 1 for place, name in enumerate(columns) if name), default=0)
     for line, cells in rows:
+        counted = f"its line {line} has {len(cells)} cells, its header {len(columns)}"
         if len(cells) > len(columns):
             raise TableError(
-                f"its line {line} has {len(cells)} cells, its header {len(columns)}: is there a {DELIMITERS.get(delimiter, delimiter)}"
-                ' within a caption? Put such captions in double quotes ("..."), or save the captions as .txt, one per '
-                "line without a header"
+                f"{counted}: is there a {DELIMITERS.get(delimiter, delimiter)} within a caption? Put such captions in "
+                'double quotes ("..."), or save the captions as .txt, one per line without a header'
             )
         if len(cells) < needed:
             raise TableError(
-                f"its line {line} has {len(cells)} cells, its header {len(columns)}: is a caption broken into two "
-                'lines? Put such captions in double quotes ("..."), and fill short rows with empty cells'
+                f'{counted}: is a caption broken into two lines? Put such captions in double quotes ("..."), and fill '
+                "short rows with empty cells"
             )
         if needed < 2 or _names(cells) != columns:
             yield line, cells
