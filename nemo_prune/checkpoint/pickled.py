@@ -20,7 +20,8 @@ _DAMAGED = (
     OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     EOFError, MemoryError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-_NOT_A_PICKLE = re.compile(r"invalid load key|truncated|ran out of input", re.IGNORECASE)
+# Of a zip archive and of a pickle, as torch writes them.
+_BEGINNINGS = (b"PK", b"\x80")
 # Where training programs keep the weights, the likeliest first; copies by averages come last.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params", "network", "net", "unet")
 _AVERAGES = re.compile(r"(^|[^a-z])ema([^a-z]|$)|averag|shadow", re.IGNORECASE)
@@ -57,10 +58,11 @@ def read_pickled(path: Path) -> PickledWeights:
         ModelError: the file is damaged, wants more than tensors, holds none, or several sets of equal standing.
     """
     try:
+        with path.open("rb") as file:
+            if not file.read(2).startswith(_BEGINNINGS):
+                raise ValueError("it begins like neither a zip archive nor a pickle")
         content = _loaded(path)
     except pickle.UnpicklingError as error:
-        if _NOT_A_PICKLE.search(str(error)):
-            raise ModelError(f"{path.name} is not a file of torch's, or is damaged. Fetch it anew.") from error
         wanted = _refused_name(error)
         what = (
             f"wants to run `{wanted}`, which weights don't need and malware does"
