@@ -20,7 +20,7 @@ from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_new_file
-from nemo_prune.files.work import WorkFolder
+from nemo_prune.files.work import WorkFolder, claim_work_folder
 from nemo_prune.mask import Pruning
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
@@ -178,6 +178,7 @@ def _check_places(source: ModelSource, plan: Plan) -> None:
             raise OutputError(
                 f"The work folder {plan.work} must not be in {published}: what is there can be published."
             )
+    claim_work_folder(plan.work)
 
 
 def _open_work(session: Session, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan) -> WorkFolder:

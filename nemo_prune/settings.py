@@ -3,11 +3,13 @@
 import inspect
 import re
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 
 from nemo_prune.errors import SettingsError
-from nemo_prune.files.layout import ReleaseLayout
+from nemo_prune.files.layout import ReleaseLayout, has_ending
+from nemo_prune.hub.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
@@ -142,9 +144,9 @@ class Statement:
 
     Attributes:
         base_model: Hub id of a base that is given as a local folder.
-        license: identifier from the Hub's list, ``other`` for any other licence.
-        license_name: its name, if it is ``other``.
-        license_link: address of its text.
+        license: identifier as the Hub lists them, in any case; ``other`` for one that it does not list.
+        license_name: its name, where it is ``other``.
+        license_link: an address where its text stands.
     """
 
     base_model: str | None = None
@@ -153,22 +155,39 @@ class Statement:
     license_link: str | None = None
 
     def __post_init__(self) -> None:
+        if self.license is not None:
+            object.__setattr__(self, "license", _stated_licence(self.license))
         stated = {name: value for name, value in vars(self).items() if value is not None}
         for name, value in stated.items():
-            pattern, expected = _STATED[name]
-            _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
+            if name in _STATED:
+                pattern, expected = _STATED[name]
+                _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
         for name in ("license_name", "license_link"):
-            _require(name not in stated or "license" in stated, name, stated.get(name), "none without `license`")
-        named = self.license != "other" or self.license_name is not None
-        _require(named, "license_name", None, "the licence's name, because `license` is `other`")
+            _require(name not in stated or "license" in stated, name, stated.get(name), "none without --license")
+        named = self.license != OTHER or self.license_name is not None
+        _require(named, "license_name", None, "the licence's name, because --license is `other`")
+
+
+def _stated_licence(stated: str) -> str:
+    """The Hub's identifier of a licence that a publisher states.
+
+    Raises:
+        SettingsError: it has none.
+    """
+    known = known_licence(stated)
+    if known is None:
+        alike = get_close_matches(stated.lower(), LICENCE_IDS, n=3)
+        meant = f" Is it {' or '.join(alike)}?" if alike else ""
+        raise SettingsError(
+            f"--license {stated!r} is not a licence that the Hub knows.{meant} Expected is an identifier from "
+            f"https://huggingface.co/docs/hub/repositories-licenses; for any other licence give --license {OTHER} "
+            "--license-name NAME."
+        )
+    return known
 
 
 _STATED = {
     "base_model": (r"\w[\w.-]*(/\w[\w.-]*)?", "a Hub id such as CompVis/stable-diffusion-v1-4"),
-    "license": (
-        r"[a-z0-9][a-z0-9.+-]*",
-        "an identifier from https://huggingface.co/docs/hub/repositories-licenses, or `other`",
-    ),
     "license_name": (r"[\w][\w .+()-]{0,99}", "a name of letters, digits and -_.+()"),
     "license_link": (r"https?://[!-~]{1,500}", "an address that begins with https://"),
 }
@@ -270,7 +289,7 @@ class SieveSettings:
 
     def __post_init__(self) -> None:
         _require(self.sieve in SIEVES, "sieve", self.sieve, " or ".join(SIEVES))
-        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        _require(self.num_samples >= 1, "sieve_samples", self.num_samples, "at least 1")
         for name in ("norm_step", "cosine_step"):
             step = getattr(self, name)
             _require(step is None or step >= 0, name, step, "at least 0")
@@ -303,7 +322,9 @@ class ScreenOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).absolute())
         object.__setattr__(self, "work", Path(self.work or self.out.with_name(f"{self.out.name}.work")).absolute())
-        _require(self.out.suffix in SCREENED_SUFFIXES, "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}")
+        _require(
+            has_ending(self.out, *SCREENED_SUFFIXES), "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}"
+        )
         _require(0 < self.fdr < 1, "fdr", self.fdr, "between 0 and 1")
 
 
@@ -315,9 +336,14 @@ def description(owner: type, name: str) -> str:
     return text[0].upper() + text[1:]
 
 
+# What only the library can set; all else has an option of its name.
+_WITHOUT_OPTION = ("num_inference_steps", "timestep_index", "theta_step", "theta_min", "cosine_step")
+
+
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise SettingsError(f"`{name}` is {value}, expected: {expected}.")
+        called = f"`{name}`" if name in _WITHOUT_OPTION else f"--{name.replace('_', '-')}"
+        raise SettingsError(f"{called} is {'not given' if value is None else value}, expected: {expected}.")
 
 
 PRESETS = {

@@ -4,11 +4,9 @@ A conversion changes no value. It is kept in the cache folder under the sha256 o
 not at all, and is used again the next time.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,14 +14,14 @@ from pathlib import Path
 from nemo_prune.checkpoint.architecture import expected_shapes
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
-from nemo_prune.checkpoint.parts import publicly_named
-from nemo_prune.checkpoint.single_file import read_tensors
+from nemo_prune.checkpoint.single_file import read_tensors, read_weights
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
 from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, refuse_missing_shards, weights_files
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import CARD_FILE
+from nemo_prune.files.layout import CARD_FILE, SAFETENSORS, has_ending
+from nemo_prune.files.locks import waiting_lock
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
 
@@ -70,7 +68,8 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
     index = _index_of_parts(config.folder)
 
     def convert(folder: Path) -> Conversion:
-        tensors = read_tensors(file)
+        weights = read_weights(file)
+        tensors = weights.tensors
         refuse_other_families(tensors)
         _copy(config.folder, kept, folder)
         used: set[str] = set()
@@ -84,7 +83,11 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
             )
             used.update(found.values())
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        return Conversion(folder, f"a single-file checkpoint ({file.suffix})", _left_out(tensors.keys() - used))
+        where = f", its weights under `{weights.wrapper}`" if weights.wrapper else ""
+        left_out = _left_out(tensors.keys() - used) | {
+            f"{name}.*": f"{number} tensors beside the weights" for name, number in weights.others.items()
+        }
+        return Conversion(folder, f"a single-file checkpoint ({file.suffix.lower()}{where})", left_out)
 
     return _kept(["single file", file_hash(file), index, _hashes(config.folder, kept)], convert)
 
@@ -141,7 +144,7 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder.with_suffix(".lock")):
+        with waiting_lock(folder.with_suffix(".lock")):
             if not (folder / _NOTE_FILE).is_file():
                 with staged_folder(folder, overwrite=True) as staged:
                     made = convert(staged)
@@ -150,18 +153,6 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
     except OutputError as error:
         raise OutputError(f"The model can't be converted: {error} The cache is under XDG_CACHE_HOME.") from error
     return Conversion(folder, **read_json(folder / _NOTE_FILE))
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process converts the same."""
-    with writing(lock):
-        file = lock.open("ab")
-    with file:
-        # A file system without locks: staging tells the second process of the first.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _find(component: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorBytes]) -> dict[str, str]:
@@ -214,7 +205,7 @@ def _index_of_parts(config: Path) -> dict:
 
 
 def _of_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or ".index." in path.name
+    return has_ending(path, SAFETENSORS) or ".index." in path.name
 
 
 def _hashes(base: Path, paths: Iterable[Path]) -> list[list[str]]:

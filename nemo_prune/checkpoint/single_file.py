@@ -5,9 +5,8 @@ average (EMA) under ``model_ema.``. Every copy of a masked layer is pruned, in b
 weights, as diffusers loads them. A conversion leaves the averages out, and the record says so.
 """
 
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_prune.checkpoint.folder import CheckpointFiles
@@ -24,8 +23,7 @@ from nemo_prune.checkpoint.tensors import (
 )
 from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
-from nemo_prune.files.layout import SAFETENSORS
-from nemo_prune.files.pointers import refuse_pointer
+from nemo_prune.files.layout import SAFETENSORS, has_ending
 from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning
 
@@ -41,8 +39,28 @@ class FolderTensor:
     content: TensorBytes
 
 
-def read_tensors(file: Path) -> dict[str, TensorBytes]:
-    """The tensors of a file, by name; none is read yet.
+@dataclass(frozen=True)
+class StoredWeights:
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: by name; none is read yet.
+        wrapper: the key that a training state has them under; None where they are the file's own content.
+        others: further sets of tensors -> how many, which are left out.
+    """
+
+    tensors: dict[str, TensorBytes]
+    wrapper: str | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether a name is that of a checkpoint in one file, in upper or lower case."""
+    return has_ending(path, *SUFFIXES)
+
+
+def read_weights(file: Path) -> StoredWeights:
+    """The tensors of a file, and where in it they are.
 
     Args:
         file: .safetensors, or one that torch saved.
@@ -50,10 +68,16 @@ def read_tensors(file: Path) -> dict[str, TensorBytes]:
     Raises:
         ModelError: it is damaged, a Git LFS pointer, or a pickle that wants more than tensors.
     """
-    refuse_pointer(file, file.name)
-    if file.suffix == SAFETENSORS:
-        return {name: stored_tensor(file, stored) for name, stored in read_header(file).items()}
-    return {name: loaded_tensor(name, tensor) for name, tensor in read_pickled(file).items()}
+    if has_ending(file, SAFETENSORS):
+        return StoredWeights({name: stored_tensor(file, stored) for name, stored in read_header(file).items()})
+    pickled = read_pickled(file)
+    tensors = {name: loaded_tensor(name, tensor) for name, tensor in pickled.tensors.items()}
+    return StoredWeights(tensors, pickled.wrapper, pickled.others)
+
+
+def read_tensors(file: Path) -> dict[str, TensorBytes]:
+    """The tensors of a file, by name; see :func:`read_weights`."""
+    return read_weights(file).tensors
 
 
 def folder_tensors(files: CheckpointFiles, variant: str | None) -> dict[str, FolderTensor]:

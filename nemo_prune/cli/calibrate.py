@@ -21,6 +21,7 @@ from nemo_prune.cli.options import (
     MarginOption,
     ModelOption,
     NumSamplesOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PresetOption,
     ProjectionsOption,
@@ -39,6 +40,7 @@ def calibrate(
     model: ModelOption,
     out: Annotated[Path, option(RELEASE, "The file to write, such as calibration.safetensors.")],
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     projections: ProjectionsOption = DEFAULT_PROJECTIONS,
     seed: SeedOption = DEFAULTS.seed,
@@ -66,7 +68,7 @@ def calibrate(
         from nemo_prune.models.source import resolve_model
         from nemo_prune.run import calibrate_model
 
-        ordinary = ordinary_captions(model, calibration_prompts)
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column)
         source = resolve_model(model, revision, variant, config)
         found = calibrate_model(source, ordinary, out, options, settings, overwrite, listener)
     facts = {"threshold": found.threshold, "similarity_mean": found.similarity_mean,

@@ -24,6 +24,7 @@ from nemo_prune.cli.options import (
     MarginOption,
     ModelOption,
     NumSamplesOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PresetOption,
     ProjectionsOption,
@@ -51,6 +52,7 @@ def localize(
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     projections: ProjectionsOption = DEFAULT_PROJECTIONS,
@@ -84,12 +86,16 @@ def localize(
         quieten_libraries()
         from nemo_prune.compute.opening import open_session
         from nemo_prune.engine.localize import count_statuses
+        from nemo_prune.files.work import claim_work_folder
         from nemo_prune.models.known import OrdinaryCaptions
         from nemo_prune.models.source import resolve_model
         from nemo_prune.run import localize_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit)
-        ordinary = OrdinaryCaptions(()) if calibration else ordinary_captions(model, calibration_prompts)
+        ordinary = (
+            OrdinaryCaptions(()) if calibration else ordinary_captions(model, calibration_prompts, calibration_column)
+        )
+        claim_work_folder(work)
         source = resolve_model(model, revision, variant, config)
         with open_session(source, options, settings, ray, ray_workers) as session:
             file, localizations = localize_model(session, examined, ordinary, plan, listener)

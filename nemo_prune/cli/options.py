@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_prune.cli.console import tell
 from nemo_prune.errors import PromptError
 from nemo_prune.settings import (
     DTYPES,
@@ -93,15 +94,19 @@ PromptsOption = Annotated[
     str | None,
     option(
         CAPTIONS,
-        "Captions to examine: a file (.txt, .csv, .tsv, .jsonl, .parquet, also as .gz), a pattern for several, or a "
-        "data set of the Hub: owner/name, owner/name:split or owner/name:split:column. The demo and the known models "
-        "have their own.",
+        "Captions to examine: a file (.txt, .csv, .tsv, .json, .jsonl, .parquet, also as .gz), a folder or pattern of "
+        "such files, where a .txt beside a picture of its name is the caption of that training image, or a data set of "
+        "the Hub: owner/name:split:column. The demo and the known models have their own.",
         "--prompts",
     ),
 ]
 ColumnOption = Annotated[
     str | None,
-    option(CAPTIONS, "Column of the captions. (default: Caption, caption, prompt or text)", "--prompt-column"),
+    option(
+        CAPTIONS,
+        "Column of the captions, in any case. (default: caption, prompt or text)",
+        "--prompt-column",
+    ),
 ]
 LimitOption = Annotated[int | None, option(CAPTIONS, "Examine only the first N captions.", "--limit", min=1)]
 OrdinaryOption = Annotated[
@@ -111,6 +116,14 @@ OrdinaryOption = Annotated[
         "Ordinary captions, which the model does not memorize: at least 50, better hundreds, from the same sources as "
         "the captions to examine. The demo and the known models have their own.",
         "--calibration-prompts",
+    ),
+]
+OrdinaryColumnOption = Annotated[
+    str | None,
+    option(
+        CAPTIONS,
+        "Column of the captions in --calibration-prompts, in any case. (default: caption, prompt or text)",
+        "--calibration-column",
     ),
 ]
 CalibrationOption = Annotated[Path | None, setting(CAPTIONS, Plan, "calibration", "--calibration")]
@@ -141,8 +154,8 @@ LicenseOption = Annotated[
     str | None,
     option(
         HUB,
-        "The licence, if the base's card names none: an identifier from the Hub's list, or `other`. A licence that the "
-        "base's card names is inherited and cannot be changed.",
+        "The licence, where the base's card names none: an id as the Hub lists them, in any case, or `other`. What the "
+        "base's card says is inherited and can't be contradicted.",
         "--license",
     ),
 ]
@@ -197,14 +210,26 @@ def examined_corpus(
         if prompts is not None or column is not None:
             raise PromptError("--from-screen already names the captions. Leave out --prompts and --prompt-column.")
         return read_passed(from_screen, limit)
-    return read_corpus(prompts or memorized_captions(model), column, limit)
+    return _told(read_corpus(prompts or memorized_captions(model), column, limit), prompts)
 
 
-def ordinary_captions(model: str, prompts: str | None) -> "OrdinaryCaptions":
+def ordinary_captions(model: str, prompts: str | None, column: str | None = None) -> "OrdinaryCaptions":
     """Captions that the model does not memorize: those that are given, or a known model's own."""
     from nemo_prune.corpus.prompts import read_corpus
     from nemo_prune.models import known
 
     if prompts is None:
+        if column is not None:
+            raise PromptError(
+                f"--calibration-column {column} names a column of --calibration-prompts, which are not given. Give "
+                "them, or leave the option out."
+            )
         return known.ordinary_captions(model)
-    return known.OrdinaryCaptions(tuple(read_corpus(prompts).texts))
+    return known.OrdinaryCaptions(tuple(_told(read_corpus(prompts, column), prompts).texts))
+
+
+def _told(corpus: "Corpus", source: str | None) -> "Corpus":
+    """The same captions; the user hears of rows that have none."""
+    if corpus.num_empty:
+        tell(f"{corpus.num_empty} rows of {source} have no caption and are left out.")
+    return corpus

@@ -35,6 +35,7 @@ from nemo_prune.cli.options import (
     Merge,
     ModelOption,
     NumSamplesOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     OutOption,
     PresetOption,
@@ -74,6 +75,7 @@ def run(
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     projections: ProjectionsOption = DEFAULT_PROJECTIONS,
@@ -135,7 +137,7 @@ def run(
         from nemo_prune.run import prune_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
-        ordinary = ordinary_captions(model, calibration_prompts)
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column)
         source = resolve_model(model, revision, variant, config)
         result = prune_model(source, examined, ordinary, plan, listener)
     if not as_json:

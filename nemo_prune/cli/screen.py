@@ -27,6 +27,7 @@ from nemo_prune.cli.options import (
     JsonOption,
     LimitOption,
     ModelOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PromptsOption,
     RayOption,
@@ -55,6 +56,7 @@ def screen(
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     label_column: Annotated[
         str | None,
         option(
@@ -111,11 +113,13 @@ def screen(
         quieten_libraries()
         from nemo_prune.compute.opening import open_session
         from nemo_prune.corpus.stream import CaptionStream
+        from nemo_prune.files.work import claim_work_folder
         from nemo_prune.models.source import resolve_model
         from nemo_prune.screening.screen import screen_captions
 
         captions = CaptionStream(partial(_captions, model, prompts, prompt_column), limit, label_column)
-        ordinary = ordinary_captions(model, calibration_prompts).texts
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column).texts
+        claim_work_folder(options.work)
         source = resolve_model(model, revision, variant, config)
         verification = VerificationSettings(guidance_scale=guidance_scale)
         with open_session(source, options.model, settings, ray, ray_workers) as session:
@@ -134,7 +138,7 @@ def _captions(model: str, prompts: str | None, column: str | None) -> Iterator[A
     from nemo_prune.corpus.stream import ORDINARY
     from nemo_prune.models.known import known_model, memorized_captions
 
-    yield from iter_prompts(prompts or memorized_captions(model), column)
+    yield from iter_prompts(prompts or memorized_captions(model), column, keep_empty=True)
     if prompts is None and (test := known_model(model).test):
         yield from (replace(prompt, kind=ORDINARY) for prompt in iter_prompts(test.locate()))
 

@@ -32,7 +32,7 @@ class ReleaseLayout:
     @classmethod
     def of(cls, out: Path) -> "ReleaseLayout":
         """The layout of a release that will be at a path: its name says whether it is a folder or a single file."""
-        is_file = out.suffix in (SAFETENSORS, *_PICKLES)
+        is_file = has_ending(out, SAFETENSORS, *_PICKLES)
         return cls(out.with_suffix(_SINGLE_SUFFIX), out) if is_file else cls(out)
 
     @classmethod
@@ -95,6 +95,11 @@ class ReleaseLayout:
 _IN_REPO = ReleaseLayout(Path())
 MASK_FILE, PLOT_FILE, GRID_FILE = (path.as_posix() for path in (_IN_REPO.mask, _IN_REPO.plot, _IN_REPO.grid))
 RELEASE_FILES = frozenset((CARD_FILE, RECORD_FILE, MASK_FILE, PLOT_FILE, GRID_FILE))
+
+
+def has_ending(path: PurePath, *endings: str) -> bool:
+    """Whether a file's name ends in one of some endings, such as ``.safetensors``, in upper or lower case."""
+    return path.suffix.lower() in endings
 
 
 def is_licence_file(name: str) -> bool:

@@ -1,6 +1,5 @@
 """Write beside, then rename: what a run leaves is either the old folder or the whole new one."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from nemo_prune.errors import OutputError
+from nemo_prune.files.locks import sole_lock
 
 
 @contextmanager
@@ -33,7 +33,8 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     # A link stays a link: its target is replaced.
     out = Path(os.path.realpath(out))
     staging, old = _beside(out, "partial"), _beside(out, "old")
-    with writing(out), _alone(out):
+    busy = OutputError(f"Another process writes {out}. Wait until it is done, or choose another --out.")
+    with writing(out), sole_lock(_beside(out, "lock"), busy):
         _remove(staging)
         if old.exists() and not out.exists():
             os.replace(old, out)
@@ -150,29 +151,6 @@ def check_release_target(out: Path, base: Path, size: int, overwrite: bool = Fal
             f"{parent} has {free / 1e9:.1f} GB free, the pruned model takes {size / 1e9:.1f} GB. Make room or "
             "choose another --out."
         )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes from a target while the context lasts; a killed process releases its lock."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = _beside(out, "lock")
-    busy = OutputError(f"Another process writes {out}. Wait until it is done, or choose another --out.")
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        except OSError:
-            # A file system without locks: the two processes do not notice each other.
-            pass
-        # The process that held the lock may have removed the file since.
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise busy
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _beside(out: Path, what: str) -> Path:

@@ -9,10 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from nemo_prune.errors import OutputError
+from nemo_prune.files.locks import lock_for_this_process
 from nemo_prune.files.staging import staged_file, writing
 
-_IDENTITY = "run.json"
-_LONGEST_LINE = 2**22
+_IDENTITY, _LOCK = "run.json", ".lock"
+
+
+def claim_work_folder(path: Path) -> None:
+    """Make a work folder where it is missing, and keep other processes out of it until this one ends.
+
+    Raises:
+        OutputError: another process works there, the folder holds something else, or it can't be used.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _refuse_what_is_not_a_work_folder(path)
+    except OSError as error:
+        raise OutputError(f"The work folder {path} can't be used: {error}. Use another --work.") from error
+    busy = OutputError(
+        f"Another process works in {path}. Wait until it is done, stop it, or use another --work: two would mix up "
+        "what they find."
+    )
+    lock_for_this_process(path / _LOCK, busy)
+
+
+def _refuse_what_is_not_a_work_folder(path: Path) -> None:
+    names = {each.name for each in path.iterdir()}
+    if names - {_LOCK} and _IDENTITY not in names:
+        raise OutputError(f"{path} is not empty and not a work folder. Use another --work.")
 
 
 class WorkFolder:
@@ -24,14 +48,14 @@ class WorkFolder:
         overwrite: start afresh if the folder holds results of another identity.
 
     Raises:
-        OutputError: the folder holds results of another identity, or can't be used.
+        OutputError: the folder holds results of another identity, another process works in it, or it can't be used.
     """
 
     def __init__(self, path: Path, identity: dict, overwrite: bool = False) -> None:
         self.path = path
         identity = json.loads(json.dumps(identity))
+        claim_work_folder(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             known = self._read_identity()
             if known is not None and known != identity:
                 changed = sorted(key for key in identity if known.get(key) != identity[key])
@@ -40,8 +64,7 @@ class WorkFolder:
                         f"The work folder {path} holds another run's results; changed since: "
                         f"{', '.join(changed)}. Use another --work, or --overwrite to start afresh."
                     )
-                shutil.rmtree(path)
-                path.mkdir()
+                self._clear()
             write_atomically(path / _IDENTITY, json.dumps(identity, indent=2))
         except OSError as error:
             raise OutputError(f"The work folder {path} can't be used: {error}") from error
@@ -88,9 +111,15 @@ class WorkFolder:
                 return json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 return {}
-        if any(self.path.iterdir()):
-            raise OutputError(f"{self.path} is not empty and not a work folder. Use another --work.")
+        # A process that was killed before it wrote the identity leaves its lock, and nothing else.
+        _refuse_what_is_not_a_work_folder(self.path)
         return None
+
+    def _clear(self) -> None:
+        """Remove everything but the lock, which this process has."""
+        for each in self.path.iterdir():
+            if each.name != _LOCK:
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
 
 
 class LineLog:

@@ -10,8 +10,10 @@ from urllib.parse import quote
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from nemo_prune.errors import SettingsError
+from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.layout import CARD_FILE
+from nemo_prune.hub.licence_ids import OTHER, known_licence
+from nemo_prune.models.source import ModelSource
 from nemo_prune.release.markdown import HUB, code
 from nemo_prune.settings import Statement
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from nemo_prune.models.source import ModelSource
 
 _FIELDS = ("license", "license_name", "license_link")
-_NO_LICENCE = "other"
 
 _OPENRAIL = (
     "This licence restricts uses. Its use-based restrictions also apply to everyone who uses this model or passes it "
@@ -77,6 +78,7 @@ def licence_of(source: "ModelSource", statement: Statement) -> Licence:
 
     Raises:
         SettingsError: the publisher states another licence than the base's card.
+        ModelError: the base's card can't be read.
     """
     card = _card_metadata(source.folder / CARD_FILE)
     texts = source.files.licence_texts
@@ -91,27 +93,47 @@ def licence_of(source: "ModelSource", statement: Statement) -> Licence:
     fields = stated | inherited
     origin = "base" if inherited else "publisher" if stated else "missing"
     gated = any(name.startswith("extra_gated_") for name in card)
-    return Licence(fields or {"license": _NO_LICENCE}, origin, texts, gated)
+    return Licence(fields or {"license": OTHER}, origin, texts, gated)
 
 
 def _card_metadata(path: Path) -> dict[str, object]:
-    """The metadata of a card; nothing where there is none or it can't be read."""
+    """The metadata of a card; nothing where there is no card, or none in it.
+
+    Raises:
+        ModelError: they can't be read, so that nobody knows what they say.
+    """
     if not path.is_file():
         return {}
     try:
         metadata = metadata_load(path)
-    except (OSError, ValueError, YAMLError, RecursionError):
-        return {}
+        if metadata is None and re.match(r"\s*---\s*\n", path.read_text(encoding="utf-8-sig")):
+            raise ValueError("they have no end: a line `---` has to close them")
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
+        raise ModelError(
+            f"The metadata of the base model's card, {path.name}, can't be read: {why}. They may name its licence, "
+            "which goes on to apply. Mend them, or fetch the card anew."
+        ) from error
     return {name: value for name, value in (metadata or {}).items() if isinstance(name, str)}
 
 
 def _inherited_fields(
     card: Mapping[str, object], source: "ModelSource", texts: tuple[str, ...]
 ) -> dict[str, str | list[str]]:
-    """The licence fields of a base's card; without a licence its name and link say nothing."""
+    """The licence fields of a base's card; without a licence its name and link say nothing.
+
+    Raises:
+        ModelError: the card's licence is not a text.
+    """
     fields = {name: value for name in _FIELDS if (value := _plain(card.get(name)))}
     if "license" not in fields:
+        if card.get("license"):
+            raise ModelError(
+                f"The base model's card says license: {card['license']}, expected is an identifier such as mit. Mend "
+                "the card."
+            )
         return {}
+    fields = _as_the_hub_knows(fields)
     link = fields.get("license_link")
     if isinstance(link, str) and "://" not in link and link not in texts:
         # It would lead nowhere here.
@@ -119,6 +141,21 @@ def _inherited_fields(
         if source.repo_id:
             fields["license_link"] = f"{HUB}/{source.repo_id}/blob/{source.commit}/{quote(link)}"
     return fields
+
+
+def _as_the_hub_knows(fields: Mapping[str, str | list[str]]) -> dict[str, str | list[str]]:
+    """Fields that the Hub accepts: what it does not know by an identifier is `other`, with a name."""
+    stated = fields["license"]
+    names = [stated] if isinstance(stated, str) else stated
+    unknown = [name for name in names if known_licence(name) is None]
+    known = list(dict.fromkeys(known_licence(name) or OTHER for name in names))
+    named = {"license_name": "-or-".join(map(_as_identifier, unknown))} if unknown else {}
+    return named | dict(fields) | {"license": known[0] if isinstance(stated, str) else known}
+
+
+def _as_identifier(name: str) -> str:
+    """A licence's name with the characters that names of licences have on the Hub."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "unnamed"
 
 
 def _plain(value: object) -> str | list[str] | None:

@@ -102,10 +102,12 @@ def screen_captions(
     sieve, verification = sieve.fitted_to(source.norm_step), verification.fitted_to(source.guidance_scale)
     ordinary = list(dict.fromkeys(ordinary))
     work = _open_work(session, captions, ordinary, options, sieve).path
-    usual = _sieve_all(session, ordinary, len(ordinary), work / "ordinary.jsonl", sieve,
-                       listener, Stage.SIEVE_ORDINARY)  # fmt: skip
-    sieved = _sieve_all(session, (prompt.text for prompt in captions), captions.num_prompts, work / "sieved.jsonl",
-                        sieve, listener, Stage.SIEVE)  # fmt: skip
+    ordinary_log = LineLog(work / "ordinary.jsonl", {"prompts": text_hash(ordinary)})
+    usual = _sieve_all(session, ordinary, len(ordinary), ordinary_log, sieve, listener, Stage.SIEVE_ORDINARY)
+    # Places in a corpus mean something only for this corpus: another one begins the log anew.
+    log = LineLog(work / "sieved.jsonl", {"prompts": captions.digest})
+    texts = (prompt.text for prompt in captions)
+    sieved = _sieve_all(session, texts, captions.num_prompts, log, sieve, listener, Stage.SIEVE)
     values = sieved.values[sieve.sieve]
     cut = fdr_cut(values, usual.values[sieve.sieve], options.fdr)
     passed = np.zeros(len(values), bool) if cut.cut is None else values >= cut.cut
@@ -135,6 +137,7 @@ def _facts(
     return {
         "prompts": captions.num_prompts,
         "duplicates": captions.num_duplicates,
+        "empty": captions.num_empty,
         "unlabelled": kinds.count(None),
         "passed": cut.num_passed,
         "sieve": to_json(sieve),
@@ -172,7 +175,7 @@ def _sieve_all(
     session: Session,
     texts: Iterable[str],
     total: int,
-    log_file: Path,
+    log: LineLog,
     settings: SieveSettings,
     listener: Listener,
     stage: Stage,
@@ -180,8 +183,8 @@ def _sieve_all(
     """The values of all captions: from the log, or computed if they are not in it."""
     names = ("norm",) if settings.sieve == "norm" else ("norm", "anisotropy")
     sieved = _Sieved({name: np.full(total, np.nan) for name in names})
-    log = LineLog(log_file)
-    for record in log:
+    # A caption that stands in the log twice counts once.
+    for record in {each["first"]: each for each in log}.values():
         sieved.add(record)
     began, before = time.perf_counter(), sieved.num_captions
     known = np.isfinite(sieved.values["norm"])
@@ -252,33 +255,30 @@ def _closer_looks(
         looks[_AGREEMENT] = (partial(confirm_chunk, verification=verification), file, Stage.CONFIRM)
     found: dict[str, dict[int, float]] = {}
     for column, (task, file, stage) in looks.items():
-        log = LineLog(work / file)
-        known = {record["number"]: record["value"] for record in log}
-        waiting = [each for each in passed if each[0] not in known]
+        log = LineLog(work / file, {"values": column})
+        known = {record["prompt"]: record["value"] for record in log}
+        waiting = [text for _, text in passed if text not in known]
         chunks = (waiting[first : first + _PASSED_AT_ONCE] for first in range(0, len(waiting), _PASSED_AT_ONCE))
         with listener.stage(stage) as advance:
             advance(len(known), len(passed))
             for record in session.map(task, chunks):
                 log.append(record)
-                known[record["number"]] = record["value"]
+                known[record["prompt"]] = record["value"]
                 advance(len(known), len(passed))
-        found[column] = {number: known[number] for number, _ in passed}
+        found[column] = {number: known[text] for number, text in passed}
     return found
 
 
-def score_chunk(session: LocalSession, chunk: Sequence[Numbered]) -> Iterator[dict]:
-    """NeMo's memorization score of numbered captions, one record per caption."""
-    scored = session.scorer.score_prompts([text for _, text in chunk])
-    for (number, _), each in zip(chunk, scored, strict=True):
-        yield {"number": number, "value": each.memorization.score}
+def score_chunk(session: LocalSession, chunk: Sequence[str]) -> Iterator[dict]:
+    """NeMo's memorization score of captions, one record per caption."""
+    for text, each in zip(chunk, session.scorer.score_prompts(chunk), strict=True):
+        yield {"prompt": text, "value": each.memorization.score}
 
 
-def confirm_chunk(
-    session: LocalSession, chunk: Sequence[Numbered], verification: VerificationSettings
-) -> Iterator[dict]:
-    """How much the images of numbered captions agree with each other from seed to seed, one record per caption."""
-    for number, text in chunk:
-        yield {"number": number, "value": seed_agreement(draw_images(session.pipe, text, verification))}
+def confirm_chunk(session: LocalSession, chunk: Sequence[str], verification: VerificationSettings) -> Iterator[dict]:
+    """How much the images of captions agree with each other from seed to seed, one record per caption."""
+    for text in chunk:
+        yield {"prompt": text, "value": seed_agreement(draw_images(session.pipe, text, verification))}
 
 
 def _with_gaps(found: dict[int, float], total: int) -> pyarrow.Array:

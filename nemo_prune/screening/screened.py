@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from nemo_prune.corpus.prompts import Corpus, Prompt, iter_prompts
 from nemo_prune.errors import PromptError
+from nemo_prune.files.layout import has_ending
 from nemo_prune.files.staging import staged_file
 
 PROMPT_COLUMN = "prompt"
@@ -48,7 +49,7 @@ def write_screened(
     named = {PROMPT_COLUMN: captions[PROMPT_COLUMN], **columns, **{name: captions[name] for name in own}}
     table = pyarrow.table(named).take(pyarrow.array(order))
     with staged_file(path) as partial:
-        if path.suffix == ".parquet":
+        if has_ending(path, ".parquet"):
             pyarrow.parquet.write_table(table, partial)
         else:
             with partial.open("w", encoding="utf-8") as file:
