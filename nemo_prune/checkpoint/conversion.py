@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_prune.checkpoint.architecture import expected_shapes
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
+from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.single_file import read_tensors, read_weights
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
 from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, refuse_missing_shards, weights_files

@@ -5,6 +5,7 @@ average (EMA) under ``model_ema.``. Every copy of a masked layer is pruned, in b
 weights, as diffusers loads them. A conversion leaves the averages out, and the record says so.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from nemo_prune.checkpoint.tensors import (
 from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS, has_ending
+from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning
 
@@ -68,6 +70,7 @@ def read_weights(file: Path) -> StoredWeights:
     Raises:
         ModelError: it is damaged, a Git LFS pointer, or a pickle that wants more than tensors.
     """
+    refuse_pointer(file, file.name)
     if has_ending(file, SAFETENSORS):
         return StoredWeights({name: stored_tensor(file, stored) for name, stored in read_header(file).items()})
     pickled = read_pickled(file)

@@ -13,7 +13,6 @@ from yaml import YAMLError
 from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.layout import CARD_FILE
 from nemo_prune.hub.licence_ids import OTHER, known_licence
-from nemo_prune.models.source import ModelSource
 from nemo_prune.release.markdown import HUB, code
 from nemo_prune.settings import Statement
 
