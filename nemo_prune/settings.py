@@ -24,7 +24,7 @@ class LocalizationSettings:
     """The values of the paper's four algorithms (arXiv 2406.02366, Sec. 3 and App. A).
 
     Attributes:
-        num_samples: initial latents S that a prompt is scored on.
+        num_samples: number of initial latents S that a prompt is scored on.
         seed: seed of the CPU generator that draws the initial latents.
         num_inference_steps: DDIM steps of the schedule that the timestep is taken from.
         timestep_index: position in that schedule, 0 being the noisiest. The paper predicts at the
@@ -32,8 +32,8 @@ class LocalizationSettings:
         theta: first cut on |z| of the activations (Alg. 3).
         theta_step: how much the cut falls per turn, while k grows by one.
         theta_min: the last cut that is tried; a prompt that needs a lower one is unresolved.
-        threshold: tau, the similarity above which a prompt counts as memorized. (default: calibrated as mean +
-            ``threshold_num_std`` standard deviations over ordinary prompts)
+        threshold: tau, the similarity above which a prompt counts as memorized. (default: measured on ordinary prompts,
+            mean plus one standard deviation)
         threshold_num_std: standard deviations above the mean in that calibration.
         ssim_betas: exponents of the multi-scale SSIM, one per scale.
         projections: projections to search: ``value`` (the paper's), ``key`` or ``both``. Key rows cost more elsewhere,
@@ -89,7 +89,7 @@ class VerificationSettings:
 
     Attributes:
         seed: seed of the latents that images are drawn from; the released code uses 2.
-        score_seed: seed of fresh latents for the memorization score, other than those of detection.
+        score_seed: seed of fresh latents for the memorization score, different from those of detection.
         images_per_prompt: images drawn for a prompt.
         max_prompts: memorized prompts that images are drawn for, the first of the corpus.
         ordinary_images: ordinary prompts that images are drawn for.
@@ -112,7 +112,7 @@ class VerificationSettings:
     replication_cut: float = 0.5
 
     def fitted_to(self, guidance_scale: float) -> "VerificationSettings":
-        """The same settings, with a model's own guidance where none is given."""
+        """The same settings, with the model's own guidance if none is given."""
         return self if self.guidance_scale is not None else replace(self, guidance_scale=guidance_scale)
 
 
@@ -121,10 +121,10 @@ class ModelOptions:
     """How a model is computed.
 
     Attributes:
-        device: torch device; ``auto`` takes a GPU where there is one.
+        device: torch device; ``auto`` takes a GPU if there is one.
         dtype: precision of the weights.
-        batch_size: latents that go through the U-Net at once. (default: those of one prompt, on a GPU of four)
-        margin: below float32: within this distance of the threshold, float32 decides again.
+        batch_size: number of latents in a U-Net pass. (default: those of one prompt; on a GPU those of four)
+        margin: distance from the threshold within which float32 decides again, for precisions below float32.
     """
 
     device: str = "auto"
@@ -140,7 +140,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a publisher states in a card where the files of the base do not say it.
+    """What a publisher states in the card because the files of the base do not say it.
 
     Attributes:
         base_model: Hub id of a base that is given as a local folder.
@@ -199,14 +199,14 @@ class Plan:
 
     Attributes:
         out: the pruned model, for publication: a folder, or a single file whose name ends in .safetensors.
-        work: folder of what the run knows, not for publication. (default: OUT.work)
+        work: folder of all that the run finds out, not for publication. (default: OUT.work)
         settings: the numbers of the method.
         verification: what is measured on images.
         model: how the model is computed.
         merge: ``incremental``: each prompt's neurons on top of those before it, then drop what no prompt needs; or
             ``union`` of all prompts' neurons, as in the paper. (default: incremental; with --include-unresolved union)
         preserve: 0 (the paper's search) to 1: also search a set that costs ordinary captions less, among more
-            candidates; the cheaper of both counts.
+            candidates; the cheaper of the two is taken.
         calibration: a finished calibration, a file of `nemo-prune calibrate`. (default: calibrate on ordinary captions)
         scale: number that the masked rows are multiplied by; 0 zeroes them, the paper also tries -1 to 0.75. The search
             suppresses in any case; everything measured afterwards is measured with the scaled rows.
@@ -243,7 +243,7 @@ class Plan:
         _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
 
     def fitted_to(self, guidance_scale: float) -> "Plan":
-        """The same plan, with a model's own guidance where none is given."""
+        """The same plan, with the model's own guidance if none is given."""
         return replace(self, verification=self.verification.fitted_to(guidance_scale))
 
 
@@ -273,7 +273,7 @@ class SieveSettings:
     Attributes:
         sieve: ``anisotropy`` (arXiv 2601.20642), two passes per caption, computes ``norm`` too; ``norm`` (arXiv
             2407.21720), one pass.
-        num_samples: initial latents that a caption's value is the mean over; each costs its passes.
+        num_samples: number of initial latents whose mean is a caption's value; each costs its passes.
         norm_step: step of 50 at which the norm is taken, 0 being the noisiest. (default: what suits the model: 0, as
             published for SD v1-4; the demo 25)
         cosine_step: place at which anisotropy's cosine is taken; the authors' third last of 50.
@@ -295,7 +295,7 @@ class SieveSettings:
             _require(step is None or step >= 0, name, step, "at least 0")
 
     def fitted_to(self, norm_step: int) -> "SieveSettings":
-        """The same settings, with the step that suits a model where none is given."""
+        """The same settings, with the step that suits the model if none is given."""
         return self if self.norm_step is not None else replace(self, norm_step=norm_step)
 
 
@@ -305,7 +305,7 @@ class ScreenOptions:
 
     Attributes:
         out: the file to write, .parquet or .jsonl, the likeliest captions first.
-        work: folder of what the screening knows, not for publication. (default: OUT.work)
+        work: folder of all that the screening finds out, not for publication. (default: OUT.work)
         model: how the model is computed.
         fdr: accepted share of false alarms among what passes.
         confirm: draw four images of what passes and measure whether they agree.

@@ -191,14 +191,19 @@ def test_run_localizes_what_passed(screened, files, model_folder, tmp_path, monk
     [
         ({"out": "out.csv"}, ["out", ".parquet or .jsonl"]),
         ({"fdr": 1.5}, ["fdr", "between 0 and 1"]),
-        ({"sieve": "cosine"}, ["sieve", "norm or anisotropy"]),
         ({"label_column": "nothing"}, ["nothing", "--label-column"]),
         ({"label_column": "score"}, ["score", "`2`", "vm, tm"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(screen, monkeypatch, changes, words):
-    monkeypatch.setattr("nemo_prune.compute.session.load_pipeline", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("nemo_prune.compute.local.load_pipeline", lambda *arguments: pytest.fail("loaded"))
     assert_named_error(screen(**changes), *words)
+
+
+def test_a_sieve_that_does_not_exist_is_a_usage_error_that_lists_the_others(screen):
+    result = screen(sieve="cosine")
+    assert result.exit_code == 2, result.output
+    assert all(word in result.stderr for word in ("--sieve", "cosine", "norm", "anisotropy"))
 
 
 def test_labels_of_many_tables_are_understood():

@@ -1,7 +1,7 @@
 """Checkpoints in other forms, converted to what everything works on: a diffusers folder with safetensors weights.
 
-A conversion changes no value. It is kept in the cache folder under the sha256 of what it was made from, appears there
-whole or not at all, and is used again the next time.
+A conversion changes no value. It is kept in the cache folder under the sha256 of its source, appears there whole or
+not at all, and is used again the next time.
 """
 
 import json
@@ -14,9 +14,10 @@ from pathlib import Path
 from nemo_prune.checkpoint.architecture import expected_shapes
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
+from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.single_file import read_tensors, read_weights
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
-from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, weights_files
+from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, refuse_missing_shards, weights_files
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
@@ -25,7 +26,7 @@ from nemo_prune.files.locks import waiting_lock
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
 
-# Part of the key: what another way of converting made is not found.
+# Part of the key: results of another version of the conversion are not found.
 _VERSION = 1
 _NOTE_FILE = "conversion.json"
 _WEIGHTS = {
@@ -93,11 +94,16 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
 
 
 def pickled_weights(base: CheckpointFiles, variant: str | None) -> dict[str, list[WeightsFile]]:
-    """Component -> its ``.bin`` files that a loader would take, because there are no safetensors of them."""
+    """Part -> its ``.bin`` files that a loader would take, because there are no safetensors of them.
+
+    Raises:
+        ModelError: a shard of them is missing.
+    """
     found = {}
     for component in component_names(base.folder):
         files = loaded_weights(weights_files(base, component), variant)
         if files and not files[0].is_safetensors:
+            refuse_missing_shards(component, files)
             found[component] = files
     return found
 
@@ -110,7 +116,7 @@ def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFil
         pickled: see :func:`pickled_weights`; the shards of a component become one file.
 
     Raises:
-        ModelError: a file is damaged, or wants more than tensors.
+        ModelError: a file is damaged, or contains more than tensors.
         OutputError: the cache can't be written.
     """
     kept = [*base.kept, *([Path(CARD_FILE)] if (base.folder / CARD_FILE).is_file() else [])]
@@ -119,7 +125,7 @@ def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFil
 
     def convert(folder: Path) -> Conversion:
         _copy(base.folder, kept, folder)
-        why = {path.as_posix(): reason for path, reason in base.left_out.items()}
+        why = publicly_named(base.left_out)
         for component, files in pickled.items():
             target = Path(component, files[0].converted_name)
             tensors: dict[str, TensorBytes] = {}
@@ -146,7 +152,7 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
                     note = {"converted": made.converted, "left_out": made.left_out}
                     (staged / _NOTE_FILE).write_text(json.dumps(note, indent=2), encoding="utf-8")
     except OutputError as error:
-        raise OutputError(f"The model can't be converted: {error} The cache lies under XDG_CACHE_HOME.") from error
+        raise OutputError(f"The model can't be converted: {error} The cache is under XDG_CACHE_HOME.") from error
     return Conversion(folder, **read_json(folder / _NOTE_FILE))
 
 
@@ -177,7 +183,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _left_out(names: Iterable[str]) -> dict[str, str]:
-    """What a folder has no place for, in few words: a training run leaves hundreds of tensors."""
+    """What has no place in a folder, in few words: a training run leaves hundreds of tensors."""
     names = sorted(names)
     averages = [name for name in names if name.startswith(EMA_PREFIX)]
     others = [name for name in names if not name.startswith(EMA_PREFIX)]
@@ -185,14 +191,14 @@ def _left_out(names: Iterable[str]) -> dict[str, str]:
     if averages:
         found[f"{EMA_PREFIX}*"] = f"the moving averages (EMA) of {len(averages)} tensors; the plain weights are used"
     for name in others[:_SHOWN_NAMES]:
-        found[name] = "no tensor of the pipeline"
+        found[name] = "not a tensor of the pipeline"
     if len(others) > _SHOWN_NAMES:
-        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "no tensors of the pipeline"
+        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "not tensors of the pipeline"
     return found
 
 
 def _index_of_parts(config: Path) -> dict:
-    """The model_index.json of a pipeline that consists of what a single file holds."""
+    """The model_index.json of a pipeline with the components of a single file."""
     index = read_model_index(config)
     dropped = {name: [None, None] for name, kind in index.items() if isinstance(kind, list)}
     kept = {name: index[name] for name in _FROM_CONFIG if name in index}

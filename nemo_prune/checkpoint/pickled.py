@@ -1,4 +1,4 @@
-"""Weights in torch's own format (.ckpt, .bin): read without running anything that they hold."""
+"""Weights in torch's own format (.ckpt, .bin): read without running any code in them."""
 
 import pickle
 import re
@@ -148,7 +148,7 @@ def _shown(keys: tuple[str, ...]) -> str:
 
 
 def _stub(name: str) -> type:
-    """An empty class under a name: it takes whatever the pickle says of its objects, and does nothing."""
+    """An empty class under a name: it accepts any state that the pickle gives its objects, and does nothing."""
     module, _, attribute = name.rpartition(".")
 
     def ignore(self: object, *arguments: object) -> None:

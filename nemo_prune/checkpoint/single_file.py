@@ -5,6 +5,7 @@ average (EMA) under ``model_ema.``. Every copy of a masked layer is pruned, in b
 weights, as diffusers loads them. A conversion leaves the averages out, and the record says so.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,20 @@ from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
-from nemo_prune.checkpoint.tensors import TensorBytes, equal_bytes, loaded_tensor, stored_tensor, write_tensors
+from nemo_prune.checkpoint.tensors import (
+    FORMAT_ONLY,
+    TensorBytes,
+    equal_bytes,
+    loaded_tensor,
+    stored_tensor,
+    write_tensors,
+)
 from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS, has_ending
+from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.safetensors_header import read_header
-from nemo_prune.mask import NeuronMask, Pruning
+from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
@@ -59,8 +68,9 @@ def read_weights(file: Path) -> StoredWeights:
         file: .safetensors, or one that torch saved.
 
     Raises:
-        ModelError: it is damaged, or a pickle that wants more than tensors.
+        ModelError: it is damaged, a Git LFS pointer, or a pickle that wants more than tensors.
     """
+    refuse_pointer(file, file.name)
     if has_ending(file, SAFETENSORS):
         return StoredWeights({name: stored_tensor(file, stored) for name, stored in read_header(file).items()})
     pickled = read_pickled(file)
@@ -74,7 +84,7 @@ def read_tensors(file: Path) -> dict[str, TensorBytes]:
 
 
 def folder_tensors(files: CheckpointFiles, variant: str | None) -> dict[str, FolderTensor]:
-    """What a single file made from a diffusers folder holds: name in a single file -> tensor.
+    """The content of a single file made from a diffusers folder: name in the single file -> tensor.
 
     Raises:
         ModelError: the folder has a tensor that has no place in a single file, or lacks weights.
@@ -125,14 +135,34 @@ def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
     return scale_rows(file, stored, rows, pruning.scale), averages
 
 
-def write_single_file(files: CheckpointFiles, variant: str | None, out: Path) -> None:
+def written_metadata(kept: Mapping[str, str], base_sha256: str, pruning: Pruning) -> dict[str, str]:
+    """The metadata of a pruned single file: the base's, and what was done to it as one JSON string under one key.
+
+    Args:
+        kept: of the base's, see :mod:`nemo_prune.checkpoint.privacy`.
+        base_sha256: of the base.
+        pruning: what was done.
+    """
+    done = {"base_sha256": base_sha256, "mask_digest": pruning.mask.digest, "scale": pruning.scale}
+    return {**kept, METADATA_KEY: json.dumps(done, sort_keys=True)}
+
+
+def write_single_file(
+    files: CheckpointFiles, variant: str | None, out: Path, metadata: Mapping[str, str] = FORMAT_ONLY
+) -> None:
     """Write the weights of a diffusers folder as one file, with the names of single files.
+
+    Args:
+        files: of the diffusers folder.
+        variant: of its weights.
+        out: the file to write.
+        metadata: of the file.
 
     Raises:
         ModelError: the folder has a tensor that has no place in a single file.
         OSError: the file can't be written.
     """
-    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(files, variant).items()})
+    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(files, variant).items()}, metadata)
 
 
 def check_single_file(file: Path, files: CheckpointFiles, variant: str | None) -> None:
@@ -145,6 +175,6 @@ def check_single_file(file: Path, files: CheckpointFiles, variant: str | None) -
     for name, tensor in folder_tensors(files, variant).items():
         if name not in written or not equal_bytes(tensor.content, written[name]):
             raise OutputError(
-                f"The single file was not written as it should: `{name}` is not what the pruned folder holds. Is the "
+                f"The single file was not written correctly: `{name}` is not what the pruned folder holds. Is the "
                 "disk damaged, or was the model changed meanwhile? Run the same command again."
             )

@@ -57,7 +57,9 @@ def calibrate(
 ) -> None:
     """Measure on ordinary captions what is usual for a model: the first stage of `run` alone.
 
-    Example: [bold]nemo-prune calibrate --model demo --out calibration.safetensors[/]
+    OUT keeps the threshold and the activation statistics. It is refused for another model or other settings.
+
+    Example: `nemo-prune calibrate --model demo --out calibration.safetensors`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         settings = method_settings(preset, projections=projections.value, seed=seed, num_samples=num_samples)

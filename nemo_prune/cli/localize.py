@@ -73,7 +73,9 @@ def localize(
 ) -> None:
     """Find the memorization neurons of each caption and keep them for `merge`; nothing is pruned.
 
-    Example: [bold]nemo-prune localize --model demo --calibration calibration.safetensors --work found/[/]
+    The result file has one line per caption. Run the same command again to resume after a stop.
+
+    Example: `nemo-prune localize --model demo --calibration calibration.safetensors --work found/`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         settings = method_settings(

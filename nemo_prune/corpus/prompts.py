@@ -36,7 +36,7 @@ class Prompt:
     Attributes:
         text: the caption.
         kind: what its file's ``type`` column says, such as ``VM``, ``TM`` or ``ordinary``.
-        image: the training image that it may give back, where the ``image`` column names a file.
+        image: the training image that it may give back, if the ``image`` column names a file.
         columns: the other columns of its row, as text.
     """
 
@@ -137,8 +137,8 @@ def iter_prompts(source: str | Path, column: str | None = None, keep_empty: bool
 def near_duplicates(texts: Sequence[str], overlap: float = NEAR_DUPLICATE_OVERLAP) -> list[list[int]]:
     """Group texts that share most of their words.
 
-    Two texts are near-duplicates when the words that both have are at least a share of the words
-    that either has; a chain of them is one group.
+    Two texts are near-duplicates if the words they share are at least a given share of all their words;
+    a chain of near-duplicates is one group.
 
     Args:
         texts: captions.
@@ -271,7 +271,7 @@ def _is_dataset_name(source: str) -> bool:
 
 def _read_dataset(source: str, column: str | None) -> Iterator[Prompt]:
     """Stream a data set's prompts."""
-    # The library takes a second to load and is of no use for local files.
+    # The library takes a second to load and is not needed for local files.
     import datasets
 
     name, split, named = [*source.split(":"), "", ""][:3]

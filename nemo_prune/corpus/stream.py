@@ -1,4 +1,4 @@
-"""Captions too many to hold: read again in every pass, every caption once, some of them labelled."""
+"""More captions than memory holds: read again in every pass, every caption once, some with labels."""
 
 from collections.abc import Callable, Iterator
 from hashlib import blake2b, sha256
@@ -16,7 +16,7 @@ _ORDINARY_LABELS = ("0", "0.0", "false", "no", "n", "none", "ordinary", "normal"
 
 
 class CaptionStream:
-    """A source's captions, every one once, in their order.
+    """The captions of a source, each once, in their order.
 
     The first pass is made at once: it counts, and keeps eight bytes a caption to tell duplicates, which are let
     go afterwards; what stays is one byte per row.
@@ -31,8 +31,8 @@ class CaptionStream:
         num_duplicates: how many more were exactly the same as one of them.
         num_empty: how many rows had no caption.
         digest: sha256 over the captions in their order.
-        kinds: without a label column None; else a kind a caption: `ordinary`, VM, TM, memorized; None where it has
-            no label.
+        kinds: None without a label column; else one kind per caption: `ordinary`, VM, TM, memorized, or None without a
+            label.
 
     Raises:
         PromptError: there is no caption, or a label that is not understood.
@@ -71,7 +71,7 @@ class CaptionStream:
 
     def __iter__(self) -> Iterator[Prompt]:
         digest = sha256()
-        # Values are kept by place alone, so that a source that changed meanwhile must not go unnoticed.
+        # Values are kept by position alone, so a source that changed meanwhile must be noticed.
         for prompt in compress(self._read(), self._kept):
             digest.update(prompt.text.encode() + b"\0")
             yield prompt
@@ -80,7 +80,7 @@ class CaptionStream:
 
 
 def kind_of(prompt: Prompt, label_column: str) -> str | None:
-    """What a prompt's label says: `ordinary`, or what kind of memorized; None where it has none.
+    """What a prompt's label says: `ordinary`, or which kind of memorized; None without a label.
 
     Raises:
         PromptError: the label is not understood.

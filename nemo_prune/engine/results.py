@@ -27,7 +27,7 @@ class ResultsHeader:
     """What results depend on: the first line of their file.
 
     Attributes:
-        model: digest of the model's files; None where it is not known.
+        model: digest of the model's files; None if unknown.
         layers: dotted module name -> number of neurons, in the order of execution.
         threshold: tau.
         settings: the numbers of the method, as JSON values.
@@ -51,7 +51,7 @@ class ResultsFile:
     """A result file that grows; every line that was appended survives a kill.
 
     Args:
-        path: the file; it is begun where it is missing.
+        path: the file; created if missing.
         header: what the results depend on.
 
     Raises:
@@ -81,11 +81,11 @@ class ResultsFile:
         self._log.append(to_json(localization))
 
     def completed(self, texts: Sequence[str], find: Find, advance: Advance = ignored) -> list[PromptLocalization]:
-        """The results of all prompts, in their order: those that are kept, and those that are found now.
+        """The results of all prompts, in their order: those in the file, and those that are found now.
 
         Args:
             texts: the prompts.
-            find: localizes those that are missing, given them and what is kept.
+            find: localizes the missing prompts, given them and the results in the file.
             advance: called with the prompts done and their number.
         """
         known = {each.prompt: each for each in self.read()}
@@ -117,7 +117,7 @@ def read_results(path: Path) -> Results:
 
 
 def merge_results(paths: Sequence[Path]) -> Results:
-    """Read result files of one model as one; of a prompt that is in several the last counts.
+    """Read result files of one model as one; if several have the same prompt, the last counts.
 
     Raises:
         PromptError: a file can't be read, or the files are of different models, thresholds or settings.

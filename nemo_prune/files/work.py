@@ -1,4 +1,4 @@
-"""The work folder: what a run knows and resumes from, and never publishes."""
+"""The work folder: what a run resumes from and never publishes."""
 
 import json
 import os
@@ -43,9 +43,9 @@ class WorkFolder:
     """The folder with the identity of what it holds.
 
     Args:
-        path: the folder; it is made where it is missing.
+        path: the folder; created if missing.
         identity: what the results depend on (model, settings, prompts), as JSON values.
-        overwrite: start afresh where the folder holds results of another identity.
+        overwrite: start afresh if the folder holds results of another identity.
 
     Raises:
         OutputError: the folder holds results of another identity, another process works in it, or it can't be used.
@@ -71,37 +71,37 @@ class WorkFolder:
 
     @property
     def calibration(self) -> Path:
-        """Where the calibration lies, once it is finished."""
+        """The calibration, once it is finished."""
         return self.path / "calibration.safetensors"
 
     @property
     def localizations(self) -> Path:
-        """Where the results lie, a line a prompt."""
+        """The results, one line per prompt."""
         return self.path / "localizations.jsonl"
 
     @property
     def costs(self) -> Path:
-        """Where the neurons' costs lie, a line a batch."""
+        """The neurons' costs, one line per batch."""
         return self.path / "costs.jsonl"
 
     @property
     def needed(self) -> Path:
-        """Where it lies which neurons of an incremental merge are needed, a line a neuron."""
+        """Which neurons of an incremental merge are needed, one line per neuron."""
         return self.path / "needed.jsonl"
 
     @property
     def verified(self) -> Path:
-        """Where the scores under the mask lie, a line a prompt."""
+        """The scores under the mask, one line per prompt."""
         return self.path / "verified.jsonl"
 
     @property
     def images(self) -> Path:
-        """Where the images lie that were drawn before and after."""
+        """The images that were drawn before and after."""
         return self.path / "images"
 
     @property
     def prompt_key(self) -> Path:
-        """Where the secret key lies that makes references to prompts."""
+        """The secret key of the references to prompts."""
         return self.path / "prompt_key"
 
     def _read_identity(self) -> dict | None:
@@ -126,9 +126,9 @@ class LineLog:
     """A file of JSON lines that grows; every line that was appended survives a kill.
 
     Args:
-        path: the file; it is begun with the first line. A last line that a kill cut off is dropped.
-        depends_on: what the records depend on, as JSON values; it is the file's first line. A file that
-            depends on something else is begun anew.
+        path: the file; created with the first line. A last line that a kill cut off is dropped.
+        depends_on: what the records depend on, as JSON values; it is the file's first line. A file with
+            another first line is started afresh.
     """
 
     def __init__(self, path: Path, depends_on: dict | None = None) -> None:
@@ -163,6 +163,6 @@ class LineLog:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either the old one or the whole new one."""
+    """Write a text file in one step: at any time the old file or the whole new one is there."""
     with staged_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -8,8 +8,7 @@ from pathlib import PurePath
 
 from huggingface_hub import ModelCardData
 
-from nemo_prune.checkpoint.export import ExportReport
-from nemo_prune.facts import BaseFacts
+from nemo_prune.facts import BaseFacts, ExportReport
 from nemo_prune.files.layout import GRID_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
 from nemo_prune.release.licence import licence_notice
 from nemo_prune.release.markdown import HUB, code, table
@@ -19,11 +18,11 @@ from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_row
 PAPER = "https://arxiv.org/abs/2406.02366"
 
 _NOT_CLAIMED = """\
-- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Whoever optimises a text \
-embedding against this model, or fine-tunes it, may bring images back.
+- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Optimising a text \
+embedding against this model, or fine-tuning it, may bring images back.
 - **It protects only where the unpruned weights were never released,** nor those of a sibling that was trained on the \
-same images. Base and mask together undo the pruning: whoever has the base copies the rows back, and the changed rows \
-show where to look.
+same images. Base and mask together undo the pruning: anyone who has the base can copy the rows back, and the changed \
+rows show where to look.
 - **Prompts that were not examined are not covered,** nor images that other prompts give back.
 - The files are not smaller: pruned rows take the same space."""
 

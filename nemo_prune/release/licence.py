@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from huggingface_hub import metadata_load
@@ -13,23 +13,26 @@ from yaml import MarkedYAMLError, YAMLError
 from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.layout import CARD_FILE
 from nemo_prune.files.licence_ids import OTHER, known_licence
-from nemo_prune.models.source import ModelSource
 from nemo_prune.release.markdown import HUB, code
 from nemo_prune.settings import Statement
+
+if TYPE_CHECKING:
+    # It loads torch, and reading a card or a record should not wait for that.
+    from nemo_prune.models.source import ModelSource
 
 _FIELDS = ("license", "license_name", "license_link")
 
 _OPENRAIL = (
-    "This licence restricts uses. Its use-based restrictions go on to apply to whoever uses this model or passes it "
+    "This licence restricts uses. Its use-based restrictions also apply to everyone who uses this model or passes it "
     "on, and have to be passed on with it, together with a copy of the licence and with the notice above that files "
     "were changed."
 )
 _NO_TEXT = (
-    "**No licence text lay beside the base model, so that none lies here.** Where the licence asks for a copy to be "
+    "**No licence text lay beside the base model, so there is none here.** Where the licence asks for a copy to be "
     "passed on, one has to be put beside this card."
 )
 _GATED = (
-    "The base model is given out only to those who accept its terms. These terms go on to apply here; this card does "
+    "The base model is given out only to those who accept its terms. These terms also apply here; this card does "
     "not ask for them again."
 )
 
@@ -55,17 +58,17 @@ class Licence:
         warnings = []
         if self.origin == "missing":
             warnings.append(
-                "The base model's card names no licence, so that the release's says `other`. State it: --license ID."
+                "The base model's card names no licence, so the release's card says `other`. State it: --license ID."
             )
         if not self.texts:
             warnings.append(
-                "No licence text lies beside the base model, so that none lies in the release. Where the licence asks "
+                "No licence text is beside the base model, so there is none in the release. If the licence asks "
                 "for a copy to be passed on, put one there before you publish."
             )
         return warnings
 
 
-def licence_of(source: ModelSource, statement: Statement) -> Licence:
+def licence_of(source: "ModelSource", statement: Statement) -> Licence:
     """The licence that a release of this base has.
 
     Args:
@@ -123,7 +126,7 @@ def _why_unreadable(error: Exception) -> str:
 
 
 def _inherited_fields(
-    card: Mapping[str, object], source: ModelSource, texts: tuple[str, ...]
+    card: Mapping[str, object], source: "ModelSource", texts: tuple[str, ...]
 ) -> dict[str, str | list[str]]:
     """The licence fields of a base's card; without a licence its name and link say nothing.
 
@@ -184,10 +187,10 @@ def licence_notice(licence: Licence) -> str:
     texts += [_link(name) for name in licence.texts if name != fields.get("license_link")]
     parts = [
         {
-            "base": f"As the base model's card says: {called}. Its terms go on to apply.",
+            "base": f"As the base model's card says: {called}. Its terms also apply here.",
             "publisher": f"As stated by who made this model: {called}. The base model's card names no licence.",
-            "missing": "**Not known.** The base model's card names no licence, and none was stated, so that the "
-            f"metadata of this card say {called}. Whoever publishes this model has to state the licence of the base.",
+            "missing": "**Not known.** The base model's card names no licence, and none was stated, so the "
+            f"metadata of this card say {called}. The publisher of this model has to state the licence of the base.",
         }[licence.origin],
         *([_OPENRAIL] if any("openrail" in name.lower() for name in names) else []),
         f"Licence text: {', '.join(texts)}." if texts else "",

@@ -26,7 +26,7 @@ from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettin
 
 Numbered = tuple[int, str]
 
-# Filled up by the usual batches of 10 and 40, and lost by a kill in a few seconds' worth at most.
+# A multiple of the usual batches of 10 and 40; a kill loses a few seconds of work at most.
 _CAPTIONS_AT_ONCE = 80
 _PASSED_AT_ONCE = 8
 _AGREEMENT = "image_agreement"
@@ -52,13 +52,13 @@ class ScreenResult:
 
 @dataclasses.dataclass
 class _Sieved:
-    """The values of numbered captions, as far as they are known.
+    """The known values of numbered captions.
 
     Attributes:
-        values: sieve -> value a caption, NaN where it is not known yet.
+        values: sieve -> one value per caption, NaN if not known yet.
         sample_passes: latents that went through the U-Net for them.
         num_captions: how many are known.
-        prompts_per_second: of this process; None where all were known before.
+        prompts_per_second: of this process; None if all were known before.
     """
 
     values: dict[str, np.ndarray]
@@ -83,13 +83,13 @@ def screen_captions(
     verification: VerificationSettings,
     listener: Listener = Listener(),
 ) -> ScreenResult:
-    """Sieve a corpus, cut, look closer at what passes, and write it all by value.
+    """Sieve a corpus, set the cut, look closer at what passes, and write all captions by value.
 
     Args:
         session: the model.
         captions: the corpus.
-        ordinary: captions that are not memorized, like the corpus's own; the cut is calibrated on them.
-        options: where to and how.
+        ordinary: captions that are not memorized, like those of the corpus; the cut is calibrated on them.
+        options: what to write, where and how.
         sieve: the numbers of the sieves.
         verification: how the images are drawn that confirm.
         listener: hears stages and progress.
@@ -180,7 +180,7 @@ def _sieve_all(
     listener: Listener,
     stage: Stage,
 ) -> _Sieved:
-    """The values of all captions: those of the log, and what is not in it."""
+    """The values of all captions: from the log, or computed if they are not in it."""
     names = ("norm",) if settings.sieve == "norm" else ("norm", "anisotropy")
     sieved = _Sieved({name: np.full(total, np.nan) for name in names})
     # A caption that stands in the log twice counts once.
@@ -203,7 +203,7 @@ def _sieve_all(
 
 
 def sieve_chunk(session: LocalSession, chunk: Sequence[Numbered], settings: SieveSettings) -> Iterator[dict]:
-    """The sieves' values of captions that follow each other.
+    """The sieves' values of consecutive captions.
 
     Args:
         session: the model.
@@ -211,7 +211,7 @@ def sieve_chunk(session: LocalSession, chunk: Sequence[Numbered], settings: Siev
         settings: the numbers of the sieves.
 
     Yields:
-        One record: number of the first, a list of values a sieve, sample passes.
+        One record: number of the first, one list of values per sieve, sample passes.
     """
     before = session.predictor.sample_passes
     values = _sieves(session, settings).values([text for _, text in chunk])
@@ -225,7 +225,7 @@ def _sieves(session: LocalSession, settings: SieveSettings) -> Sieves:
 
 
 def _chunks(numbered: Iterable[Numbered], most: int) -> Iterator[list[Numbered]]:
-    """Numbered captions in lists without a gap in the numbers."""
+    """Numbered captions in lists of consecutive numbers."""
     chunk: list[Numbered] = []
     for each in numbered:
         if chunk and (len(chunk) == most or each[0] != chunk[-1][0] + 1):
