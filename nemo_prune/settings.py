@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.layout import ReleaseLayout, has_ending
-from nemo_prune.hub.licence_ids import LICENCE_IDS, OTHER, known_licence
+from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")

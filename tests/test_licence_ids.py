@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.errors import ModelError, SettingsError
-from nemo_prune.hub.licence_ids import LICENCE_IDS, known_licence
+from nemo_prune.files.licence_ids import LICENCE_IDS, known_licence
 from nemo_prune.models.source import ModelSource
 from nemo_prune.release.licence import licence_notice, licence_of
 from nemo_prune.settings import LocalizationSettings, SieveSettings, Statement
@@ -112,7 +112,7 @@ UTF16 = "---\nlicense: mit\n---\n".encode("utf-16")
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ("license: mit\na: [", "README.md, can't be read"),
+        ("license: mit\na: [", r"README\.md, can't be read.*in line 3"),
         ("- license: mit", "can't be read"),
         ("license: mit\na: !!python/object:x.y {}", "can't be read"),
         ("license: " + "[" * 5000, "can't be read"),

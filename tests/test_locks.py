@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_prune.cli import app
+from nemo_prune.compute.local import LocalSession
 from nemo_prune.errors import OutputError
 from nemo_prune.files.locks import lock_for_this_process, sole_lock, waiting_lock
 from nemo_prune.files.staging import staged_folder
@@ -69,14 +70,15 @@ def test_a_work_folder_has_one_process_until_it_ends_or_dies(tmp_path):
     assert second.returncode and "Another process works in" in second.stderr
 
 
-def test_the_commands_are_told_before_they_look_for_the_model(model_folder, tmp_path):
+def test_the_commands_are_told_before_they_load_the_model(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalSession, "__init__", lambda *_: pytest.fail("the model is loaded"))
     (tmp_path / "captions.txt").write_text("a cat\n")
     (tmp_path / "ordinary.txt").write_text("".join(f"thing {i}\n" for i in range(50)))
     captions = ["--prompts", tmp_path / "captions.txt", "--calibration-prompts", tmp_path / "ordinary.txt"]
     commands = {
         "run": ["--model", model_folder, "--out", tmp_path / "out"],
-        "localize": ["--model", tmp_path / "nowhere"],
-        "screen": ["--model", tmp_path / "nowhere", "--out", tmp_path / "screened.jsonl"],
+        "localize": ["--model", model_folder],
+        "screen": ["--model", model_folder, "--out", tmp_path / "screened.jsonl"],
     }
     with Other(CLAIM, tmp_path / "work"):
         for command, options in commands.items():
@@ -84,8 +86,10 @@ def test_the_commands_are_told_before_they_look_for_the_model(model_folder, tmp_
             result = CliRunner().invoke(app, [str(each) for each in arguments])
             assert result.exit_code == 1 and "Another process works in" in result.stderr, result.output
         assert [path.name for path in (tmp_path / "work").iterdir()] == [".lock"]
-        free = [str(each) for each in ["localize", *commands["localize"], *captions, "--work", tmp_path / "free"]]
-        assert "nowhere" in CliRunner().invoke(app, free).stderr
+    # A refused model leaves no work folder.
+    refused = ["localize", "--model", tmp_path / "nowhere", *captions, "--work", tmp_path / "free"]
+    assert "nowhere" in CliRunner().invoke(app, [str(each) for each in refused]).stderr
+    assert not (tmp_path / "free").exists()
 
 
 def test_overwriting_keeps_the_lock_and_clears_the_rest(tmp_path):

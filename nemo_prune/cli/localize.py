@@ -95,8 +95,8 @@ def localize(
         ordinary = (
             OrdinaryCaptions(()) if calibration else ordinary_captions(model, calibration_prompts, calibration_column)
         )
-        claim_work_folder(work)
         source = resolve_model(model, revision, variant, config)
+        claim_work_folder(work)
         with open_session(source, options, settings, ray, ray_workers) as session:
             file, localizations = localize_model(session, examined, ordinary, plan, listener)
         facts = count_statuses(localizations)

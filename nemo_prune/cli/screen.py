@@ -119,8 +119,8 @@ def screen(
 
         captions = CaptionStream(partial(_captions, model, prompts, prompt_column), limit, label_column)
         ordinary = ordinary_captions(model, calibration_prompts, calibration_column).texts
-        claim_work_folder(options.work)
         source = resolve_model(model, revision, variant, config)
+        claim_work_folder(options.work)
         verification = VerificationSettings(guidance_scale=guidance_scale)
         with open_session(source, options.model, settings, ray, ray_workers) as session:
             result = screen_captions(session, captions, ordinary, options, sieve_settings, verification, listener)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from huggingface_hub import metadata_load
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.layout import CARD_FILE
-from nemo_prune.hub.licence_ids import OTHER, known_licence
+from nemo_prune.files.licence_ids import OTHER, known_licence
 from nemo_prune.release.markdown import HUB, code
 from nemo_prune.settings import Statement
 
@@ -108,12 +108,21 @@ def _card_metadata(path: Path) -> dict[str, object]:
         if metadata is None and re.match(r"\s*---\s*\n", path.read_text(encoding="utf-8-sig")):
             raise ValueError("they have no end: a line `---` has to close them")
     except (OSError, ValueError, YAMLError, RecursionError) as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
+        why = _why_unreadable(error)
         raise ModelError(
             f"The metadata of the base model's card, {path.name}, can't be read: {why}. They may name its licence, "
             "which goes on to apply. Mend them, or fetch the card anew."
         ) from error
     return {name: value for name, value in (metadata or {}).items() if isinstance(name, str)}
+
+
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        # The metadata begin in the second line of the card.
+        return f"{error.problem}, in line {error.problem_mark.line + 2}"
+    return "they are nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _inherited_fields(
