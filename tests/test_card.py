@@ -15,6 +15,8 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from nemo_prune.release.documents import release_run
+from nemo_prune.release.sealed import read_record
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -35,13 +37,11 @@ from nemo_prune.models.source import ModelSource
 from nemo_prune.proof.images import ImageEvidence
 from nemo_prune.proof.scores import PromptVerification
 from nemo_prune.release.card import PAPER, model_card, named
-from nemo_prune.release.documents import release_run
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.markdown import code, table
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import Findings, described_base
 from nemo_prune.release.report import run_report, write_report
-from nemo_prune.release.sealed import read_record
 from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

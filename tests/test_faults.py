@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from nemo_prune.release.targets import staged_release
 
 from kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
@@ -21,7 +22,6 @@ from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.source import ModelSource
 from nemo_prune.release.from_mask import export_model
-from nemo_prune.release.targets import staged_release
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from nemo_prune.release.sealed import read_record, write_record
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.mask_source import find_mask
 from nemo_prune.publish.parcel import pack
 from nemo_prune.release.residual import with_findings
-from nemo_prune.release.sealed import read_record, write_record
 
 TOKEN = "hf_neverToBeSeenAnywhere"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
+from nemo_prune.release.targets import staged_release
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -28,7 +29,6 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.mask import NeuronMask
 from nemo_prune.models.source import find_again, load_pipeline, resolve_model
-from nemo_prune.release.targets import staged_release
 from nemo_prune.settings import LocalizationSettings
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

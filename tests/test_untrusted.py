@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nemo_prune.release.sealed import read_record, write_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner
@@ -28,7 +29,6 @@ from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
 from nemo_prune.models.source import ModelSource, resolve_model
 from nemo_prune.publish.parcel import pack
 from nemo_prune.release.from_mask import export_model
-from nemo_prune.release.sealed import read_record, write_record
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -33,7 +33,7 @@ class LocalSession(Session):
         self.device, self.dtype = choose_device(options.device), choose_dtype(options.dtype)
         self.pipe = load_pipeline(source.folder, self.device, self.dtype, source.variant)
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
-        self.scorer = Scorer(self.predictor, self._reference(), options.margin)
+        self.scorer = Scorer(self.predictor, self._reference(), options.margin_of_dtype)
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
 

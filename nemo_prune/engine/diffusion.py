@@ -1,5 +1,6 @@
 """Predict a model's noise for a text, with any number of masks at once."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -8,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
-from nemo_prune.errors import ModelError
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
@@ -60,6 +61,21 @@ def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0
         yield
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 in full while the context lasts, without TensorFloat-32.
+
+    By default torch lets convolutions round to 10 bits on GPUs that have it, which moves similarities by up to 5e-5.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int) -> Tensor:
     """Initial latents [num_samples, channels, height, width], float32, by one generator on the CPU."""
     size = unet.config.sample_size
@@ -89,6 +105,8 @@ class NoisePredictor:
         timesteps: the schedule, the noisiest first.
         timestep: the one that the settings name.
         sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
+        computed_passes: the same with those.
+        calls: size of a batch -> how many went through the U-Net.
     """
 
     def __init__(
@@ -104,7 +122,8 @@ class NoisePredictor:
         self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
         self.layers = find_text_projections(pipe.unet, settings.projections)
         self.sizes = layer_sizes(self.layers)
-        self.sample_passes = 0
+        self.sample_passes = self.computed_passes = 0
+        self.calls: Counter[int] = Counter()
         # The U-Net walks through all of its weights whenever it is asked for its dtype.
         self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -116,10 +135,24 @@ class NoisePredictor:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Text embeddings of prompts, [batch, positions, width], padded to the encoder's length."""
-        embeds, _ = self.pipe.encode_prompt(
-            list(texts), self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        """Text embeddings of prompts, [batch, positions, width], padded to the encoder's length.
+
+        Raises:
+            ModelError: the device's memory does not take a single text.
+        """
+        texts = list(texts)
+
+        def encode(size: int) -> Tensor:
+            parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+            return torch.cat([self._encode(part) for part in parts])
+
+        return with_less_at_once(encode, len(texts), "encoding a text")[0]
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        with full_float32():
+            embeds, _ = self.pipe.encode_prompt(
+                texts, self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         return embeds
 
     def initial_latents(self, seed: int | None = None, num_samples: int | None = None) -> Tensor:
@@ -189,28 +222,24 @@ class NoisePredictor:
         Raises:
             ModelError: the device's memory does not take a single sample.
         """
-        latents = latents.to(self.pipe.unet.device)
         timestep = self.timestep if timestep is None else timestep
         predicted: list[Tensor] = []
         done = 0
         while done < len(latents):
             size = min(batch_size or self.batch_size, self.batch_size)
-            part = slice(done, done + size)
-            try:
-                predicted.append(
-                    self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size, timestep)
-                )
-            except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise ModelError(
-                        "The device's memory does not take the model and one sample. Use --dtype float16, or another "
-                        "--device."
-                    ) from error
-                self.batch_size = size // 2
-                torch.cuda.empty_cache()
-                continue
-            done += len(predicted[-1])
-        self.sample_passes += len(latents)
+
+            def predict(size: int, done: int = done) -> Tensor:
+                part = slice(done, done + size)
+                return self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size, timestep)
+
+            output, taken = with_less_at_once(predict, size, "the model and one sample")
+            if taken < size:
+                self.batch_size = taken
+            predicted.append(output)
+            done += len(output)
+            self.sample_passes += len(output)
+            self.computed_passes += taken
+            self.calls[taken] += 1
         return torch.cat(predicted)
 
     def _predict_batch(
@@ -222,8 +251,10 @@ class NoisePredictor:
         timestep: int,
     ) -> Tensor:
         unet, count = self.pipe.unet, len(latents)
-        filled = torch.arange(size).clamp_max(count - 1)
-        with suppress(self.layers, self._gates([suppressed[sample] for sample in filled]), self.scale):
+        latents, prompt_embeds = (each.to(unet.device) for each in (latents, prompt_embeds))
+        filled = torch.arange(size, device=unet.device).clamp_max(count - 1)
+        gates = self._gates([*suppressed, *[suppressed[-1]] * (size - count)])
+        with suppress(self.layers, gates, self.scale), full_float32():
             output = unet(
                 latents[filled].to(self._dtype),
                 timestep,

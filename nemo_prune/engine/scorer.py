@@ -1,16 +1,24 @@
 """Score prompts: whether their seeds agree, and what remains of it with neurons suppressed."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nemo_prune.engine.activations import neuron_activations
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.similarity import MemorizationScore, memorization_scores, noise_difference, similarity
-from nemo_prune.engine.trials import Trial
+from nemo_prune.engine.similarity import (
+    MemorizationScore,
+    extremes,
+    joint_ranges,
+    memorization_scores,
+    noise_difference,
+    similarity,
+)
+from nemo_prune.engine.trials import Trial, Why
 from nemo_prune.mask import Neuron
-from nemo_prune.settings import ModelOptions
 
 _MOST_REMEMBERED = 64
 
@@ -25,6 +33,7 @@ class ScoredPrompt:
         latents: initial latents [S, channels, height, width].
         noise_differences: their noise differences [S, channels, height, width] in 0..1.
         memorization: how much the seeds agree.
+        extremes: lowest and highest value of their noise differences at every scale [S, scales, 2].
     """
 
     prompt: str
@@ -32,6 +41,7 @@ class ScoredPrompt:
     latents: Tensor
     noise_differences: Tensor
     memorization: MemorizationScore
+    extremes: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,17 +70,18 @@ class Scorer:
     Attributes:
         predictor: the model.
         rechecks: what the reference decided so far.
+        passes: what sample passes were needed for -> how many.
     """
 
-    def __init__(
-        self, predictor: NoisePredictor, reference: NoisePredictor | None = None, margin: float = ModelOptions.margin
-    ) -> None:
+    def __init__(self, predictor: NoisePredictor, reference: NoisePredictor | None = None, margin: float = 0.0) -> None:
         self.predictor = predictor
         self.rechecks = Rechecks()
+        self.passes: Counter[Why] = Counter()
         self._reference = None if reference is None else Scorer(reference)
         self._exactly_scored: dict[str, ScoredPrompt] = {}
         self._margin = margin
         self._betas = predictor.settings.ssim_betas
+        self._joint = predictor.settings.data_range == "joint"
 
     @property
     def sample_passes(self) -> int:
@@ -78,12 +89,26 @@ class Scorer:
         return self.predictor.sample_passes + (self._reference.sample_passes if self._reference else 0)
 
     @property
+    def computed_passes(self) -> int:
+        """The same with those that filled up batches."""
+        return self.predictor.computed_passes + (self._reference.computed_passes if self._reference else 0)
+
+    @property
     def prompts_at_once(self) -> int:
         """How many prompts' seeds fill a batch."""
         return max(1, self.predictor.batch_size // self.predictor.settings.num_samples)
 
+    def activations(self, scored: ScoredPrompt) -> dict[str, Tensor]:
+        """Mean absolute activation of every neuron on a prompt (Alg. 2), dotted module name -> [out_features]."""
+        found = neuron_activations(self.predictor.layers, scored.prompt_embeds[None])
+        return {name: values[0] for name, values in found.items()}
+
     def score_prompts(
-        self, prompts: Sequence[str], latents: Tensor | None = None, neurons: Collection[Neuron] = ()
+        self,
+        prompts: Sequence[str],
+        latents: Tensor | None = None,
+        neurons: Collection[Neuron] = (),
+        why: Why = Why.DETECTION,
     ) -> list[ScoredPrompt]:
         """The memorization score of prompts (Alg. 1), S sample passes a prompt.
 
@@ -91,10 +116,10 @@ class Scorer:
             prompts: texts.
             latents: initial latents [S, channels, height, width]; those of the settings unless given.
             neurons: what is suppressed meanwhile.
+            why: what the passes are needed for.
         """
         prompts = list(prompts)
         latents = self.predictor.initial_latents() if latents is None else latents
-        latents = latents.to(self.predictor.pipe.unet.device)
         # The last digits depend on how much is computed together, so that it is always as much: a prompt's result
         # must not depend on the prompts beside it. Scores are taken prompt by prompt for the same reason.
         filled = prompts + prompts[-1:] * (self.prompts_at_once - len(prompts))
@@ -104,11 +129,19 @@ class Scorer:
             prompt_embeds.repeat_interleave(len(latents), dim=0),
             [neurons] * (len(prompts) * len(latents)),
         ).unflatten(0, (len(prompts), len(latents)))
-        differences = noise_difference(noise_pred, latents)
-        scores = [memorization_scores(difference[None], self._betas)[0] for difference in differences]
+        self.passes[why] += len(prompts) * len(latents)
+        differences = noise_difference(noise_pred, latents.to(noise_pred.device))
+        num_scales = len(self._betas)
         return [
-            ScoredPrompt(prompt, embeds, latents, difference, score)
-            for prompt, embeds, difference, score in zip(prompts, prompt_embeds, differences, scores, strict=True)
+            ScoredPrompt(
+                prompt,
+                embeds.cpu(),
+                latents,
+                difference.cpu(),
+                memorization_scores(difference[None], self._betas, self._joint)[0],
+                extremes(difference, num_scales).cpu(),
+            )
+            for prompt, embeds, difference in zip(prompts, prompt_embeds, differences, strict=True)
         ]
 
     def kept_seeds(self, scored: ScoredPrompt, threshold: float) -> tuple[int, ...]:
@@ -129,6 +162,7 @@ class Scorer:
             batch_size: how many go through the U-Net at once, where it is not the predictor's own.
         """
         similarities = self._similarities(asked, batch_size)
+        self.passes.update(trial.why for _, trial in asked)
         if self._reference:
             near = [
                 position
@@ -144,10 +178,18 @@ class Scorer:
         return similarities
 
     def suppressed_similarities(
-        self, scored: ScoredPrompt, seeds: Sequence[int], neurons: Collection[Neuron]
+        self, scored: ScoredPrompt, seeds: Sequence[int], neurons: Collection[Neuron], threshold: float = 0.0
     ) -> list[float]:
-        """How similar a prompt's noise differences on some seeds are with and without suppression."""
-        return self._similarities([(scored, Trial(frozenset(neurons), seed, 0.0)) for seed in seeds])
+        """How similar a prompt's noise differences on some seeds are with and without suppression.
+
+        Args:
+            scored: the prompt with nothing suppressed.
+            seeds: positions of the seeds; the range of the data is taken over them.
+            neurons: what is suppressed.
+            threshold: what the similarities will be compared with.
+        """
+        seeds, neurons = tuple(seeds), frozenset(neurons)
+        return self.answer([(scored, Trial(neurons, each, threshold, seeds, True, Why.SCORE_AGAIN)) for each in seeds])
 
     def _similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]], batch_size: int | None = None) -> list[float]:
         if not asked:
@@ -159,14 +201,37 @@ class Scorer:
             [trial.neurons for _, trial in asked],
             batch_size,
         )
-        unsuppressed = torch.stack([scored.noise_differences[trial.seed] for scored, trial in asked])
-        differences = noise_difference(noise_pred, latents)
+        device = noise_pred.device
+        unsuppressed = torch.stack([scored.noise_differences[trial.seed] for scored, trial in asked]).to(device)
+        differences = noise_difference(noise_pred, latents.to(device))
+        ranges = self._ranges(asked, differences)
         size, similarities = batch_size or self.predictor.batch_size, []
         for start in range(0, len(asked), size):
             # Filled up, as the batches of the predictions are.
-            filled = torch.arange(start, start + size).clamp_max(len(asked) - 1)
-            similarities += similarity(differences[filled], unsuppressed[filled], self._betas).tolist()
+            filled = torch.arange(start, start + size, device=device).clamp_max(len(asked) - 1)
+            part = None if ranges is None else ranges[filled]
+            similarities += similarity(differences[filled], unsuppressed[filled], self._betas, part).tolist()
         return similarities[: len(asked)]
+
+    def _ranges(self, asked: Sequence[tuple[ScoredPrompt, Trial]], differences: Tensor) -> Tensor | None:
+        """The range of the data for each trial at each scale [trials, scales]; None where it is 1.
+
+        It is taken over all seeds that belong together where they are asked at once, else over them with nothing
+        suppressed and over the trial's own with suppression: what is asked beside it must not change an answer.
+        """
+        if not self._joint:
+            return None
+        suppressed = extremes(differences, len(self._betas)).cpu()
+        groups: dict[tuple[int, frozenset[Neuron]], list[int]] = {}
+        for position, (scored, trial) in enumerate(asked):
+            if trial.at_once:
+                groups.setdefault((id(scored), trial.neurons), []).append(position)
+        ranges = []
+        for position, (scored, trial) in enumerate(asked):
+            together = list(trial.together) or [trial.seed]
+            beside = groups[id(scored), trial.neurons] if trial.at_once else [position]
+            ranges.append(joint_ranges(suppressed[beside], scored.extremes[together]))
+        return torch.stack(ranges).to(differences.device)
 
     def _exact_similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]]) -> list[float]:
         """The same by the float32 weights; the unsuppressed seeds are predicted along."""

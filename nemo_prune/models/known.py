@@ -20,6 +20,7 @@ from nemo_prune.errors import DownloadError, OutputError, PromptError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.staging import staged_file
 from nemo_prune.models.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, TEST_FILE, PackagedFile
+from nemo_prune.settings import LocalizationSettings
 
 # The repository of the paper's authors (MIT licence), at one commit.
 REFERENCE_URL = (
@@ -82,6 +83,9 @@ class PublishedCalibration:
         similarity_mean: mean pairwise similarity of the seeds on them.
         similarity_std: its standard deviation; the threshold is one of them above the mean.
         sizes: dotted module name -> number of neurons, in the order of the statistics.
+        timestep: of the model's training, at which the similarities were taken.
+        settings: the other numbers that they were taken with.
+        how: how they were measured, for the record.
     """
 
     model: str
@@ -90,6 +94,9 @@ class PublishedCalibration:
     similarity_mean: float
     similarity_std: float
     sizes: Mapping[str, int]
+    timestep: int
+    settings: LocalizationSettings
+    how: str
 
     def load(self) -> Calibration:
         """The calibration, fetched where it is not there yet.
@@ -106,7 +113,11 @@ class PublishedCalibration:
         except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError) as error:
             raise DownloadError(f"{path} holds no activation statistics: {error}") from error
         return Calibration(
-            self.similarity_mean, self.similarity_std, 1.0, statistics, origin=f"as published for {self.model}"
+            self.similarity_mean,
+            self.similarity_std,
+            1.0,
+            statistics,
+            origin=f"as published for {self.model} ({self.how})",
         )
 
 
@@ -171,6 +182,11 @@ SD_V1_4 = KnownModel(
         similarity_mean=0.358,
         similarity_std=0.07,
         sizes=SD_V1_LAYERS,
+        # DDIM with 50 steps on the model's own schedule, the second of them.
+        timestep=961,
+        settings=LocalizationSettings(),
+        how="measured at guidance 7, which acts as -6 there: the released code swaps the two halves; the detection uses "
+        "no guidance",
     ),
 )
 
