@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from math import log
 
 from nemo_prune.engine.selection import Candidates, Selection
-from nemo_prune.engine.trials import Limit, Record, Search
+from nemo_prune.engine.trials import Limit, Record, Search, Why
 from nemo_prune.mask import Neuron
+
+# Groups that are asked about at once in a search set by set.
+_LONGEST_RUN = 8
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
     """
     limit, sweeps = selection.limit, [start]
     while True:
+        record.why = Why.REFINEMENT
         sweep = sweeps[-1]
         if sweep.pending:
             sweeps.append((yield from _next_needed(sweep, limit, record)))
@@ -86,13 +90,13 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
             if not sweeps or record.contradicts_monotonicity():
                 return None
     neurons = sweeps[-1].kept
-    proven = yield from _none_can_be_spared(neurons, limit, record)
-    return neurons if proven else None
+    spare = yield from spare_neurons(neurons, limit, record)
+    return None if spare else neurons
 
 
 def _is_enough(sweep: Sweep, start: Sweep, selection: Selection, record: Record) -> Search[bool]:
     """Whether no seed refutes what the sweep ended with."""
-    limit = selection.limit
+    limit, record.why = selection.limit, Why.ENOUGH
     if sweep.kept == start.kept:
         if not selection.resolved:
             # Nothing could be spared, and the initial set can't be below its own score.
@@ -135,24 +139,57 @@ def _still_unrefuted(sweeps: Sequence[Sweep], selection: Selection, record: Reco
     return list(sweeps[: passes + 1])
 
 
-def _none_can_be_spared(neurons: Sequence[Neuron], limit: Limit, record: Record) -> Search[bool]:
-    """Whether every neuron's absence is refuted by some seed: one trial a neuron, if all goes well."""
+def spare_neurons(neurons: Sequence[Neuron], limit: Limit, record: Record) -> Search[tuple[Neuron, ...]]:
+    """The neurons whose absence no seed refutes: one trial a neuron, if there are none.
+
+    Each is spare by itself; without one of them the others may be needed.
+    """
+    record.why = Why.NOTHING_TO_SPARE
     smaller = [frozenset(neurons) - {neuron} for neuron in neurons]
     pairs = [(each, record.likely_refuter(each, limit)) for each in smaller]
     similarities = yield from record.ask(pairs, limit)
-    for each, similarity in zip(smaller, similarities, strict=True):
+    spare = []
+    for neuron, each, similarity in zip(neurons, smaller, similarities, strict=True):
         if limit.holds(similarity) and (yield from record.refuting_seed(each, limit)) is None:
-            return False
-    return True
+            spare.append(neuron)
+    return tuple(spare)
 
 
 def refine_in_turn(start: Sweep, limit: Limit, record: Record) -> Search[tuple[Neuron, ...]]:
-    """The greedy sweep as the released code does it: one group after the other, see :meth:`Record.refuting_seed`."""
+    """The greedy sweep as the released code does it: one group after the other, all seeds of each.
+
+    The next few groups are asked about at once, as if those before them could be spared, as most can.
+    """
     sweep = start
     while sweep.pending or sweep.of_layers:
         if not sweep.pending:
             sweep = sweep.of_neurons()
             continue
-        seed = yield from record.refuting_seed(sweep.without(1), limit)
-        sweep = sweep.after(1, 0) if seed is None else sweep.after(0, 1)
+        run = min(sweep.likely_run, _LONGEST_RUN)
+        dropped = yield from _dropped_in_turn([sweep.without(n) for n in range(1, run + 1)], limit, record)
+        sweep = sweep.after(dropped, int(dropped < run))
     return sweep.kept
+
+
+def _dropped_in_turn(sets: Sequence[frozenset[Neuron]], limit: Limit, record: Record) -> Search[int]:
+    """How many sets of a chain are under the limit for all seeds before the first that is not."""
+    for place, each in enumerate(sets):
+        refuter = record.known_refuter(each, limit)
+        if refuter is not None:
+            record.put_first(refuter)
+            sets = sets[:place]
+            break
+    first = record.seeds[0]
+    # The seed that refuted last is asked about the whole chain, the others about what it leaves of it.
+    asked = [each for each in sets if first in record.open_seeds(each, limit)]
+    similarities = yield from record.ask([(each, first) for each in asked], limit)
+    refuted = next((each for each, value in zip(asked, similarities, strict=True) if not limit.holds(value)), None)
+    if refuted is not None:
+        sets = sets[: sets.index(refuted)]
+    pairs = [(each, seed) for each in sets for seed in record.open_seeds(each, limit) if seed != first]
+    similarities = yield from record.ask(pairs, limit)
+    for (each, seed), similarity in zip(pairs, similarities, strict=True):
+        if not limit.holds(similarity):
+            record.put_first(seed)
+            return sets.index(each)
+    return len(sets)
