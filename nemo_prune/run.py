@@ -13,6 +13,7 @@ from nemo_prune.corpus.prompts import Corpus
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
+from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
@@ -21,7 +22,7 @@ from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_new_file
-from nemo_prune.files.work import WorkFolder
+from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import Pruning
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
@@ -83,7 +84,7 @@ def prune_model(
     for warning in licence.warnings():
         timed.say(warning)
     localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
-    mask, localizations = merge_localizations(localizer, localizations, plan, work.needed, timed)
+    mask, localizations = merge_localizations(localizer, localizations, plan, timed)
 
     # The search suppresses; what is proven from here on is what the release will hold.
     pruning = Pruning(mask, plan.scale)
@@ -181,6 +182,7 @@ def _check_places(source: ModelSource, plan: Plan) -> None:
 
 def _open_work(session: Session, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan) -> WorkFolder:
     identity = _identity(session, corpus, ordinary, plan, plan.merge, plan.preserve)
+    identity["unresolved refined"] = plan.include_unresolved
     return WorkFolder(plan.work, identity, plan.overwrite)
 
 
@@ -220,7 +222,8 @@ def _calibrated(
         listener.say(f"The calibration is {calibration.origin}.")
     threshold = plan.settings.threshold or calibration.threshold
     preserve = weigh_neurons(session, ordinary.texts, plan.preserve, work.costs, listener)
-    return Localizer(session.scorer, calibration, threshold, preserve)
+    memo = Memo(work.detected, LineLog(work.answers, {"threshold": threshold}))
+    return Localizer(session.scorer, calibration, threshold, preserve, plan.include_unresolved, memo)
 
 
 def _score_again(

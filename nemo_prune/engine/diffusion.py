@@ -124,6 +124,7 @@ class NoisePredictor:
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = self.computed_passes = 0
         self.calls: Counter[int] = Counter()
+        self._latents: dict[tuple[int, int], Tensor] = {}
         # The U-Net walks through all of its weights whenever it is asked for its dtype.
         self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -163,8 +164,11 @@ class NoisePredictor:
             num_samples: S; that of the settings unless given.
         """
         settings = self.settings
-        seed = settings.seed if seed is None else seed
-        return draw_latents(self.pipe.unet, num_samples or settings.num_samples, seed)
+        drawn = (settings.seed if seed is None else seed), num_samples or settings.num_samples
+        # All prompts share them.
+        if drawn not in self._latents:
+            self._latents[drawn] = draw_latents(self.pipe.unet, drawn[1], drawn[0])
+        return self._latents[drawn]
 
     @torch.no_grad()
     def predict_noise(

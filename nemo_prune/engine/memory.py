@@ -85,6 +85,7 @@ def named_shortage(what: str) -> Iterator[None]:
 def memory_error(what: str) -> ModelError:
     """The error for memory that is short even for the least."""
     return ModelError(
-        f"The device's memory is too short for {what}. Close other programs that use it, halve the model's with --dtype "
-        "float16, or use another --device, such as cpu. What was found so far is kept; the same command goes on from it."
+        f"The device's memory is too short for {what}. Close other programs that use it, halve the model's with "
+        "--dtype float16, or use another --device, such as cpu. What was found so far is kept; the same command goes on "
+        "from it."
     )

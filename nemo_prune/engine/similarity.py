@@ -14,6 +14,10 @@ from nemo_prune.errors import ModelError
 # of the size (the taps follow from sigma alone: 11, 9 and 5). The first row is the paper's.
 _SSIM_WINDOWS = ((44, 1.5, 11), (28, 1.0, 7), (12, 0.5, 3))
 
+# How far the similarity of a seed alone may be below the one with the range of the data taken over all kept seeds:
+# what was measured on noise differences of 64x64 latents near tau, from white noise to 1/f (benchmarks/ranges.py).
+JOINT_REACH = 0.006
+
 
 def noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
     """The predicted noise minus the initial latents, rescaled to 0..1 (Alg. 1).

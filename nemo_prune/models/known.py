@@ -185,8 +185,8 @@ SD_V1_4 = KnownModel(
         # DDIM with 50 steps on the model's own schedule, the second of them.
         timestep=961,
         settings=LocalizationSettings(),
-        how="measured at guidance 7, which acts as -6 there: the released code swaps the two halves; the detection uses "
-        "no guidance",
+        how="measured at guidance 7, which acts as -6 there, because the released code swaps the two halves; the "
+        "detection uses no guidance",
     ),
 )
 
