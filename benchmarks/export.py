@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from full_size import full_size_unet
+from benchmarks.full_size import full_size_unet
 from nemo_prune.checkpoint.diff import diff_folders
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.engine.layers import layer_sizes

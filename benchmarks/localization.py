@@ -19,6 +19,7 @@ from statistics import mean, median
 
 import torch
 
+from benchmarks.oracle import Oracle, agrees, largest_difference, lower_bound
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import Calibration, calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -27,7 +28,6 @@ from nemo_prune.engine.scorer import Scorer
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.models.source import load_pipeline, resolve_model
 from nemo_prune.settings import LocalizationSettings
-from oracle import Oracle, agrees, largest_difference, lower_bound
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import prompts_per_neuron
-from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
 from nemo_prune.facts import MaskFacts
 from nemo_prune.files.hashing import text_hash
@@ -89,7 +88,7 @@ def prune_model(
     # The search suppresses; what is proven from here on is what the release will hold.
     pruning = Pruning(mask, plan.scale)
     scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
-    examined = _score_again(scaled, corpus, localizations, pruning, localizer.threshold, plan, work, timed)
+    examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
     cost = measure_cost(
         session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration
     )
@@ -227,19 +226,19 @@ def _calibrated(
 
 
 def _score_again(
+    session: LocalSession,
     scaled: NoisePredictor,
     corpus: Corpus,
     localizations: Sequence[PromptLocalization],
     pruning: Pruning,
-    threshold: float,
+    localizer: Localizer,
     plan: Plan,
     work: WorkFolder,
     listener: Listener,
 ) -> list[ExaminedPrompt]:
     """The prompts with all that is known of them but their images."""
-    under_mask = score_again(
-        Scorer(scaled), localizations, pruning, threshold, plan.verification, work.verified, listener
-    )
+    scorer = session.scorer_of(scaled, pruning.scale)
+    under_mask = score_again(localizer, scorer, localizations, pruning, plan.verification, work.verified, listener)
     references = prompt_references(secret_key(work.prompt_key), corpus.texts)
     return [
         ExaminedPrompt(prompt, references[prompt.text], localization, scores)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import nemo_prune.engine.localize
 import nemo_prune.engine.merge
 import nemo_prune.run
-from kills import kill_until_done, result
+from benchmarks.kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.cli import app
 from nemo_prune.stages.estimate import TimeEstimate

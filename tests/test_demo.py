@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.oracle import Oracle, agrees
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import calibrate
@@ -31,7 +32,6 @@ from nemo_prune.models.source import load_pipeline, resolve_model
 from nemo_prune.proof.cost import matched_random_mask
 from nemo_prune.proof.images import copy_similarities, draw_images
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from oracle import Oracle, agrees
 
 VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE, images_per_prompt=2)
 

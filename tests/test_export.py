@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from kills import files_of
+from benchmarks.kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import MaskError, ModelError, OutputError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from nemo_prune.release.targets import staged_release
 
-from kills import files_of
+from benchmarks.kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.errors import OutputError

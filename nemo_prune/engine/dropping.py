@@ -10,7 +10,7 @@ without it alone some seed is awake.
 from collections.abc import Mapping, Sequence
 
 from nemo_prune.engine.localize import Localizer
-from nemo_prune.engine.pool import units_of
+from nemo_prune.engine.pool import batches_of
 from nemo_prune.engine.refinement import Sweep
 from nemo_prune.engine.silence import Silence
 from nemo_prune.engine.trials import Limit, Record, Search, Trial, Why, drive
@@ -55,29 +55,21 @@ def drop_unneeded(
 
 
 def _answer(localizer: Localizer, silence: Silence, trials: Sequence[Trial]) -> list[float]:
-    """Answer trials on the seeds of many prompts, batch by batch: so many prompts are in memory at most."""
+    """Answer trials on the seeds of many prompts; the prompts of a batch are in memory at once, no more."""
     answers: list[float] = []
-    batch: list[Trial] = []
-
-    def answer_batch() -> None:
+    for batch in batches_of(trials, localizer.batch_size, lambda trial: trial.seed[0]):
         texts = list(dict.fromkeys(trial.seed[0] for trial in batch))
         scored = {each.scored.prompt: each.scored for each in localizer.detect(texts)}
         silence.passes.update(trial.seed[0] for trial in batch)
-        asked = [
-            (
-                scored[trial.seed[0]],
-                trial._replace(seed=trial.seed[1], together=tuple(seed for _, seed in trial.together)),
-            )
-            for trial in batch
-        ]
-        answers.extend(localizer.answer(asked))
-        batch.clear()
-
-    for unit in units_of(trials, lambda trial: trial.seed[0]):
-        if batch and len(batch) + len(unit) > localizer.batch_size:
-            answer_batch()
-        batch.extend(unit)
-    answer_batch()
+        answers += localizer.answer(
+            [
+                (
+                    scored[trial.seed[0]],
+                    trial._replace(seed=trial.seed[1], together=tuple(seed for _, seed in trial.together)),
+                )
+                for trial in batch
+            ]
+        )
     return answers
 
 

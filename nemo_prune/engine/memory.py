@@ -86,6 +86,5 @@ def memory_error(what: str) -> ModelError:
     """The error for memory that is short even for the least."""
     return ModelError(
         f"The device's memory is too short for {what}. Close other programs that use it, halve the model's with "
-        "--dtype float16, or use another --device, such as cpu. What was found so far is kept; the same command goes on "
-        "from it."
+        "--dtype float16, or use another --device, such as cpu. The same command goes on from what was found."
     )

@@ -12,8 +12,8 @@ from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
 # Prompts that an incremental merge searches side by side: the more, the fuller the batches, and the more of them are
-# searched although another one's neurons silence them.
-WINDOW = 32
+# searched although another one's neurons silence them. The first few neurons silence the most, so that it begins small.
+_FIRST_WINDOW, WINDOW = 4, 32
 ROUNDS = 3
 
 
@@ -77,8 +77,7 @@ def localize_incrementally(
     results = {each.prompt: each for each in known}
     done = set(results)
     neurons = set(suppressed)
-    for start in range(0, len(prompts), WINDOW):
-        window = prompts[start : start + WINDOW]
+    for window in _windows(prompts):
         if not done.issuperset(window):
             for found in _localize_window(localizer, window, results, frozenset(neurons)):
                 results[found.prompt] = found
@@ -87,6 +86,14 @@ def localize_incrementally(
         neurons.update(
             neuron for text in window if results[text].status == "localized" for neuron in results[text].neurons
         )
+
+
+def _windows(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Parts of a corpus, each twice as long as the one before it up to the largest."""
+    start, size = 0, _FIRST_WINDOW
+    while start < len(prompts):
+        yield prompts[start : start + size]
+        start, size = start + size, min(2 * size, WINDOW)
 
 
 def _localize_window(

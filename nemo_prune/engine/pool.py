@@ -152,6 +152,24 @@ def units_of(trials: Sequence[Trial], prompt_of: Callable[[Trial], Hashable]) ->
         yield unit
 
 
+def batches_of(trials: Sequence[Trial], size: int, prompt_of: Callable[[Trial], Hashable]) -> Iterator[list[Trial]]:
+    """Trials in their order, in batches that part none that must be asked in the same call.
+
+    Args:
+        trials: what is asked.
+        size: of a batch; what must be asked together is not parted where it is larger.
+        prompt_of: names the prompt of a trial.
+    """
+    batch: list[Trial] = []
+    for unit in units_of(trials, prompt_of):
+        if batch and len(batch) + len(unit) > size:
+            yield batch
+            batch = []
+        batch.extend(unit)
+    if batch:
+        yield batch
+
+
 def _next_unit(asked: Sequence[Asked], waiting: deque[int]) -> list[int]:
     """The places of the next question and of those that must be asked in the same call."""
     first = waiting[0]

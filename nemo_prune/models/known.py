@@ -39,10 +39,12 @@ class ReferenceFile:
     Attributes:
         path: where it is below the reference address.
         sha256: what it must be, wherever it is fetched from.
+        address: where it is, if not among the files of the paper's authors.
     """
 
     path: str
     sha256: str
+    address: str | None = None
 
     def locate(self) -> Path:
         """The file on this machine, downloaded unless it is there already.
@@ -56,7 +58,7 @@ class ReferenceFile:
         kept = cache_folder() / self.sha256[:16] / Path(self.path).name
         if kept.is_file() and sha256(kept.read_bytes()).hexdigest() == self.sha256:
             return kept
-        url = (os.environ.get(URL_VARIABLE) or REFERENCE_URL).rstrip("/") + "/" + self.path
+        url = (os.environ.get(URL_VARIABLE) or self.address or REFERENCE_URL).rstrip("/") + "/" + self.path
         content = _download(url)
         if sha256(content).hexdigest() != self.sha256:
             raise DownloadError(
