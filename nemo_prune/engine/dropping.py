@@ -50,12 +50,23 @@ def drop_unneeded(
     record = Record(list(together), together, localizer.reach)
     record.why = Why.DROPPING
     likely = {neuron: [(prompt, seeds[prompt][0]) for prompt in waking] for neuron, waking in needing.items()}
-    search = _Dropping(record, Limit(localizer.threshold, strict=False), likely, advance).search(tried)
+    limit = Limit(localizer.threshold, strict=False)
+    search = _Dropping(record, limit, likely, localizer.batch_size, advance).search(tried)
     return set(drive(search, lambda trials: _answer(localizer, silence, trials)))
 
 
 def _answer(localizer: Localizer, silence: Silence, trials: Sequence[Trial]) -> list[float]:
     """Answer trials on the seeds of many prompts; the prompts of a batch are in memory at once, no more."""
+    known = {
+        trial: similarity
+        for trial in trials
+        if not trial.at_once and (similarity := silence.known(trial.seed[0], trial.neurons, trial.seed[1])) is not None
+    }
+    found = iter(_asked(localizer, silence, [trial for trial in trials if trial not in known]))
+    return [known[trial] if trial in known else next(found) for trial in trials]
+
+
+def _asked(localizer: Localizer, silence: Silence, trials: Sequence[Trial]) -> list[float]:
     answers: list[float] = []
     for batch in batches_of(trials, localizer.batch_size, lambda trial: trial.seed[0]):
         texts = list(dict.fromkeys(trial.seed[0] for trial in batch))
@@ -80,10 +91,19 @@ class _Dropping:
         record: the trials, on the kept seeds of all prompts.
         limit: tau.
         likely: neuron -> the seeds that it is likely to wake.
+        at_once: seeds that are asked together, before it is looked whether one is awake.
         advance: called with the neurons that are decided and their number.
     """
 
-    def __init__(self, record: Record, limit: Limit, likely: Mapping[Neuron, Sequence[Seed]], advance: Advance) -> None:
+    def __init__(
+        self,
+        record: Record,
+        limit: Limit,
+        likely: Mapping[Neuron, Sequence[Seed]],
+        at_once: int,
+        advance: Advance,
+    ) -> None:
+        self._at_once = at_once
         self._record, self._limit, self._likely, self._advance = record, limit, likely, advance
         self._all = list(record.seeds)
         self._woken: dict[Seed, None] = {}
@@ -110,10 +130,10 @@ class _Dropping:
         while True:
             dropped = [neuron for group in sweep.pending[:probe] for neuron in group]
             asked = dict.fromkeys([*(seed for each in dropped for seed in self._likely.get(each, ())), *self._woken])
-            awake = yield from self._awake(sweep.without(probe), list(asked))
-            if awake:
+            woken = yield from self._first_awake(sweep.without(probe), list(asked))
+            if woken is not None:
                 fails = probe
-                self._wakes[dropped[-1]] = awake[0]
+                self._wakes[dropped[-1]] = woken
             else:
                 passes = probe
             if passes == sweep.likely_run:
@@ -150,6 +170,14 @@ class _Dropping:
             pairs.append((frozenset(kept) - {neuron}, seeds[0]))
         similarities = yield from self._record.ask(pairs, self._limit)
         return [not self._limit.holds(each) for each in similarities]
+
+    def _first_awake(self, neurons: frozenset[Neuron], seeds: Sequence[Seed]) -> Search[Seed | None]:
+        """A seed that is awake; no more are asked than must be."""
+        for start in range(0, len(seeds), self._at_once):
+            awake = yield from self._awake(neurons, seeds[start : start + self._at_once])
+            if awake:
+                return awake[0]
+        return None
 
     def _awake(self, neurons: frozenset[Neuron], seeds: Sequence[Seed]) -> Search[list[Seed]]:
         similarities = yield from self._record.ask([(neurons, seed) for seed in seeds], self._limit)

@@ -47,6 +47,10 @@ class Silence:
                     awake.add(finished.key)
         return [prompt for prompt in prompts if prompt in awake]
 
+    def known(self, prompt: str, neurons: frozenset[Neuron], seed: int) -> float | None:
+        """A similarity that was asked for here."""
+        return self._records[prompt].similarity(neurons, seed) if prompt in self._records else None
+
     def _is_awake(self, detected: Detected, neurons: frozenset[Neuron]) -> Questions[bool]:
         record = self._records.get(detected.scored.prompt)
         if record is None:

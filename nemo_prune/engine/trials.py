@@ -149,6 +149,10 @@ class Record:
             yield from self._learn({(bits, seed): neurons for seed in self.seeds}, limit, at_once=True)
         return (yield from self.score(neurons, limit))
 
+    def similarity(self, neurons: frozenset[Neuron], seed: Hashable) -> float | None:
+        """What is known of a set on a seed."""
+        return self._known[seed].get(self._bits_of(neurons))
+
     def highest_known(self, neurons: frozenset[Neuron]) -> float:
         """The highest similarity of the seeds that were tried under a set."""
         bits = self._bits_of(neurons)
