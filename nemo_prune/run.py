@@ -26,7 +26,7 @@ from nemo_prune.mask import Pruning
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.progress import Listener, Stage, Timed
-from nemo_prune.proof.bits import check_pruned_equals_suppressed
+from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import MaskRecord, Record, base_facts, measured_by_a_run, prompt_facts, versions
@@ -106,11 +106,14 @@ def prune_model(
 
     proof = _image_proof(examined, ordinary, pruning, plan, work, training_images)
     proof.draw_before(session.pipe, timed)
+    suppressed = SuppressedPredictions.of(session.pipe, plan.settings, pruning, ordinary.texts[:2])
+    # The device need not hold the pruned model beside the unpruned one.
+    session.free()
     with staged_release(plan.out, plan.overwrite) as release:
         with timed.stage(Stage.EXPORT):
             files = write_weights(source, pruning, release)
             pruned = load_pipeline(release.folder, session.device, session.dtype, source.variant)
-            check_pruned_equals_suppressed(scaled, pruned, pruning, ordinary.texts[:2])
+            check_pruned_equals_suppressed(suppressed, pruned)
         proof.draw_after(pruned, timed)
         examined = proof.added_to(examined)
         ordinary_images = [proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)]

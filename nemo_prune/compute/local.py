@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from nemo_prune.compute.session import Chunk, Result, Session
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.memory import release_memory
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import SettingsError
 from nemo_prune.models.source import ModelSource, load_pipeline, load_predicting
@@ -56,6 +57,15 @@ class LocalSession(Session):
         if self.dtype == torch.float32:
             return None
         return load_predicting(self.source.folder, self.device, torch.float32, self.source.variant)
+
+    def free(self) -> None:
+        """Give the weights' memory back; nothing can be predicted any more."""
+        for pipe in (self.pipe, self._reference):
+            if pipe is not None:
+                for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+                    if part is not None:
+                        part.to("meta")
+        release_memory()
 
     def map(
         self, task: Callable[["LocalSession", Chunk], Iterable[Result]], chunks: Iterable[Chunk]

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
-from nemo_prune.engine.memory import with_less_at_once
+from nemo_prune.engine.memory import named_shortage, with_less_at_once
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
@@ -120,7 +120,8 @@ class NoisePredictor:
         self.settings = settings
         self.scale = scale
         self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
-        self.layers = find_text_projections(pipe.unet, settings.projections)
+        with named_shortage("the model and one sample"):
+            self.layers = find_text_projections(pipe.unet, settings.projections)
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = self.computed_passes = 0
         self.calls: Counter[int] = Counter()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_prune.engine.activations import neuron_activations
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.memory import named_shortage
 from nemo_prune.engine.similarity import (
     MemorizationScore,
     extremes,
@@ -21,6 +22,7 @@ from nemo_prune.engine.trials import Trial, Why
 from nemo_prune.mask import Neuron
 
 _MOST_REMEMBERED = 64
+_COMPARING = "comparing the predictions of a batch"
 
 
 @dataclass(frozen=True)
@@ -130,19 +132,20 @@ class Scorer:
             [neurons] * (len(prompts) * len(latents)),
         ).unflatten(0, (len(prompts), len(latents)))
         self.passes[why] += len(prompts) * len(latents)
-        differences = noise_difference(noise_pred, latents.to(noise_pred.device))
-        num_scales = len(self._betas)
-        return [
-            ScoredPrompt(
-                prompt,
-                embeds.cpu(),
-                latents,
-                difference.cpu(),
-                memorization_scores(difference[None], self._betas, self._joint)[0],
-                extremes(difference, num_scales).cpu(),
-            )
-            for prompt, embeds, difference in zip(prompts, prompt_embeds, differences, strict=True)
-        ]
+        with named_shortage(_COMPARING):
+            differences = noise_difference(noise_pred, latents.to(noise_pred.device))
+            return [
+                # What a corpus keeps is not on the device.
+                ScoredPrompt(
+                    prompt,
+                    embeds.cpu(),
+                    latents,
+                    difference.cpu(),
+                    memorization_scores(difference[None], self._betas, self._joint)[0],
+                    extremes(difference, len(self._betas)).cpu(),
+                )
+                for prompt, embeds, difference in zip(prompts, prompt_embeds, differences, strict=True)
+            ]
 
     def kept_seeds(self, scored: ScoredPrompt, threshold: float) -> tuple[int, ...]:
         """Positions of the seeds that agree with another one by more than the threshold (Alg. 1)."""
@@ -164,11 +167,7 @@ class Scorer:
         similarities = self._similarities(asked, batch_size)
         self.passes.update(trial.why for _, trial in asked)
         if self._reference:
-            near = [
-                position
-                for position, (_, trial) in enumerate(asked)
-                if abs(similarities[position] - trial.threshold) < self._margin
-            ]
+            near = self._near(asked, similarities)
             exact = self._exact_similarities([asked[position] for position in near])
             thresholds = [asked[position][1].threshold for position in near]
             before = [similarities[position] > tau for position, tau in zip(near, thresholds, strict=True)]
@@ -194,24 +193,41 @@ class Scorer:
     def _similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]], batch_size: int | None = None) -> list[float]:
         if not asked:
             return []
-        latents = torch.stack([scored.latents[trial.seed] for scored, trial in asked])
         noise_pred = self.predictor.predict_each(
-            latents,
+            torch.stack([scored.latents[trial.seed] for scored, trial in asked]),
             torch.stack([scored.prompt_embeds for scored, _ in asked]),
             [trial.neurons for _, trial in asked],
             batch_size,
         )
+        with named_shortage(_COMPARING):
+            return self._compared(asked, noise_pred, batch_size or self.predictor.batch_size)
+
+    def _compared(self, asked: Sequence[tuple[ScoredPrompt, Trial]], noise_pred: Tensor, size: int) -> list[float]:
+        """Similarities of predictions with suppression and the kept ones without."""
         device = noise_pred.device
+        latents = torch.stack([scored.latents[trial.seed] for scored, trial in asked]).to(device)
         unsuppressed = torch.stack([scored.noise_differences[trial.seed] for scored, trial in asked]).to(device)
-        differences = noise_difference(noise_pred, latents.to(device))
-        ranges = self._ranges(asked, differences)
-        size, similarities = batch_size or self.predictor.batch_size, []
+        differences = noise_difference(noise_pred, latents)
+        ranges, similarities = self._ranges(asked, differences), []
         for start in range(0, len(asked), size):
             # Filled up, as the batches of the predictions are.
             filled = torch.arange(start, start + size, device=device).clamp_max(len(asked) - 1)
             part = None if ranges is None else ranges[filled]
             similarities += similarity(differences[filled], unsuppressed[filled], self._betas, part).tolist()
         return similarities[: len(asked)]
+
+    def _near(self, asked: Sequence[tuple[ScoredPrompt, Trial]], similarities: Sequence[float]) -> list[int]:
+        """The places of what the reference decides; of what is asked at once all or nothing."""
+        near = [
+            place for place, (_, trial) in enumerate(asked) if abs(similarities[place] - trial.threshold) < self._margin
+        ]
+        groups = {(id(asked[place][0]), asked[place][1].neurons) for place in near if asked[place][1].at_once}
+        beside = {
+            place
+            for place, (scored, trial) in enumerate(asked)
+            if trial.at_once and (id(scored), trial.neurons) in groups
+        }
+        return sorted({*near, *beside})
 
     def _ranges(self, asked: Sequence[tuple[ScoredPrompt, Trial]], differences: Tensor) -> Tensor | None:
         """The range of the data for each trial at each scale [trials, scales]; None where it is 1.

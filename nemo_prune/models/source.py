@@ -191,8 +191,8 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     with named_shortage("the weights of the model"):
         pipe.to(device)
-    for component in ("unet", "text_encoder"):
-        _refuse_nan(getattr(pipe, component), component)
+        for component in ("unet", "text_encoder"):
+            _refuse_nan(getattr(pipe, component), component)
     return pipe
 
 
