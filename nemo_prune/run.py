@@ -12,20 +12,20 @@ from nemo_prune.corpus.prompts import Corpus
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
+from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import prompts_per_neuron
-from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
 from nemo_prune.facts import ExportReport, MaskFacts
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_new_file
-from nemo_prune.files.work import WorkFolder, claim_work_folder
+from nemo_prune.files.work import LineLog, WorkFolder, claim_work_folder
 from nemo_prune.mask import Pruning
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.progress import Listener, Stage, Timed
-from nemo_prune.proof.bits import check_pruned_equals_suppressed
+from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import MaskRecord, Record
@@ -83,12 +83,12 @@ def prune_model(
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
     localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
-    mask, localizations = merge_localizations(localizer, localizations, plan, work.needed, timed)
+    mask, localizations = merge_localizations(localizer, localizations, plan, timed)
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
     scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
-    examined = _score_again(scaled, corpus, localizations, pruning, localizer.threshold, plan, work, timed)
+    examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
     cost = measure_cost(
         session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration
     )
@@ -107,11 +107,14 @@ def prune_model(
     refuse_no_effect(examined)
     proof = _image_proof(examined, ordinary, pruning, plan, work, training_images)
     proof.draw_before(session.pipe, timed)
+    suppressed = SuppressedPredictions.of(session.pipe, plan.settings, pruning, ordinary.texts[:2])
+    # The device need not hold the pruned model beside the unpruned one.
+    session.free()
     with staged_release(plan.out, plan.overwrite) as release:
         with timed.stage(Stage.EXPORT):
             files = write_weights(source, pruning, release)
             pruned = load_pipeline(release.folder, session.device, session.dtype, source.variant)
-            check_pruned_equals_suppressed(scaled, pruned, pruning, ordinary.texts[:2])
+            check_pruned_equals_suppressed(suppressed, pruned)
         proof.draw_after(pruned, timed)
         examined = proof.added_to(examined)
         ordinary_images = [proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)]
@@ -183,6 +186,7 @@ def _check_places(source: ModelSource, plan: Plan) -> None:
 
 def _open_work(session: Session, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan) -> WorkFolder:
     identity = _identity(session, corpus, ordinary, plan, plan.merge, plan.preserve)
+    identity["unresolved refined"] = plan.include_unresolved
     return WorkFolder(plan.work, identity, plan.overwrite)
 
 
@@ -222,26 +226,27 @@ def _calibrated(
         listener.say(f"The calibration is {calibration.origin}.")
     threshold = plan.settings.threshold or calibration.threshold
     preserve = weigh_neurons(session, ordinary.texts, plan.preserve, work.costs, listener)
-    return Localizer(session.scorer, calibration, threshold, preserve)
+    memo = Memo(work.detected, LineLog(work.answers, {"threshold": threshold}))
+    return Localizer(session.scorer, calibration, threshold, preserve, plan.include_unresolved, memo)
 
 
 def _score_again(
+    session: LocalSession,
     scaled: NoisePredictor,
     corpus: Corpus,
     localizations: Sequence[PromptLocalization],
     pruning: Pruning,
-    threshold: float,
+    localizer: Localizer,
     plan: Plan,
     work: WorkFolder,
     listener: Listener,
 ) -> list[ExaminedPrompt]:
     """The prompts with all that is known of them but their images."""
-    under_mask = score_again(
-        Scorer(scaled), localizations, pruning, threshold, plan.verification, work.verified, listener
-    )
+    scorer = session.scorer_of(scaled, pruning.scale)
+    under_mask = score_again(localizer, scorer, localizations, pruning, plan.verification, work.verified, listener)
     references = prompt_references(secret_key(work.prompt_key), corpus.texts)
     return [
-        ExaminedPrompt.scored(prompt, references[prompt.text], localization, scores, threshold)
+        ExaminedPrompt.scored(prompt, references[prompt.text], localization, scores, localizer.threshold)
         for prompt, localization, scores in zip(corpus.prompts, localizations, under_mask, strict=True)
     ]
 

@@ -14,6 +14,7 @@ from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
 PROJECTIONS = ("value", "key", "both")
+DATA_RANGES = ("joint", "one")
 DTYPES = ("float32", "float16", "bfloat16")
 SIEVES = ("norm", "anisotropy")
 SCREENED_SUFFIXES = (".parquet", ".jsonl")
@@ -36,6 +37,8 @@ class LocalizationSettings:
             mean plus one standard deviation)
         threshold_num_std: standard deviations above the mean in that calibration.
         ssim_betas: exponents of the multi-scale SSIM, one per scale.
+        data_range: what the multi-scale SSIM takes for the range of the data: ``joint``: anew at every scale, over all
+            seeds of a prompt that are compared, as the released code lets torchmetrics do; ``one``: 1.
         projections: projections to search: ``value`` (the paper's), ``key`` or ``both``. Key rows cost more elsewhere,
             because the softmax couples them (App. C.8).
         layers_backwards: whether the refinement tests the layers from the mid block back to the
@@ -52,11 +55,13 @@ class LocalizationSettings:
     threshold: float | None = None
     threshold_num_std: float = 1.0
     ssim_betas: tuple[float, ...] = (0.33, 0.33, 0.33)
+    data_range: str = "joint"
     projections: str = "value"
     layers_backwards: bool = True
 
     def __post_init__(self) -> None:
         _require(self.projections in PROJECTIONS, "projections", self.projections, " or ".join(PROJECTIONS))
+        _require(self.data_range in DATA_RANGES, "data_range", self.data_range, " or ".join(DATA_RANGES))
         _require(self.num_samples >= 2, "num_samples", self.num_samples, "at least 2 (pairs)")
         _require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "at least 1")
         in_schedule = 0 <= self.timestep_index < self.num_inference_steps
@@ -123,19 +128,30 @@ class ModelOptions:
     Attributes:
         device: torch device; ``auto`` takes a GPU if there is one.
         dtype: precision of the weights.
-        batch_size: number of latents in a U-Net pass. (default: those of one prompt; on a GPU those of four)
-        margin: distance from the threshold within which float32 decides again, for precisions below float32.
+        batch_size: latents that go through the U-Net at once. (default: those of one prompt, on a GPU of four)
+        margin: below float32: within this distance of the threshold, float32 decides again. (default: float16 0.002,
+            bfloat16 0.01)
     """
 
     device: str = "auto"
     dtype: str = "float32"
     batch_size: int | None = None
-    margin: float = 1e-3
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         in_range = self.batch_size is None or self.batch_size >= 1
         _require(in_range, "batch_size", self.batch_size, "at least 1")
-        _require(0 <= self.margin < 1, "margin", self.margin, "at least 0 and below 1")
+        in_range = self.margin is None or 0 <= self.margin < 1
+        _require(in_range, "margin", self.margin, "at least 0 and below 1")
+
+    @property
+    def margin_of_dtype(self) -> float:
+        """The margin that is given, or the one that suits the precision."""
+        return _MARGINS[self.dtype] if self.margin is None else self.margin
+
+
+# Several times the largest difference of a similarity that was measured, see benchmarks/RESULTS.md.
+_MARGINS = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -348,5 +364,5 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 PRESETS = {
     "released-code": LocalizationSettings(),
-    "paper": LocalizationSettings(timestep_index=0, layers_backwards=False),
+    "paper": LocalizationSettings(timestep_index=0, layers_backwards=False, data_range="one"),
 }

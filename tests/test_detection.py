@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nemo_prune.screening.detection import auroc, fdr_cut, separation, true_positive_rate, upper_limit
+from nemo_prune.screening.detection import auroc, fdr_cut, separation, true_positive_rate
 
 GENERATOR = np.random.default_rng
 
@@ -39,12 +39,6 @@ def test_one_false_alarm_in_a_hundred_is_allowed_and_none_in_less():
     ordinary, memorized = np.arange(100.0), np.array([98.5, 99.5, 50.0])
     assert true_positive_rate(memorized, ordinary).value == pytest.approx(2 / 3)
     assert true_positive_rate(memorized, ordinary[1:]).value == pytest.approx(1 / 3)
-
-
-def test_clopper_pearsons_limit_is_the_published_one():
-    assert upper_limit(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100), rel=1e-4)
-    assert upper_limit(5, 20) == pytest.approx(0.4556, abs=1e-4)
-    assert upper_limit(7, 7) == 1.0
 
 
 def test_the_cut_keeps_the_false_discovery_rate():

@@ -68,7 +68,7 @@ VariantOption = Annotated[str | None, option(MODEL, "Variant of the weights, suc
 DeviceOption = Annotated[str, setting(MODEL, ModelOptions, "device", "--device")]
 DtypeOption = Annotated[Dtype, setting(MODEL, ModelOptions, "dtype", "--dtype")]
 BatchSizeOption = Annotated[int | None, setting(MODEL, ModelOptions, "batch_size", "--batch-size")]
-MarginOption = Annotated[float, setting(MODEL, ModelOptions, "margin", "--margin")]
+MarginOption = Annotated[float | None, setting(MODEL, ModelOptions, "margin", "--margin")]
 RayOption = Annotated[
     str | None,
     option(
@@ -190,9 +190,7 @@ def method_settings(preset: Preset, **given: Any) -> LocalizationSettings:
     return LocalizationSettings.preset(preset.value, **given)
 
 
-def model_options(
-    device: str, dtype: Dtype, batch_size: int | None, margin: float = ModelOptions.margin
-) -> ModelOptions:
+def model_options(device: str, dtype: Dtype, batch_size: int | None, margin: float | None = None) -> ModelOptions:
     """How the model is computed, as the command line says."""
     return ModelOptions(device, dtype.value, batch_size, margin)
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from diffusers import StableDiffusionPipeline
 
 from nemo_prune.compute.session import Chunk, Result, Session
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.memory import release_memory
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import SettingsError
-from nemo_prune.models.source import ModelSource, load_pipeline
+from nemo_prune.models.source import ModelSource, load_pipeline, load_predicting
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 
 
@@ -33,16 +35,37 @@ class LocalSession(Session):
         self.device, self.dtype = choose_device(options.device), choose_dtype(options.dtype)
         self.pipe = load_pipeline(source.folder, self.device, self.dtype, source.variant)
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
-        self.scorer = Scorer(self.predictor, self._reference(), options.margin)
+        self._reference = self._float32()
+        self.scorer = self.scorer_of(self.predictor)
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
 
-    def _reference(self) -> NoisePredictor | None:
-        """The same model in float32, which decides what is too close to call in the lower precision."""
+    def scorer_of(self, predictor: NoisePredictor, scale: float = 0.0) -> Scorer:
+        """A scorer whose close calls float32 decides.
+
+        Args:
+            predictor: of this session's model.
+            scale: what the outputs of suppressed neurons are multiplied by.
+        """
+        reference = None
+        if self._reference is not None:
+            reference = NoisePredictor(self._reference, self.settings, self.options.batch_size, scale)
+        return Scorer(predictor, reference, self.options.margin_of_dtype)
+
+    def _float32(self) -> StableDiffusionPipeline | None:
+        """The same model in float32, without what draws: it decides what is too close for the lower precision."""
         if self.dtype == torch.float32:
             return None
-        pipe = load_pipeline(self.source.folder, self.device, torch.float32, self.source.variant)
-        return NoisePredictor(pipe, self.settings, self.options.batch_size)
+        return load_predicting(self.source.folder, self.device, torch.float32, self.source.variant)
+
+    def free(self) -> None:
+        """Give the weights' memory back; nothing can be predicted any more."""
+        for pipe in (self.pipe, self._reference):
+            if pipe is not None:
+                for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+                    if part is not None:
+                        part.to("meta")
+        release_memory()
 
     def map(
         self, task: Callable[["LocalSession", Chunk], Iterable[Result]], chunks: Iterable[Chunk]

@@ -24,8 +24,7 @@ def neuron_activations(layers: Mapping[str, nn.Linear], prompt_embeds: Tensor) -
         Dotted module name -> activations [batch, out_features], float32 on the CPU, at least 0.
     """
     return {
-        name: layer(prompt_embeds.to(layer.weight.dtype)).abs().float().mean(dim=1).cpu()
-        for name, layer in layers.items()
+        name: layer(prompt_embeds.to(layer.weight)).abs().float().mean(dim=1).cpu() for name, layer in layers.items()
     }
 
 

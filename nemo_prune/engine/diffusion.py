@@ -1,5 +1,6 @@
 """Predict a model's noise for a text, with any number of masks at once."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -8,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
-from nemo_prune.errors import ModelError
+from nemo_prune.engine.memory import named_shortage, with_less_at_once
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
@@ -60,6 +61,21 @@ def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0
         yield
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 in full while the context lasts, without TensorFloat-32.
+
+    By default torch lets convolutions round to 10 bits on GPUs that have it, which moves similarities by up to 5e-5.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int) -> Tensor:
     """Initial latents [num_samples, channels, height, width], float32, by one generator on the CPU."""
     size = unet.config.sample_size
@@ -77,10 +93,10 @@ class NoisePredictor:
     Args:
         pipe: a Stable Diffusion pipeline in evaluation mode.
         settings: number of samples, seed, schedule and timestep.
-        batch_size: latents that go through the U-Net at once, always the same number: the last digits of a
+        batch_size: latents that go through the U-Net at once, always as many: the last digits of a
             prediction depend on it, but on nothing else in the batch, as long as a sample's tensors fill the
-            processor's vectors, as those of published models do. Halved if memory is short.
-            By default those of one prompt; on a GPU those of four.
+            processor's vectors, as those of published models do. Halved where memory is short.
+            By default those of one prompt, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
 
     Attributes:
@@ -89,6 +105,8 @@ class NoisePredictor:
         timesteps: the schedule, the noisiest first.
         timestep: the one that the settings name.
         sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
+        computed_passes: the same with those.
+        calls: size of a batch -> how many went through the U-Net.
     """
 
     def __init__(
@@ -102,10 +120,13 @@ class NoisePredictor:
         self.settings = settings
         self.scale = scale
         self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
-        self.layers = find_text_projections(pipe.unet, settings.projections)
+        with named_shortage("the model and one sample"):
+            self.layers = find_text_projections(pipe.unet, settings.projections)
         self.sizes = layer_sizes(self.layers)
-        self.sample_passes = 0
-        # Asking the U-Net for its dtype walks through all of its weights, so ask once.
+        self.sample_passes = self.computed_passes = 0
+        self.calls: Counter[int] = Counter()
+        self._latents: dict[tuple[int, int], Tensor] = {}
+        # The U-Net walks through all of its weights whenever it is asked for its dtype.
         self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps)
@@ -116,10 +137,24 @@ class NoisePredictor:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Text embeddings of prompts, [batch, positions, width], padded to the encoder's length."""
-        embeds, _ = self.pipe.encode_prompt(
-            list(texts), self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        """Text embeddings of prompts, [batch, positions, width], padded to the encoder's length.
+
+        Raises:
+            ModelError: the device's memory does not take a single text.
+        """
+        texts = list(texts)
+
+        def encode(size: int) -> Tensor:
+            parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+            return torch.cat([self._encode(part) for part in parts])
+
+        return with_less_at_once(encode, len(texts), "encoding a text")[0]
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        with full_float32():
+            embeds, _ = self.pipe.encode_prompt(
+                texts, self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         return embeds
 
     def initial_latents(self, seed: int | None = None, num_samples: int | None = None) -> Tensor:
@@ -130,8 +165,11 @@ class NoisePredictor:
             num_samples: S; that of the settings unless given.
         """
         settings = self.settings
-        seed = settings.seed if seed is None else seed
-        return draw_latents(self.pipe.unet, num_samples or settings.num_samples, seed)
+        drawn = (settings.seed if seed is None else seed), num_samples or settings.num_samples
+        # All prompts share them.
+        if drawn not in self._latents:
+            self._latents[drawn] = draw_latents(self.pipe.unet, drawn[1], drawn[0])
+        return self._latents[drawn]
 
     @torch.no_grad()
     def predict_noise(
@@ -173,44 +211,40 @@ class NoisePredictor:
     ) -> Tensor:
         """Predict the noise of latents, each for a text of its own and with neurons of its own suppressed.
 
-        A batch that is not full is filled up, so a prediction does not depend on what it shares a
-        batch with. If a batch does not fit into the device's memory, the batch size is halved, for good.
+        A batch that is not full is filled up, so that a prediction does not depend on what it shares a
+        batch with. Where the device's memory does not take a batch, the batch size is halved, for good.
 
         Args:
             latents: initial latents [batch, channels, height, width].
             prompt_embeds: text embeddings [batch, positions, width].
-            suppressed: the neurons to suppress, one collection per sample.
-            batch_size: how many at once, if not the predictor's own.
-            timestep: of the model's training schedule, if not the predictor's own.
+            suppressed: the neurons to suppress, one collection a sample.
+            batch_size: how many at once, where it is not the predictor's own.
+            timestep: of the model's training, where it is not the predictor's own.
 
         Returns:
             Predicted noise [batch, channels, height, width], float32, on the model's device.
 
         Raises:
-            ModelError: a single sample does not fit into the device's memory.
+            ModelError: the device's memory does not take a single sample.
         """
-        latents = latents.to(self.pipe.unet.device)
         timestep = self.timestep if timestep is None else timestep
         predicted: list[Tensor] = []
         done = 0
         while done < len(latents):
             size = min(batch_size or self.batch_size, self.batch_size)
-            part = slice(done, done + size)
-            try:
-                predicted.append(
-                    self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size, timestep)
-                )
-            except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise ModelError(
-                        "The model and one sample do not fit into the device's memory. Use --dtype float16, or another "
-                        "--device."
-                    ) from error
-                self.batch_size = size // 2
-                torch.cuda.empty_cache()
-                continue
-            done += len(predicted[-1])
-        self.sample_passes += len(latents)
+
+            def predict(size: int, done: int = done) -> Tensor:
+                part = slice(done, done + size)
+                return self._predict_batch(latents[part], prompt_embeds[part], suppressed[part], size, timestep)
+
+            output, taken = with_less_at_once(predict, size, "the model and one sample")
+            if taken < size:
+                self.batch_size = taken
+            predicted.append(output)
+            done += len(output)
+            self.sample_passes += len(output)
+            self.computed_passes += taken
+            self.calls[taken] += 1
         return torch.cat(predicted)
 
     def _predict_batch(
@@ -222,8 +256,10 @@ class NoisePredictor:
         timestep: int,
     ) -> Tensor:
         unet, count = self.pipe.unet, len(latents)
-        filled = torch.arange(size).clamp_max(count - 1)
-        with suppress(self.layers, self._gates([suppressed[sample] for sample in filled]), self.scale):
+        latents, prompt_embeds = (each.to(unet.device) for each in (latents, prompt_embeds))
+        filled = torch.arange(size, device=unet.device).clamp_max(count - 1)
+        gates = self._gates([*suppressed, *[suppressed[-1]] * (size - count)])
+        with suppress(self.layers, gates, self.scale), full_float32():
             output = unet(
                 latents[filled].to(self._dtype),
                 timestep,
@@ -232,7 +268,7 @@ class NoisePredictor:
         return self._to_noise(output[:count].float(), latents, timestep)
 
     def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
-        """Dotted module name -> bool [batch, out_features], for the layers in which neurons are suppressed."""
+        """Dotted module name -> bool [batch, out_features], for the layers where anything is suppressed."""
         places: dict[str, tuple[list[int], list[int]]] = {}
         for sample, neurons in enumerate(suppressed):
             for layer, index in neurons:
@@ -246,7 +282,7 @@ class NoisePredictor:
         return gates
 
     def _to_noise(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
-        """The model's prediction as noise (the identities of arXiv 2202.00512, App. D)."""
+        """What the model predicts, as noise (the identities of arXiv 2202.00512, App. D)."""
         alpha_cumprod = float(self._alphas_cumprod[timestep])
         signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
         if self._prediction_type == "v_prediction":

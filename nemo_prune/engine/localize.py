@@ -2,22 +2,28 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite
+from typing import Literal
 
 from torch import Tensor
 
-from nemo_prune.engine.activations import ActivationStatistics, neuron_activations
+from nemo_prune.engine.activations import ActivationStatistics
 from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.memo import Detected, Memo
+from nemo_prune.engine.pool import Asked, Finished, Pool, Questions
 from nemo_prune.engine.preserve import Preserve
-from nemo_prune.engine.scorer import ScoredPrompt, Scorer
-from nemo_prune.engine.search import SearchResult, search_neurons
+from nemo_prune.engine.scorer import Scorer
+from nemo_prune.engine.search import SearchOptions, SearchResult, search_neurons
 from nemo_prune.engine.selection import Candidates
-from nemo_prune.engine.trials import Trial
-from nemo_prune.facts import Status
+from nemo_prune.engine.similarity import JOINT_REACH
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import LocalizationSettings
+
+Status = Literal["localized", "not_memorized", "unresolved"]
+# Prompts that are searched side by side at most: their tensors are in memory, a megabyte each for SD v1-4.
+_MOST_RUNNING = 512
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,22 @@ class PromptLocalization:
     Attributes:
         prompt: its text.
         status: ``localized``; ``not_memorized``: no seed was kept; ``unresolved``: the selection ran
-            out before the score reached the threshold, the neurons are the best that was found.
+            out before the score reached the threshold.
         score: its memorization score.
         kept_seeds: positions of the seeds that agree with another one.
         candidates: the initial set.
-        neurons: the refined set, a part of the candidates.
-        candidates_score: the highest suppressed similarity that was seen under the initial set, on the
-            seeds that were tried. None without a set.
+        neurons: the refined set, a part of the candidates; empty where an unresolved prompt's was not wanted.
+        candidates_score: the highest suppressed similarity that was seen under the initial set; not
+            every seed need have been tried. None without a set.
         neurons_score: the highest suppressed similarity under the refined set, over all kept seeds.
         theta: the cut on |z| that gave the candidates.
-        k: number of the most active neurons of each layer among them.
-        margin: the smallest distance of any similarity from the threshold it was compared with.
-        silenced_by_others: whether other prompts' neurons silence it, so it needs none of its own.
-        fell_back: whether the scores were not monotone, so every set had to be tried in turn.
+        k: how many of the most active neurons of each layer are among them.
+        margin: the smallest distance of any similarity from the threshold that decided about it.
+        silenced_by_others: whether other prompts' neurons silence it, so that it needs none of its own.
+        fell_back: whether the scores were not monotone, so that every set had to be tried in turn.
+        spare: neurons of the refined set that could be spared alone; for all others it is proven that they can't.
+        beyond_reach: whether even everything suppressed does not bring it under the threshold, so that no neurons
+            of these layers can.
         sample_passes: latents that went through the U-Net for it.
         seconds: its share of the wall time.
     """
@@ -57,12 +66,14 @@ class PromptLocalization:
     margin: float | None = None
     silenced_by_others: bool = False
     fell_back: bool = False
+    spare: tuple[Neuron, ...] = ()
+    beyond_reach: bool = False
     sample_passes: int = 0
     seconds: float = 0.0
 
     @property
     def is_memorized(self) -> bool:
-        """Whether the model memorizes the prompt, resolved or not."""
+        """Whether the model memorizes the prompt, be it resolved or not."""
         return self.status != "not_memorized"
 
 
@@ -74,17 +85,65 @@ class Localizer:
         scorer: the model, with the settings of the localization.
         calibration: the usual activations.
         threshold: tau.
-        preserve: how to spare ordinary captions, beyond the paper; None follows the paper.
+        preserve: departs from the paper in favour of ordinary captions; None follows it.
+        refine_unresolved: whether sets of unresolved prompts are wanted, and so refined.
+        memo: what is known already.
     """
 
     scorer: Scorer
     calibration: Calibration
     threshold: float
     preserve: Preserve | None = None
+    refine_unresolved: bool = False
+    memo: Memo = field(default_factory=Memo)
+
+    @property
+    def batch_size(self) -> int:
+        """Latents that go through the U-Net at once."""
+        return self.scorer.predictor.batch_size
+
+    @property
+    def reach(self) -> float:
+        """How far below the similarity over all seeds that of a seed alone may be."""
+        return JOINT_REACH if self.scorer.predictor.settings.data_range == "joint" else 0.0
+
+    @cached_property
+    def everything(self) -> frozenset[Neuron]:
+        """All neurons of the layers."""
+        sizes = self.scorer.predictor.sizes
+        return frozenset(Neuron(layer, index) for layer, size in sizes.items() for index in range(size))
+
+    def answer(self, asked: Sequence[Asked]) -> list[float]:
+        """Answers to trials; what is known is not asked again."""
+        answers = self.memo.known(asked)
+        unknown = [pair for pair, answer in zip(asked, answers, strict=True) if answer is None]
+        if not unknown:
+            return answers
+        found = self.scorer.answer(unknown)
+        self.memo.learn(unknown, found)
+        new = iter(found)
+        return [next(new) if answer is None else answer for answer in answers]
+
+    def detect(self, prompts: Sequence[str]) -> list[Detected]:
+        """Prompts with their kept seeds (Alg. 1), those that are kept from before and those that are scored now."""
+        latents = self.scorer.predictor.initial_latents()
+        known = {prompt: self.memo.recall(prompt, latents) for prompt in prompts}
+        waiting = [prompt for prompt in known if known[prompt] is None]
+        at_once = self.scorer.prompts_at_once
+        for start in range(0, len(waiting), at_once):
+            for detected in detect(self.scorer, waiting[start : start + at_once], self.threshold):
+                known[detected.scored.prompt] = detected
+                if detected.kept_seeds:
+                    self.memo.keep(detected)
+        return [known[prompt] for prompt in prompts]
+
+    def pool(self) -> Pool:
+        """For searches side by side."""
+        return Pool(self.answer, lambda: self.scorer.sample_passes)
 
 
 def count_statuses(localizations: Sequence[PromptLocalization]) -> dict[str, int]:
-    """How many prompts have each status, zeros included."""
+    """How many prompts have each status, also where it is none."""
     statuses = [each.status for each in localizations]
     return {status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")}
 
@@ -102,7 +161,7 @@ def select_candidates(
 
     Returns:
         Layer by layer: |z| > theta by index, then the k most active, the most active first. A neuron
-        that is both keeps its last place, because the refinement's real test comes there.
+        that is both stands at its last place: there the refinement's real test comes.
     """
     candidates = []
     for name, activation in activations.items():
@@ -124,8 +183,8 @@ def candidate_schedule(
     Args:
         activations: dotted module name -> [out_features], of one prompt.
         statistics: what is usual.
-        settings: where theta starts, by how much it falls, and where it ends.
-        suppressed: neurons that are no longer candidates.
+        settings: where theta starts, falls by and ends.
+        suppressed: neurons that are no candidates any more.
     """
     z_scores = statistics.z_scores(activations)
     schedule: list[Candidates] = []
@@ -140,9 +199,9 @@ def candidate_schedule(
 
 
 def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[PromptLocalization]:
-    """Find the memorization neurons of those prompts that are memorized (Sec. 3).
+    """Find the memorization neurons of prompts, of those that are memorized at all (Sec. 3).
 
-    As many prompts as fit into a batch are searched side by side; each trial is one sample of the batch.
+    Many prompts are searched side by side, each trial a sample of a batch.
 
     Args:
         localizer: the model and what is usual for it.
@@ -154,18 +213,19 @@ def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[P
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
-    scorer = localizer.scorer
     waiting = list(prompts)[::-1]
-    running: list[_Running] = []
-    while waiting or running:
-        while waiting and len(running) < scorer.predictor.batch_size:
-            group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
-            for detected in detect(scorer, group, localizer.threshold):
+    pool: Pool[Detected, SearchResult] = localizer.pool()
+    while waiting or len(pool):
+        while waiting and len(pool) < _MOST_RUNNING:
+            group = [waiting.pop() for _ in range(min(len(waiting), localizer.scorer.prompts_at_once))]
+            for detected in localizer.detect(group):
                 if detected.kept_seeds:
-                    running.append(_Running(localizer, detected))
+                    pool.add(detected, questions_of(localizer, detected))
                 else:
-                    yield detected.not_memorized()
-        yield from _take_a_step(scorer, running)
+                    yield not_memorized(detected)
+        if len(pool):
+            pool.step(localizer.batch_size)
+        yield from map(localization_of, pool.finished())
 
 
 def localize_prompt(localizer: Localizer, prompt: str) -> PromptLocalization:
@@ -173,46 +233,24 @@ def localize_prompt(localizer: Localizer, prompt: str) -> PromptLocalization:
     return next(localize_prompts(localizer, [prompt]))
 
 
-def localize_on_top(localizer: Localizer, detected: "Detected", suppressed: Collection[Neuron]) -> PromptLocalization:
-    """Find the neurons that a prompt needs beyond those that are suppressed already.
+def localize_on_top(
+    localizer: Localizer, detected: Sequence[Detected], suppressed: Collection[Neuron]
+) -> list[PromptLocalization]:
+    """Find the neurons that prompts need, each by itself, beyond those that are suppressed already.
 
     Args:
         localizer: the model and what is usual for it.
-        detected: a memorized prompt.
-        suppressed: what stays suppressed throughout. It must not be enough by itself.
+        detected: memorized prompts.
+        suppressed: what stays suppressed throughout; it alone must not be enough for any of them.
+
+    Returns:
+        One result per prompt, in their order.
     """
-    running = [_Running(localizer, detected, frozenset(suppressed))]
-    # Most steps ask a single trial; filling up a larger batch would be wasted.
-    while not (finished := list(_take_a_step(localizer.scorer, running, batch_size=1))):
-        pass
-    return finished[0]
-
-
-@dataclass(frozen=True)
-class Detected:
-    """A prompt whose seeds were compared (Alg. 1).
-
-    Attributes:
-        scored: its seeds with nothing suppressed.
-        kept_seeds: positions of the seeds that agree with another one; without any the prompt is not memorized.
-        sample_passes: latents that went through the U-Net for it.
-        seconds: its share of the wall time.
-    """
-
-    scored: ScoredPrompt
-    kept_seeds: tuple[int, ...]
-    sample_passes: int
-    seconds: float
-
-    def not_memorized(self) -> PromptLocalization:
-        """The result for a prompt without a kept seed."""
-        return PromptLocalization(
-            self.scored.prompt,
-            "not_memorized",
-            self.scored.memorization.score,
-            sample_passes=self.sample_passes,
-            seconds=self.seconds,
-        )
+    pool: Pool[Detected, SearchResult] = localizer.pool()
+    for each in detected:
+        pool.add(each, questions_of(localizer, each, frozenset(suppressed)))
+    found = {each.prompt: each for each in map(localization_of, pool.finish(lambda: localizer.batch_size))}
+    return [found[each.scored.prompt] for each in detected]
 
 
 def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Detected]:
@@ -227,74 +265,70 @@ def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Det
     ]
 
 
-class _Running:
-    """A prompt whose search waits for the answers to its trials."""
+def not_memorized(detected: Detected) -> PromptLocalization:
+    """The result for a prompt without a kept seed."""
+    return PromptLocalization(
+        detected.scored.prompt,
+        "not_memorized",
+        detected.scored.memorization.score,
+        sample_passes=detected.sample_passes,
+        seconds=detected.seconds,
+    )
 
-    def __init__(self, localizer: Localizer, detected: Detected, suppressed: frozenset[Neuron] = frozenset()) -> None:
-        predictor, preserve = localizer.scorer.predictor, localizer.preserve
-        activations = {
-            name: values[0]
-            for name, values in neuron_activations(predictor.layers, detected.scored.prompt_embeds[None]).items()
-        }
-        self.detected = detected
-        self.trials: list[Trial] = []
-        self.result: SearchResult | None = None
-        self._suppressed = suppressed
-        self._sample_passes, self._seconds = detected.sample_passes, detected.seconds
-        self._search = search_neurons(
-            candidate_schedule(activations, localizer.calibration.statistics, predictor.settings, suppressed),
-            detected.kept_seeds,
-            localizer.threshold,
-            list(predictor.layers)[:: -1 if predictor.settings.layers_backwards else 1],
-            preserve.costs if preserve else None,
-            preserve.strength if preserve else 0.0,
-        )
-        self.advance(None, 0, 0.0)
 
-    def advance(self, answers: list[float] | None, sample_passes: int, seconds: float) -> None:
-        """Go on to the next trials, or to the result."""
-        self._sample_passes += sample_passes
-        self._seconds += seconds
+def questions_of(
+    localizer: Localizer, detected: Detected, suppressed: frozenset[Neuron] = frozenset()
+) -> Questions[SearchResult]:
+    """The search for a prompt's neurons, as questions that name the prompt.
+
+    Args:
+        localizer: what is usual, and how to search.
+        detected: the prompt.
+        suppressed: what stays suppressed throughout.
+    """
+    predictor, preserve, scored = localizer.scorer.predictor, localizer.preserve, detected.scored
+    search = search_neurons(
+        candidate_schedule(
+            localizer.scorer.activations(scored), localizer.calibration.statistics, predictor.settings, suppressed
+        ),
+        detected.kept_seeds,
+        localizer.threshold,
+        list(predictor.sizes)[:: -1 if predictor.settings.layers_backwards else 1],
+        SearchOptions(
+            costs=preserve.costs if preserve else None,
+            widening=preserve.strength if preserve else 0.0,
+            everything=localizer.everything - suppressed,
+            refine_unresolved=localizer.refine_unresolved,
+            reach=localizer.reach,
+        ),
+    )
+    answers = None
+    while True:
         try:
-            trials = self._search.send(answers)
-            self.trials = [trial._replace(neurons=trial.neurons | self._suppressed) for trial in trials]
+            trials = search.send(answers)
         except StopIteration as finished:
-            self.trials, self.result = [], finished.value
-
-    def localization(self) -> PromptLocalization:
-        """What is kept of a finished search."""
-        result, scored = self.result, self.detected.scored
-        return PromptLocalization(
-            prompt=scored.prompt,
-            status="localized" if result.resolved else "unresolved",
-            score=scored.memorization.score,
-            kept_seeds=self.detected.kept_seeds,
-            candidates=result.selected.neurons,
-            neurons=result.neurons,
-            candidates_score=result.selected_score,
-            neurons_score=result.neurons_score,
-            theta=result.selected.theta,
-            k=result.selected.k,
-            margin=result.margin if isfinite(result.margin) else None,
-            fell_back=result.fell_back,
-            sample_passes=self._sample_passes,
-            seconds=self._seconds,
-        )
+            return finished.value
+        answers = yield [(scored, trial._replace(neurons=trial.neurons | suppressed)) for trial in trials]
 
 
-def _take_a_step(
-    scorer: Scorer, running: list[_Running], batch_size: int | None = None
-) -> Iterator[PromptLocalization]:
-    """Answer the trials of all searches together; those that end leave the list and are yielded."""
-    asked = [(each.detected.scored, trial) for each in running for trial in each.trials]
-    began, passes_before = time.perf_counter(), scorer.sample_passes
-    similarities = iter(scorer.answer(asked, batch_size))
-    passes, seconds = scorer.sample_passes - passes_before, time.perf_counter() - began
-    for each in running:
-        if each.result is None:
-            share = len(each.trials) / len(asked)
-            answers = list(islice(similarities, len(each.trials)))
-            each.advance(answers, round(passes * share), seconds * share)
-    finished = [each for each in running if each.result is not None]
-    running[:] = [each for each in running if each.result is None]
-    yield from (each.localization() for each in finished)
+def localization_of(finished: Finished[Detected, SearchResult]) -> PromptLocalization:
+    """What is kept of a finished search."""
+    result, detected = finished.result, finished.key
+    return PromptLocalization(
+        prompt=detected.scored.prompt,
+        status="localized" if result.resolved else "unresolved",
+        score=detected.scored.memorization.score,
+        kept_seeds=detected.kept_seeds,
+        candidates=result.selected.neurons,
+        neurons=result.neurons,
+        candidates_score=result.selected_score,
+        neurons_score=result.neurons_score,
+        theta=result.selected.theta,
+        k=result.selected.k,
+        margin=result.margin if isfinite(result.margin) else None,
+        fell_back=result.fell_back,
+        spare=result.spare,
+        beyond_reach=result.beyond_reach,
+        sample_passes=detected.sample_passes + finished.sample_passes,
+        seconds=detected.seconds + finished.seconds,
+    )

@@ -1,17 +1,19 @@
-"""One mask for a corpus: the union of its prompts' neurons, or prompt by prompt on top of the mask so far."""
+"""One mask for a corpus: the union of its prompts' neurons, or some prompts at a time on top of the mask so far."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from nemo_prune.engine.localize import Detected, Localizer, PromptLocalization, detect, localize_on_top
-from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.trials import Trial
-from nemo_prune.files.work import LineLog
+from nemo_prune.engine.dropping import drop_unneeded
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_on_top, not_memorized
+from nemo_prune.engine.memo import Detected
+from nemo_prune.engine.silence import Silence
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
+# Prompts that an incremental merge searches side by side: the more, the fuller the batches, and the more of them are
+# searched although another one's neurons silence them. The first few neurons silence the most, so that it begins small.
+_FIRST_WINDOW, WINDOW = 4, 32
 ROUNDS = 3
 
 
@@ -32,8 +34,8 @@ def prompts_per_neuron(
 ) -> dict[str, dict[int, int]]:
     """How many prompts need each neuron of a mask, without saying which.
 
-    In an incremental merge a prompt that others silence has no set of its own and does not count; the prompts counted
-    are those that brought a neuron into the mask.
+    In an incremental merge a prompt that others silence has no set of its own and counts nowhere, so that these are
+    the prompts that brought a neuron into the mask.
 
     Returns:
         Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
@@ -51,40 +53,74 @@ def _merged(localizations: Sequence[PromptLocalization], include_unresolved: boo
 
 
 def localize_incrementally(
-    localizer: Localizer, prompts: Sequence[str], suppressed: Collection[Neuron] = ()
+    localizer: Localizer,
+    prompts: Sequence[str],
+    suppressed: Collection[Neuron] = (),
+    known: Sequence[PromptLocalization] = (),
 ) -> Iterator[PromptLocalization]:
-    """Go through a corpus in its order, each prompt on top of the neurons of those before it.
+    """Go through a corpus in its order, some prompts at a time, on top of the neurons of those before them.
 
-    A prompt that these silence already needs no neuron of its own and costs one score.
+    A prompt that these silence already needs no neuron of its own and costs one score. The prompts of a window are
+    searched side by side, on top of the mask so far. What is found counts in their order: one that the neurons of
+    those before it silence meanwhile needs none either. Windows are counted from the beginning of the corpus, so that
+    a run that was stopped finds the same.
 
     Args:
         localizer: the model and what is usual for it.
         prompts: texts, in the order of the corpus.
-        suppressed: neurons of prompts that were done before.
+        suppressed: neurons that stay suppressed throughout.
+        known: results that are there already.
 
     Yields:
-        One result per prompt, in the order of the corpus; its neurons are those that came on top.
+        One result per prompt that has none yet, in the order of the corpus; its neurons are those that came on top.
     """
-    scorer, threshold = localizer.scorer, localizer.threshold
+    results = {each.prompt: each for each in known}
+    done = set(results)
     neurons = set(suppressed)
-    waiting = list(prompts)[::-1]
-    while waiting:
-        group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
-        for detected in detect(scorer, group, threshold):
-            if not detected.kept_seeds:
-                yield detected.not_memorized()
-                continue
-            passes_before = scorer.sample_passes
-            silent = _Corpus(scorer, [detected], threshold).is_silent(detected, neurons)
-            passes = detected.sample_passes + scorer.sample_passes - passes_before
-            detected = replace(detected, sample_passes=passes)
-            if silent:
-                yield _silenced(detected)
-                continue
-            found = localize_on_top(localizer, detected, neurons)
-            if found.status == "localized":
-                neurons.update(found.neurons)
-            yield found
+    for window in _windows(prompts):
+        if not done.issuperset(window):
+            for found in _localize_window(localizer, window, results, frozenset(neurons)):
+                results[found.prompt] = found
+                if found.prompt not in done:
+                    yield found
+        neurons.update(
+            neuron for text in window if results[text].status == "localized" for neuron in results[text].neurons
+        )
+
+
+def _windows(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Parts of a corpus, each twice as long as the one before it up to the largest."""
+    start, size = 0, _FIRST_WINDOW
+    while start < len(prompts):
+        yield prompts[start : start + size]
+        start, size = start + size, min(2 * size, WINDOW)
+
+
+def _localize_window(
+    localizer: Localizer,
+    window: Sequence[str],
+    known: Mapping[str, PromptLocalization],
+    neurons: frozenset[Neuron],
+) -> Iterator[PromptLocalization]:
+    """The results of a window's prompts, in their order; what is known is asked again of the memo alone."""
+    waiting = [text for text in window if text not in known or known[text].is_memorized]
+    detected = {each.scored.prompt: each for each in localizer.detect(waiting)}
+    memorized = [each for each in detected.values() if each.kept_seeds]
+    silence = Silence(localizer, {each.scored.prompt: each.kept_seeds for each in memorized})
+    awake = silence.awake(list(silence.prompts), neurons)
+    found = {each.prompt: each for each in localize_on_top(localizer, [detected[text] for text in awake], neurons)}
+    for text in waiting:
+        each = detected[text]
+        if not each.kept_seeds:
+            yield not_memorized(each)
+        elif text not in awake:
+            yield _silenced(each, silence)
+        else:
+            yield replace(found[text], sample_passes=found[text].sample_passes + silence.passes[text])
+            if found[text].status == "localized" and found[text].neurons:
+                neurons |= set(found[text].neurons)
+                later = awake[awake.index(text) + 1 :]
+                awake = awake[: awake.index(text) + 1] + silence.awake(later, neurons)
 
 
 @dataclass(frozen=True)
@@ -92,7 +128,7 @@ class SettledMask:
     """A corpus' mask that was scored again as a whole.
 
     Attributes:
-        mask: without the neurons that no prompt needs.
+        mask: what no prompt needs is not in it.
         localizations: the prompts; those that the others' neurons silenced, or that were localized
             on top of them, carry their new result.
         rounds: how often prompts had to be localized again.
@@ -106,10 +142,7 @@ class SettledMask:
 
 
 def settle_mask(
-    localizer: Localizer,
-    localizations: Sequence[PromptLocalization],
-    advance: Advance = ignored,
-    log_file: Path | None = None,
+    localizer: Localizer, localizations: Sequence[PromptLocalization], advance: Advance = ignored
 ) -> SettledMask:
     """Score every memorized prompt under the merged mask, localize what came back, drop what is not needed.
 
@@ -118,76 +151,82 @@ def settle_mask(
             neurons are dropped.
         localizations: one per prompt, in the order of the corpus.
         advance: called with the neurons that were tried and their number.
-        log_file: keeps which neurons are needed, as each is tried; neurons in it are not tried again.
     """
-    scorer, threshold, preserve = localizer.scorer, localizer.threshold, localizer.preserve
+    sizes, preserve = localizer.scorer.predictor.sizes, localizer.preserve
     results = {each.prompt: each for each in localizations}
-    memorized = [each.prompt for each in localizations if each.is_memorized]
-    corpus = _Corpus(scorer, [d for prompt in memorized for d in detect(scorer, [prompt], threshold)], threshold)
-    neurons = set(union_mask(localizations, scorer.predictor.sizes).neurons)
-    rounds, awake = 0, corpus.awake_under(neurons)
-    while awake and rounds < ROUNDS:
-        rounds += 1
-        for detected in awake:
-            # Neurons added for another prompt may silence it already.
-            if corpus.is_silent(detected, neurons):
-                continue
-            found = localize_on_top(localizer, detected, neurons)
-            if found.status == "localized":
-                neurons.update(found.neurons)
-                results[found.prompt] = _joined(results[found.prompt], found)
-        awake = corpus.awake_under(neurons)
-    for detected in awake:
-        # Whatever was found for it is not enough under the mask.
-        prompt = detected.scored.prompt
-        results[prompt] = replace(results[prompt], status="unresolved", silenced_by_others=False)
-    silenced = corpus.without({detected.scored.prompt for detected in awake})
-    for detected in silenced.detected:
-        if results[detected.scored.prompt].status == "unresolved":
-            results[detected.scored.prompt] = _silenced(detected)
-    order = list(scorer.predictor.layers)[::-1]
+    silence = Silence(localizer, {each.prompt: each.kept_seeds for each in localizations if each.is_memorized})
+    neurons = set(union_mask(localizations, sizes).neurons)
+    awake, rounds = _localize_what_is_awake(localizer, silence, results, neurons)
+    silenced = [prompt for prompt in silence.prompts if prompt not in awake]
+    for prompt in silenced:
+        if results[prompt].status == "unresolved":
+            results[prompt] = replace(
+                results[prompt], status="localized", neurons=(), neurons_score=None, silenced_by_others=True
+            )
+    order = list(sizes)[::-1]
     tried = sorted(neurons, key=lambda n: (-preserve.costs[n], n) if preserve else (order.index(n.layer), n.index))
-    needing = {neuron: each.prompt for each in results.values() for neuron in each.neurons}
-    log = LineLog(log_file, {"tried": tried, "threshold": threshold}) if log_file else None
-    needed = _needed(silenced, tried, needing, log, advance)
+    needing: dict[Neuron, list[str]] = {}
+    for prompt in silenced:
+        for neuron in results[prompt].neurons:
+            needing.setdefault(neuron, []).append(prompt)
+    needed = drop_unneeded(localizer, silence, silenced, tried, needing, advance)
     return SettledMask(
-        mask=NeuronMask.from_neurons(needed, scorer.predictor.sizes),
-        localizations=tuple(results[each.prompt] for each in localizations),
+        mask=NeuronMask.from_neurons(needed, sizes),
+        localizations=tuple(
+            replace(found, sample_passes=found.sample_passes + silence.passes[found.prompt])
+            for found in (results[each.prompt] for each in localizations)
+        ),
         rounds=rounds,
         num_dropped=len(tried) - len(needed),
     )
 
 
-def _needed(
-    silenced: "_Corpus",
-    tried: Sequence[Neuron],
-    needing: Mapping[Neuron, str],
-    log: LineLog | None,
-    advance: Advance,
-) -> set[Neuron]:
-    """Drop neurons one after the other as long as all prompts stay silent, and return what remains.
+def _localize_what_is_awake(
+    localizer: Localizer, silence: Silence, results: dict[str, PromptLocalization], neurons: set[Neuron]
+) -> tuple[list[str], int]:
+    """Localize the prompts that are awake under a mask on top of it, in rounds, until nothing is added.
 
-    Args:
-        silenced: the prompts.
-        tried: the neurons, in the order in which they are tried.
-        needing: neuron -> the prompt to ask first.
-        log: holds what is known already, and takes what is found.
-        advance: called with the neurons that were tried and their number.
+    What even everything suppressed does not silence is not tried again, nor any prompt under a mask that it was tried
+    under. ``results`` and ``neurons`` take in what is found.
+
+    Returns:
+        The prompts that stay awake, and the number of rounds.
     """
-    neurons = set(tried)
-    known = {Neuron(layer, index): is_needed for layer, index, is_needed in log or ()}
-    for done, neuron in enumerate(tried, start=1):
-        if neuron not in known:
-            known[neuron] = not silenced.is_silenced_by(neurons - {neuron}, needing.get(neuron))
-            if log:
-                log.append([*neuron, known[neuron]])
-        if not known[neuron]:
-            neurons.remove(neuron)
-        advance(done, len(tried))
-    return neurons
+    awake, rounds = silence.awake(list(silence.prompts), neurons), 0
+    tried: dict[str, frozenset[Neuron]] = {}
+    while rounds < ROUNDS:
+        mask = frozenset(neurons)
+        again = [text for text in awake if not results[text].beyond_reach and tried.get(text) != mask]
+        if not again:
+            break
+        rounds += 1
+        before = {text: results[text] for text in again}
+        for text, found in zip(again, _localize_again(localizer, silence, again, neurons), strict=True):
+            tried[text] = mask
+            if found is not None:
+                results[text] = _joined(before[text], found)
+        if neurons == mask:
+            break
+        awake = silence.awake(list(silence.prompts), neurons)
+    return awake, rounds
 
 
-def _silenced(detected: Detected) -> PromptLocalization:
+def _localize_again(
+    localizer: Localizer, silence: Silence, prompts: Sequence[str], neurons: set[Neuron]
+) -> Iterator[PromptLocalization | None]:
+    """The new results of prompts, some at a time on top of the mask so far; None where others silence them."""
+    for start in range(0, len(prompts), WINDOW):
+        window = silence.awake(prompts[start : start + WINDOW], neurons) if start else prompts[:WINDOW]
+        # Their detection is in the passes of their first result.
+        detected = [replace(each, sample_passes=0, seconds=0.0) for each in localizer.detect(window)]
+        found = dict(zip(window, localize_on_top(localizer, detected, neurons), strict=True))
+        for text in prompts[start : start + WINDOW]:
+            if text in found and found[text].status == "localized":
+                neurons.update(found[text].neurons)
+            yield found.get(text)
+
+
+def _silenced(detected: Detected, silence: Silence) -> PromptLocalization:
     """The result for a prompt that other prompts' neurons silence."""
     return PromptLocalization(
         prompt=detected.scored.prompt,
@@ -195,67 +234,17 @@ def _silenced(detected: Detected) -> PromptLocalization:
         score=detected.scored.memorization.score,
         kept_seeds=detected.kept_seeds,
         silenced_by_others=True,
-        sample_passes=detected.sample_passes,
+        sample_passes=detected.sample_passes + silence.passes[detected.scored.prompt],
         seconds=detected.seconds,
     )
 
 
 def _joined(old: PromptLocalization, new: PromptLocalization) -> PromptLocalization:
     """The result of a prompt that was localized again, with its earlier neurons if they are in the mask."""
-    if old.status != "localized":
-        return new
-    neurons = (*old.neurons, *(neuron for neuron in new.neurons if neuron not in old.neurons))
-    return replace(new, neurons=neurons, sample_passes=old.sample_passes + new.sample_passes)
-
-
-class _Corpus:
-    """Memorized prompts, asked whether they are silent under a set of neurons.
-
-    A prompt is silent when no kept seed's similarity is above the threshold. The seed that was
-    above it last is asked first.
-    """
-
-    def __init__(self, scorer: Scorer, detected: Sequence[Detected], threshold: float) -> None:
-        self.detected = list(detected)
-        self._scorer, self._threshold = scorer, threshold
-        self._seeds = {each.scored.prompt: list(each.kept_seeds) for each in self.detected}
-
-    def without(self, prompts: Collection[str]) -> "_Corpus":
-        """The corpus without some prompts."""
-        kept = [each for each in self.detected if each.scored.prompt not in prompts]
-        return _Corpus(self._scorer, kept, self._threshold)
-
-    def is_silenced_by(self, neurons: Collection[Neuron], first: str | None = None) -> bool:
-        """Whether all prompts are silent; stops at the first seed that is not.
-
-        Args:
-            neurons: what is suppressed.
-            first: the prompt to ask before all others.
-        """
-        ordered = sorted(self.detected, key=lambda each: each.scored.prompt != first)
-        hardest = [(each, self._seeds[each.scored.prompt][0]) for each in ordered]
-        others = [(each, seed) for each in ordered for seed in self._seeds[each.scored.prompt][1:]]
-        size = self._scorer.predictor.batch_size
-        parts = [hardest[:1], hardest[1:], *(others[start : start + size] for start in range(0, len(others), size))]
-        return not any(self._first_above(neurons, part) for part in parts if part)
-
-    def awake_under(self, neurons: Collection[Neuron]) -> list[Detected]:
-        """The prompts that are not silent."""
-        return [each for each in self.detected if not self.is_silent(each, neurons)]
-
-    def is_silent(self, detected: Detected, neurons: Collection[Neuron]) -> bool:
-        """Whether one of the prompts is silent."""
-        seeds = [(detected, seed) for seed in self._seeds[detected.scored.prompt]]
-        return not any(self._first_above(neurons, part) for part in (seeds[:1], seeds[1:]) if part)
-
-    def _first_above(self, neurons: Collection[Neuron], pairs: Sequence[tuple[Detected, int]]) -> bool:
-        if not neurons:
-            return True
-        trials = [(each.scored, Trial(frozenset(neurons), seed, self._threshold)) for each, seed in pairs]
-        for (each, seed), similarity in zip(pairs, self._scorer.answer(trials), strict=True):
-            if not similarity <= self._threshold:
-                seeds = self._seeds[each.scored.prompt]
-                seeds.remove(seed)
-                seeds.insert(0, seed)
-                return True
-        return False
+    passes, seconds = old.sample_passes + new.sample_passes, old.seconds + new.seconds
+    if new.status != "localized":
+        return replace(old, sample_passes=passes, seconds=seconds)
+    neurons = new.neurons
+    if old.status == "localized":
+        neurons = (*old.neurons, *(neuron for neuron in new.neurons if neuron not in old.neurons))
+    return replace(new, neurons=neurons, sample_passes=passes, seconds=seconds)

@@ -1,17 +1,20 @@
-"""The refined set (Alg. 4): the neurons of the initial set that cannot be dropped, in the order of the greedy sweep."""
+"""The refined set (Alg. 4): what of the initial set can't be spared, in the order of the greedy sweep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 
 from nemo_prune.engine.selection import Candidates, Selection
-from nemo_prune.engine.trials import Limit, Record, Search
+from nemo_prune.engine.trials import Limit, Record, Search, Why
 from nemo_prune.mask import Neuron
+
+# Groups that are asked about at once in a search set by set.
+_LONGEST_RUN = 8
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The state of the greedy sweep.
+    """Where the greedy sweep stands.
 
     Attributes:
         kept: what is suppressed, in the order of the tests.
@@ -28,11 +31,11 @@ class Sweep:
     tested: int = 0
 
     def without(self, groups: int) -> frozenset[Neuron]:
-        """What remains suppressed when the first pending groups, so many, are switched back on."""
+        """What remains suppressed when so many pending groups act again."""
         return frozenset(self.kept).difference(*self.pending[:groups])
 
     def after(self, dropped: int, needed: int) -> "Sweep":
-        """The sweep after dropping a number of groups and finding the next ones to be needed."""
+        """The sweep after so many groups were dropped and so many after them found to be needed."""
         remaining = self.without(dropped)
         return Sweep(
             kept=tuple(neuron for neuron in self.kept if neuron in remaining),
@@ -48,7 +51,7 @@ class Sweep:
 
     @property
     def likely_run(self) -> int:
-        """How many groups at once are dispensable with about even odds, judging by the groups so far."""
+        """How many groups at once are dispensable with about even odds, going by those so far."""
         share_needed = (self.needed + 1) / (self.tested + 3)
         return min(len(self.pending), max(1, round(log(2) / share_needed)))
 
@@ -66,14 +69,15 @@ def sweep_by_cost(neurons: Sequence[Neuron], costs: Mapping[Neuron, float]) -> S
 
 
 def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[Neuron, ...] | None]:
-    """The greedy sweep, with runs dropped at once; None if the result cannot be proven.
+    """The greedy sweep, with runs dropped at once; None where the result can't be proven.
 
-    During the sweep a single seed tests each set. The final set is tried on all seeds. A seed that refutes it
-    takes the sweep back to the last set that this seed did not refute, and is asked first from then on. If there
-    is no such set, the initial set was not enough.
+    While the sweep goes on a set is refuted by one seed alone. What it ends with is tried on all. A
+    seed that refutes it takes the sweep back to where this seed was still under the limit, and is
+    the first to be asked from then on. If that is nowhere, the initial set was not enough.
     """
     limit, sweeps = selection.limit, [start]
     while True:
+        record.why = Why.REFINEMENT
         sweep = sweeps[-1]
         if sweep.pending:
             sweeps.append((yield from _next_needed(sweep, limit, record)))
@@ -86,24 +90,24 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
             if not sweeps or record.contradicts_monotonicity():
                 return None
     neurons = sweeps[-1].kept
-    proven = yield from _none_can_be_spared(neurons, limit, record)
-    return neurons if proven else None
+    spare = yield from spare_neurons(neurons, limit, record)
+    return None if spare else neurons
 
 
 def _is_enough(sweep: Sweep, start: Sweep, selection: Selection, record: Record) -> Search[bool]:
     """Whether no seed refutes what the sweep ended with."""
-    limit = selection.limit
+    limit, record.why = selection.limit, Why.ENOUGH
     if sweep.kept == start.kept:
         if not selection.resolved:
-            # Nothing could be dropped, and the initial set cannot be below its own score.
+            # Nothing could be spared, and the initial set can't be below its own score.
             return True
-        # The initial set may reach tau exactly; any part of it must be strictly below.
+        # The initial set need only not be above tau; what is a part of it must be below.
         limit = Limit(limit.value, strict=False)
     return (yield from record.refuting_seed(sweep.without(0), limit)) is None
 
 
 def _next_needed(sweep: Sweep, limit: Limit, record: Record) -> Search[Sweep]:
-    """Drop the likely run of groups, or find the first of them that is needed."""
+    """Drop the likely run of groups, or find the first of them that can't be spared."""
     passes, fails = 0, sweep.likely_run + 1
     probe = sweep.likely_run
     is_refuted = record.is_closely_refuted if sweep.of_layers else record.is_refuted
@@ -120,7 +124,7 @@ def _next_needed(sweep: Sweep, limit: Limit, record: Record) -> Search[Sweep]:
 
 
 def _still_unrefuted(sweeps: Sequence[Sweep], selection: Selection, record: Record) -> Search[list[Sweep]]:
-    """The steps up to which the first seed refuted nothing, found by halving."""
+    """The part of the way along which the first seed refuted nothing, found by halving."""
     passes, fails = 0, len(sweeps) - 1
     if selection.resolved:
         of_selection = Limit(selection.limit.value, strict=False)
@@ -135,24 +139,57 @@ def _still_unrefuted(sweeps: Sequence[Sweep], selection: Selection, record: Reco
     return list(sweeps[: passes + 1])
 
 
-def _none_can_be_spared(neurons: Sequence[Neuron], limit: Limit, record: Record) -> Search[bool]:
-    """Whether some seed refutes the set without each neuron: one trial per neuron in the best case."""
+def spare_neurons(neurons: Sequence[Neuron], limit: Limit, record: Record) -> Search[tuple[Neuron, ...]]:
+    """The neurons whose absence no seed refutes: one trial a neuron, if there are none.
+
+    Each is spare by itself; without one of them the others may be needed.
+    """
+    record.why = Why.NOTHING_TO_SPARE
     smaller = [frozenset(neurons) - {neuron} for neuron in neurons]
     pairs = [(each, record.likely_refuter(each, limit)) for each in smaller]
     similarities = yield from record.ask(pairs, limit)
-    for each, similarity in zip(smaller, similarities, strict=True):
+    spare = []
+    for neuron, each, similarity in zip(neurons, smaller, similarities, strict=True):
         if limit.holds(similarity) and (yield from record.refuting_seed(each, limit)) is None:
-            return False
-    return True
+            spare.append(neuron)
+    return tuple(spare)
 
 
 def refine_in_turn(start: Sweep, limit: Limit, record: Record) -> Search[tuple[Neuron, ...]]:
-    """The greedy sweep as the released code does it: one group after the other, see :meth:`Record.refuting_seed`."""
+    """The greedy sweep as the released code does it: one group after the other, all seeds of each.
+
+    The next few groups are asked about at once, as if those before them could be spared, as most can.
+    """
     sweep = start
     while sweep.pending or sweep.of_layers:
         if not sweep.pending:
             sweep = sweep.of_neurons()
             continue
-        seed = yield from record.refuting_seed(sweep.without(1), limit)
-        sweep = sweep.after(1, 0) if seed is None else sweep.after(0, 1)
+        run = min(sweep.likely_run, _LONGEST_RUN)
+        dropped = yield from _dropped_in_turn([sweep.without(n) for n in range(1, run + 1)], limit, record)
+        sweep = sweep.after(dropped, int(dropped < run))
     return sweep.kept
+
+
+def _dropped_in_turn(sets: Sequence[frozenset[Neuron]], limit: Limit, record: Record) -> Search[int]:
+    """How many sets of a chain are under the limit for all seeds before the first that is not."""
+    for place, each in enumerate(sets):
+        refuter = record.known_refuter(each, limit)
+        if refuter is not None:
+            record.put_first(refuter)
+            sets = sets[:place]
+            break
+    first = record.seeds[0]
+    # The seed that refuted last is asked about the whole chain, the others about what it leaves of it.
+    asked = [each for each in sets if first in record.open_seeds(each, limit)]
+    similarities = yield from record.ask([(each, first) for each in asked], limit)
+    refuted = next((each for each, value in zip(asked, similarities, strict=True) if not limit.holds(value)), None)
+    if refuted is not None:
+        sets = sets[: sets.index(refuted)]
+    pairs = [(each, seed) for each in sets for seed in record.open_seeds(each, limit) if seed != first]
+    similarities = yield from record.ask(pairs, limit)
+    for (each, seed), similarity in zip(pairs, similarities, strict=True):
+        if not limit.holds(similarity):
+            record.put_first(seed)
+            return sets.index(each)
+    return len(sets)

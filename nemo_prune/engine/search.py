@@ -1,32 +1,36 @@
-"""Which set of neurons to score next: NeMo's search (Alg. 3 and 4) with as few scores as possible.
+"""Which set of neurons to score next: NeMo's search (Alg. 3 and 4) with as few scores as it can.
 
-The search knows no tensors. It is a generator: it yields the trials that it needs and is sent their
-similarities, so its caller can put the trials of many prompts into one batch. Three things make it
-cheap:
+The search knows no tensors. It is a generator: it yields the trials that it wants to know about and
+is sent their similarities, so that whoever drives it can put the trials of many prompts into one
+batch. Three things make it cheap:
 
-- A set fails as soon as one seed exceeds the threshold. So each set is first tried on the seed that
-  refuted a set last, and the other seeds are asked only about the final set.
-- Runs of dispensable neurons are dropped with one trial: the next neuron that is needed is found by
-  halving (adaptive group testing), in the order of the greedy sweep.
+- A set fails as soon as one seed exceeds the threshold. So a set is tried on the seed first that
+  refuted a set last, and the other seeds are asked only about what would be the result.
+- Runs of dispensable neurons go with one trial: the next neuron that can't be spared is searched
+  for by halving (adaptive group testing), in the very order of the greedy sweep.
 - The selection's sets are nested, so its schedule is searched instead of walked.
 
 The last two hold only if the similarity is monotone: suppressing more never raises it. The result is
-therefore proven: every seed is under the threshold, and for every neuron some seed is above it
-without that neuron. If this proof, or any two trials on the way, contradict monotonicity, the prompt
-is searched again as the released code does it, one set after the other, all seeds of each. There a
-seed is left out only if the trials so far allow no other answer, even with scores twice as far from
-monotone as the furthest seen. With scores that follow no rule, no seed is left out.
+therefore proven: every seed under the threshold, and for every neuron a seed above it without that
+neuron. Where this, or any two trials on the way, contradict monotonicity, the prompt is searched
+again as the released code does it, one set after the other, all seeds of each. There a seed is left
+out only where the trials so far leave no room for another answer, even if scores are twice as far
+from monotone as the furthest that was seen. Scores without any rule leave no such place. The next few sets of such a
+search are asked about at once.
+
+What the whole of the layers does not bring under tau, no part of them is likely to: that is asked first, and then the
+selection's sets all at once. An unresolved prompt is not refined unless its set is wanted.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_prune.engine.refinement import refine, refine_in_turn, sweep_by_cost, sweep_by_layers
-from nemo_prune.engine.selection import Candidates, Selection, select, select_in_turn
-from nemo_prune.engine.trials import Record, Search
+from nemo_prune.engine.refinement import refine, refine_in_turn, spare_neurons, sweep_by_cost, sweep_by_layers
+from nemo_prune.engine.selection import Candidates, Selection, first_unrefuted, select, select_in_turn
+from nemo_prune.engine.trials import Limit, Record, Search, Why
 from nemo_prune.mask import Neuron
 
-# In a search set by set, scores may be this many times as far from monotone as was seen.
+# How much further from monotone than was seen scores may be, in a search set by set.
 _SLACK = 2.0
 
 
@@ -37,21 +41,48 @@ class SearchResult:
     Attributes:
         selected: the step of the schedule at which the selection ended.
         resolved: whether that set reached tau; otherwise it is the schedule's last.
-        selected_score: the highest similarity of the seeds that were tried under that set; the other
-            seeds are under tau because they are under the refined set, a part of it.
-        neurons: the refined set, in the order of the tests.
-        neurons_score: the highest similarity of any seed under it.
-        fell_back: whether the scores were not monotone, so every set was tried in turn.
+        selected_score: the highest similarity of those seeds that were tried under that set; the
+            others are under tau because they are so under the refined set, a part of it.
+        neurons: the refined set, in the order of the tests; empty where an unresolved prompt's is not wanted.
+        neurons_score: the highest similarity of any seed under it; None without one.
+        fell_back: whether the scores were not monotone, so that every set was tried in turn.
         margin: the smallest distance of any similarity from what it was compared with.
+        spare: neurons of the refined set whose absence alone no seed refutes; only a search set by set leaves any.
+        beyond_reach: whether even everything suppressed does not bring the prompt under tau.
     """
 
     selected: Candidates
     resolved: bool
     selected_score: float
     neurons: tuple[Neuron, ...]
-    neurons_score: float
+    neurons_score: float | None
     fell_back: bool
     margin: float
+    spare: tuple[Neuron, ...] = ()
+    beyond_reach: bool = False
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a search does beyond the paper.
+
+    Attributes:
+        costs: what suppressing each neuron costs; with them a cheaper set is searched as well, which is
+            not in the paper: single neurons alone are tested, the most costly first, so that what remains
+            is cheap. The cheaper one of both counts.
+        widening: with costs, how much of the schedule behind the first set that is enough is added to
+            it, 0 to 1: the more candidates there are, the more of the costly ones can be spared.
+        everything: all neurons of the layers; with them it is asked first whether they are enough.
+        refine_unresolved: whether the set of an unresolved prompt is refined.
+        reach: how far below the similarity over all seeds that of a seed alone may be, see
+            :class:`~nemo_prune.engine.trials.Record`.
+    """
+
+    costs: Mapping[Neuron, float] | None = None
+    widening: float = 0.0
+    everything: frozenset[Neuron] = frozenset()
+    refine_unresolved: bool = True
+    reach: float = 0.0
 
 
 def search_neurons(
@@ -59,8 +90,7 @@ def search_neurons(
     seeds: Sequence[int],
     threshold: float,
     layer_order: Sequence[str],
-    costs: Mapping[Neuron, float] | None = None,
-    widening: float = 0.0,
+    options: SearchOptions = SearchOptions(),
 ) -> Search[SearchResult]:
     """Find the neurons without which a prompt's seeds no longer agree (Alg. 3 and 4).
 
@@ -72,21 +102,39 @@ def search_neurons(
         seeds: positions of the kept seeds.
         threshold: tau.
         layer_order: dotted module names in the order in which the refinement tests the layers.
-        costs: what suppressing each neuron costs. With them a cheaper set is searched as well, which is
-            not in the paper: single neurons alone are tested, the most costly first, which leaves the
-            cheap ones. The cheaper of the two sets is taken.
-        widening: with costs, the share of the schedule after the first set that is enough which is
-            added to it, 0 to 1: with more candidates more of the costly ones can be spared.
+        options: what is not in the paper.
     """
-    record = Record(seeds)
-    selection, neurons, fell_back = yield from _search_as_the_paper(schedule, record, threshold, layer_order)
-    if costs is not None:
-        pool = schedule[_widened(schedule.index(selection.step), len(schedule), widening)].neurons
-        cheap = yield from refine(sweep_by_cost(pool, costs), selection, record)
-        # The cheaper set is optional: if it cannot be proven, the paper's set stays.
-        if cheap is not None and _total(costs, cheap) < _total(costs, neurons):
-            neurons = cheap
+    record = Record(seeds, reach=options.reach)
+    beyond_reach = yield from _is_beyond_reach(schedule, record, threshold, options)
+    if beyond_reach and not options.refine_unresolved:
+        selection = Selection(schedule[-1], False, Limit(threshold, strict=False))
+        return _result(record, selection, (), None, beyond_reach=True)
+    selection, neurons, fell_back = yield from _search_as_the_paper(schedule, record, threshold, layer_order, options)
+    if not neurons:
+        return _result(record, selection, (), None, fell_back, beyond_reach=beyond_reach)
+    spare: tuple[Neuron, ...] = ()
+    if fell_back:
+        spare = yield from spare_neurons(neurons, selection.limit, record)
+    if options.costs is not None:
+        pool = schedule[_widened(schedule.index(selection.step), len(schedule), options.widening)].neurons
+        cheap = yield from refine(sweep_by_cost(pool, options.costs), selection, record)
+        # What can't be proven is not needed: the paper's set stands.
+        if cheap is not None and _total(options.costs, cheap) < _total(options.costs, neurons):
+            neurons, spare = cheap, ()
+    record.why = Why.ENOUGH
     score = yield from record.score(frozenset(neurons), selection.limit)
+    return _result(record, selection, neurons, score, fell_back, spare, beyond_reach)
+
+
+def _result(
+    record: Record,
+    selection: Selection,
+    neurons: tuple[Neuron, ...],
+    score: float | None,
+    fell_back: bool = False,
+    spare: tuple[Neuron, ...] = (),
+    beyond_reach: bool = False,
+) -> SearchResult:
     return SearchResult(
         selected=selection.step,
         resolved=selection.resolved,
@@ -95,38 +143,63 @@ def search_neurons(
         neurons_score=score,
         fell_back=fell_back,
         margin=record.margin,
+        spare=spare,
+        beyond_reach=beyond_reach,
     )
 
 
+def _is_beyond_reach(
+    schedule: Sequence[Candidates], record: Record, threshold: float, options: SearchOptions
+) -> Search[bool]:
+    """Whether neither everything suppressed nor any set of the schedule brings the prompt under tau."""
+    if not options.everything:
+        return False
+    limit, record.why = Limit(threshold, strict=False), Why.EVERYTHING
+    if not (yield from record.is_refuted(options.everything, limit)):
+        return False
+    # Scores need not be monotone: a part of everything might do what the whole does not.
+    record.why = Why.SELECTION
+    sets = [frozenset(step.neurons) for step in schedule]
+    return (yield from first_unrefuted(sets, record, limit)) == len(sets)
+
+
 def _search_as_the_paper(
-    schedule: Sequence[Candidates], record: Record, threshold: float, layer_order: Sequence[str]
+    schedule: Sequence[Candidates],
+    record: Record,
+    threshold: float,
+    layer_order: Sequence[str],
+    options: SearchOptions,
 ) -> Search[tuple[Selection, tuple[Neuron, ...], bool]]:
     """Where the selection ended, the refined set, and whether every set had to be tried in turn."""
-    neurons, monotone, rounds = None, True, 0
-    # A round that ends without neurons has refuted an initial set, so the next begins with a larger one.
+    neurons, monotone, rounds, wanted = None, True, 0, options.refine_unresolved
+    # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
     while neurons is None and monotone and rounds < len(schedule):
-        selection = yield from select(schedule, record, threshold)
+        selection = yield from select(schedule, record, threshold, wanted)
+        if not selection.resolved and not wanted:
+            return selection, (), False
         neurons = yield from refine(sweep_by_layers(selection.step, layer_order), selection, record)
         monotone = not record.contradicts_monotonicity()
         rounds += 1
     fell_back = neurons is None or not monotone
     if fell_back:
-        selection, neurons = yield from _search_in_turn(schedule, record, threshold, layer_order)
+        selection, neurons = yield from _search_in_turn(schedule, record, threshold, layer_order, wanted)
     return selection, neurons, fell_back
 
 
 def _search_in_turn(
-    schedule: Sequence[Candidates], record: Record, threshold: float, layer_order: Sequence[str]
+    schedule: Sequence[Candidates], record: Record, threshold: float, layer_order: Sequence[str], wanted: bool
 ) -> Search[tuple[Selection, tuple[Neuron, ...]]]:
-    """The released code's procedure, set by set; a seed is asked unless its answer is known to follow.
+    """The released code's procedure, set by set; a seed is asked unless it is known what it must answer.
 
-    An answer follows if the trials so far allow no other, assuming that no score is more than twice as far from
-    monotone as the furthest seen. If a later trial breaks that assumption, everything is decided again with more
-    room.
+    It must answer what the trials so far leave no room for, if no score is further from monotone than twice
+    the furthest that was seen. Where a trial on the way is, all of it is decided again with more room.
     """
     record.slack = _SLACK * record.largest_violation()
     while True:
-        selection = yield from select_in_turn(schedule, record, threshold)
+        record.why = Why.IN_TURN
+        selection = yield from select_in_turn(schedule, record, threshold, wanted)
+        if not selection.resolved and not wanted:
+            return selection, ()
         neurons = yield from refine_in_turn(sweep_by_layers(selection.step, layer_order), selection.limit, record)
         needed = _SLACK * record.largest_violation()
         if needed <= record.slack:
@@ -135,7 +208,7 @@ def _search_in_turn(
 
 
 def _widened(first: int, steps: int, widening: float) -> int:
-    """The step of the schedule at a share of the way from one step to the last."""
+    """The step of the schedule that lies a share of the way from one to the last."""
     return first + round(widening * (steps - 1 - first))
 
 

@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import BoolTensor, Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure as multiscale_ssim,
-)
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from nemo_prune.errors import ModelError
 
 # Smallest side in pixels -> Gaussian sigma, and the `kernel_size` that passes torchmetrics' check
 # of the size (the taps follow from sigma alone: 11, 9 and 5). The first row is the paper's.
 _SSIM_WINDOWS = ((44, 1.5, 11), (28, 1.0, 7), (12, 0.5, 3))
+
+# How far the similarity of a seed alone may be below the one with the range of the data taken over all kept seeds:
+# what was measured on noise differences of 64x64 latents near tau, from white noise to 1/f (benchmarks/ranges.py).
+JOINT_REACH = 0.006
 
 
 def noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
@@ -61,22 +64,62 @@ def ssim_window(height: int, width: int) -> tuple[float, int]:
     )
 
 
-def similarity(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
+def similarity(a: Tensor, b: Tensor, betas: Sequence[float], ranges: Tensor | None = None) -> Tensor:
     """Multi-scale SSIM of noise differences, sample by sample (Alg. 1).
+
+    torchmetrics' multi-scale SSIM takes one range for a whole call, so its scales are put together here, each with
+    ranges of the samples' own.
 
     Args:
         a: noise differences [batch, channels, height, width] in 0..1.
         b: as many others.
         betas: exponent per scale.
+        ranges: the range of the data of each sample at each scale, [batch, scales], see :func:`joint_ranges`; 1 where
+            it is not given.
 
     Returns:
         [batch], at most 1.
     """
     sigma, kernel_size = ssim_window(*a.shape[-2:])
-    return multiscale_ssim(
-        a, b, sigma=sigma, kernel_size=kernel_size, betas=tuple(betas), data_range=1.0,
-        normalize="relu", reduction="none",
-    ).reshape(-1)  # fmt: skip
+    product = torch.ones(len(a), device=a.device)
+    for scale, beta in enumerate(betas):
+        whole, contrast = ssim(
+            a, b, sigma=sigma, kernel_size=kernel_size, reduction="none", return_contrast_sensitivity=True,
+            data_range=1.0 if ranges is None else ranges[:, scale, None, None, None],
+        )  # fmt: skip
+        last = scale == len(betas) - 1
+        product = product * torch.relu(whole if last else contrast) ** beta
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product
+
+
+def extremes(noise_differences: Tensor, num_scales: int) -> Tensor:
+    """Lowest and highest value of each sample at every scale of the multi-scale SSIM.
+
+    Args:
+        noise_differences: [batch, channels, height, width].
+        num_scales: how often they are compared, each time at half the size.
+
+    Returns:
+        [batch, num_scales, 2]: minimum and maximum.
+    """
+    found = []
+    for _ in range(num_scales):
+        found.append(torch.stack(noise_differences.flatten(1).aminmax(dim=1), dim=1))
+        noise_differences = F.avg_pool2d(noise_differences, 2)
+    return torch.stack(found, dim=1)
+
+
+def joint_ranges(*sides: Tensor) -> Tensor:
+    """The range that torchmetrics takes from the data of one call, anew at every scale.
+
+    Args:
+        sides: :func:`extremes` of all samples on one side of the comparison, [samples, scales, 2].
+
+    Returns:
+        [scales]: the larger side's highest value minus its lowest.
+    """
+    return torch.stack([each[..., 1].amax(0) - each[..., 0].amin(0) for each in sides]).amax(0)
 
 
 @dataclass(frozen=True)
@@ -105,17 +148,26 @@ class MemorizationScore:
         return self.pairs.amax(dim=1) > threshold
 
 
-def memorization_scores(noise_differences: Tensor, betas: Sequence[float]) -> list[MemorizationScore]:
+def memorization_scores(
+    noise_differences: Tensor, betas: Sequence[float], joint: bool = False
+) -> list[MemorizationScore]:
     """Compare the noise differences of prompts' seeds in pairs (Alg. 1).
 
     Args:
         noise_differences: [prompts, S, channels, height, width] in 0..1.
         betas: exponent per scale of the multi-scale SSIM.
+        joint: whether the range of the data is taken from all pairs of a prompt, else it is 1.
     """
     num_prompts, count = noise_differences.shape[:2]
     rows, columns = torch.triu_indices(count, count, offset=1)
     left, right = noise_differences[:, rows].flatten(0, 1), noise_differences[:, columns].flatten(0, 1)
-    values = similarity(left, right, betas).cpu().reshape(num_prompts, -1)
+    ranges = None
+    if joint:
+        of_seeds = extremes(noise_differences.flatten(0, 1), len(betas)).unflatten(0, (num_prompts, count))
+        # Each seed but the last is once on the left, each but the first on the right.
+        each = torch.stack([joint_ranges(of_prompt[:-1], of_prompt[1:]) for of_prompt in of_seeds])
+        ranges = each.repeat_interleave(len(rows), dim=0)
+    values = similarity(left, right, betas, ranges).cpu().reshape(num_prompts, -1)
     pairs = torch.full((num_prompts, count, count), -1.0)
     pairs[:, rows, columns] = values
     pairs[:, columns, rows] = values

@@ -85,9 +85,14 @@ class WorkFolder:
         return self.path / "costs.jsonl"
 
     @property
-    def needed(self) -> Path:
-        """Which neurons of an incremental merge are needed, one line per neuron."""
-        return self.path / "needed.jsonl"
+    def answers(self) -> Path:
+        """Where the similarities are that were asked for, one line per batch."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def detected(self) -> Path:
+        """Where memorized prompts are as they were detected, one file per prompt."""
+        return self.path / "detected"
 
     @property
     def verified(self) -> Path:
@@ -150,8 +155,12 @@ class LineLog:
             with self._path.open(encoding="utf-8") as file:
                 yield from map(json.loads, file)
 
-    def append(self, record: dict | list) -> None:
-        """Keep a record; it is on disk when this returns.
+    def append(self, record: dict | list, synced: bool = True) -> None:
+        """Keep a record; it survives a kill of the process when this returns.
+
+        Args:
+            record: JSON values.
+            synced: whether it must be on disk too, so that it survives a loss of power.
 
         Raises:
             OutputError: it can't be written.
@@ -159,7 +168,8 @@ class LineLog:
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from nemo_prune.errors import DownloadError, OutputError, PromptError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.staging import staged_file
 from nemo_prune.models.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, TEST_FILE, PackagedFile
+from nemo_prune.settings import LocalizationSettings
 
 # The repository of the paper's authors (MIT licence), at one commit.
 REFERENCE_URL = (
@@ -38,10 +39,12 @@ class ReferenceFile:
     Attributes:
         path: where it is below the reference address.
         sha256: what it must be, wherever it is fetched from.
+        address: where it is, if not among the files of the paper's authors.
     """
 
     path: str
     sha256: str
+    address: str | None = None
 
     def locate(self) -> Path:
         """The file on this machine, downloaded unless it is there already.
@@ -55,7 +58,7 @@ class ReferenceFile:
         kept = cache_folder() / self.sha256[:16] / Path(self.path).name
         if kept.is_file() and sha256(kept.read_bytes()).hexdigest() == self.sha256:
             return kept
-        url = (os.environ.get(URL_VARIABLE) or REFERENCE_URL).rstrip("/") + "/" + self.path
+        url = (os.environ.get(URL_VARIABLE) or self.address or REFERENCE_URL).rstrip("/") + "/" + self.path
         content = _download(url)
         if sha256(content).hexdigest() != self.sha256:
             raise DownloadError(
@@ -82,6 +85,9 @@ class PublishedCalibration:
         similarity_mean: mean pairwise similarity of the seeds on them.
         similarity_std: its standard deviation; the threshold is one of them above the mean.
         sizes: dotted module name -> number of neurons, in the order of the statistics.
+        timestep: of the model's training, at which the similarities were taken.
+        settings: the other numbers that they were taken with.
+        how: how they were measured, for the record.
     """
 
     model: str
@@ -90,6 +96,9 @@ class PublishedCalibration:
     similarity_mean: float
     similarity_std: float
     sizes: Mapping[str, int]
+    timestep: int
+    settings: LocalizationSettings
+    how: str
 
     def load(self) -> Calibration:
         """The calibration, fetched if it is not there yet.
@@ -106,7 +115,11 @@ class PublishedCalibration:
         except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError) as error:
             raise DownloadError(f"{path} holds no activation statistics: {error}") from error
         return Calibration(
-            self.similarity_mean, self.similarity_std, 1.0, statistics, origin=f"as published for {self.model}"
+            self.similarity_mean,
+            self.similarity_std,
+            1.0,
+            statistics,
+            origin=f"as published for {self.model} ({self.how})",
         )
 
 
@@ -171,6 +184,11 @@ SD_V1_4 = KnownModel(
         similarity_mean=0.358,
         similarity_std=0.07,
         sizes=SD_V1_LAYERS,
+        # DDIM with 50 steps on the model's own schedule, the second of them.
+        timestep=961,
+        settings=LocalizationSettings(),
+        how="measured at guidance 7, which acts as -6 there, because the released code swaps the two halves; the "
+        "detection uses no guidance",
     ),
 )
 

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from nemo_prune.checkpoint.conversion import Conversion, convert_pickled, convert_single_file, pickled_weights
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, scan_folder
 from nemo_prune.checkpoint.single_file import SUFFIXES
+from nemo_prune.engine.memory import named_shortage
 from nemo_prune.errors import ModelError
 from nemo_prune.facts import BaseFacts
 from nemo_prune.files.hashing import file_hash, text_hash
@@ -158,7 +159,9 @@ def find_again(source: ModelSource) -> ModelSource:
     return resolve_model(str(given), None, source.variant, source.config)
 
 
-def load_pipeline(folder: Path, device: str, dtype: torch.dtype, variant: str | None = None) -> StableDiffusionPipeline:
+def load_pipeline(
+    folder: Path, device: str, dtype: torch.dtype, variant: str | None = None, draws: bool = True
+) -> StableDiffusionPipeline:
     """Load a pipeline in evaluation mode, without its safety checker, onto a device.
 
     Args:
@@ -166,20 +169,30 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype, variant: str | 
         device: torch device.
         dtype: of the weights.
         variant: weights variant such as ``fp16``.
+        draws: whether images will be drawn; without, the autoencoder is not loaded.
 
     Raises:
-        ModelError: it can't be loaded, is of a family that is not supported, or holds NaN.
+        ModelError: it can't be loaded, is of a family that is not supported, holds NaN, or memory is short.
     """
-    options = {"safety_checker": None, "requires_safety_checker": False}
+    options = {"safety_checker": None, "requires_safety_checker": False} | ({} if draws else {"vae": None})
     try:
-        pipe = stock_pipeline(folder, dtype=dtype, variant=variant, **options)
+        with named_shortage("the weights of the model"):
+            pipe = stock_pipeline(folder, dtype=dtype, variant=variant, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model can't be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    for component in ("unet", "text_encoder"):
-        _refuse_nan(getattr(pipe, component), component)
+    with named_shortage("the weights of the model"):
+        pipe.to(device)
+        for component in ("unet", "text_encoder"):
+            _refuse_nan(getattr(pipe, component), component)
     return pipe
+
+
+def load_predicting(
+    folder: Path, device: str, dtype: torch.dtype, variant: str | None = None
+) -> StableDiffusionPipeline:
+    """A pipeline that predicts noise and draws nothing, without its autoencoder; see :func:`load_pipeline`."""
+    return load_pipeline(folder, device, dtype, variant, draws=False)
 
 
 def _single_file(path: Path, chosen: str | None, config: str | None) -> ModelSource:

@@ -1,21 +1,57 @@
 """Pruning the files must do what suppressing in memory did, to the last bit."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError
-from nemo_prune.mask import Pruning
+from nemo_prune.mask import NeuronMask, Pruning
+from nemo_prune.settings import LocalizationSettings
 
 # What the rounding of float32 rows grows to on its way through the demo's U-Net is 2e-5 of the prediction.
 _ROUNDING = 1e-4
+# The last digits depend on the batch. One that memory can't halve is the same before and after.
+_BATCH_SIZE = 1
+_NUM_SAMPLES = 2
 
 
-def check_pruned_equals_suppressed(
-    predictor: NoisePredictor, pruned_pipe: StableDiffusionPipeline, pruning: Pruning, texts: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class SuppressedPredictions:
+    """What the unpruned model predicts with a mask's neurons suppressed.
+
+    Attributes:
+        texts: captions.
+        noise_preds: one per caption [samples, channels, height, width], float32, on the CPU.
+        settings: the numbers that they were predicted with.
+        scale: what the outputs of the neurons were multiplied by.
+    """
+
+    texts: tuple[str, ...]
+    noise_preds: tuple[Tensor, ...]
+    settings: LocalizationSettings
+    scale: float
+
+    @classmethod
+    def of(
+        cls, pipe: StableDiffusionPipeline, settings: LocalizationSettings, pruning: Pruning, texts: Sequence[str]
+    ) -> "SuppressedPredictions":
+        """Predict with the unpruned model, which need not be there any more when the pruned one is loaded.
+
+        Args:
+            pipe: the unpruned model.
+            settings: the numbers of the method.
+            pruning: the mask and its scale.
+            texts: captions.
+        """
+        predictor = NoisePredictor(pipe, settings, _BATCH_SIZE, pruning.scale)
+        return cls(tuple(texts), _predictions(predictor, texts, pruning.mask), settings, pruning.scale)
+
+
+def check_pruned_equals_suppressed(expected: SuppressedPredictions, pruned_pipe: StableDiffusionPipeline) -> None:
     """Refuse an export whose prediction is not that of the suppressed model, to the last bit.
 
     Scaled rows are rounded in the file, and their outputs in the live model, so that these agree within
@@ -24,15 +60,18 @@ def check_pruned_equals_suppressed(
     Raises:
         ModelError: they differ.
     """
-    pruned = NoisePredictor(pruned_pipe, predictor.settings, predictor.batch_size)
-    latents = predictor.initial_latents(num_samples=2)
-    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if pruning.scale else 0.0
-    for text in texts:
-        suppressed = predictor.predict_noise(latents, predictor.encode([text])[0], [pruning.mask])
-        difference = (pruned.predict_noise(latents, pruned.encode([text])[0]) - suppressed).norm() / suppressed.norm()
+    pruned = NoisePredictor(pruned_pipe, expected.settings, _BATCH_SIZE)
+    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if expected.scale else 0.0
+    found = _predictions(pruned, expected.texts, None)
+    for suppressed, prediction in zip(expected.noise_preds, found, strict=True):
         # Written so that NaN does not pass for agreement.
-        if not difference <= allowed:
+        if not (prediction - suppressed).norm() / suppressed.norm() <= allowed:
             raise ModelError(
                 "The exported weights do not predict what the suppressed model does. The export is not "
                 "to be trusted and was discarded; please report this."
             )
+
+
+def _predictions(predictor: NoisePredictor, texts: Sequence[str], mask: NeuronMask | None) -> tuple[Tensor, ...]:
+    latents = predictor.initial_latents(num_samples=_NUM_SAMPLES)
+    return tuple(predictor.predict_noise(latents, predictor.encode([text])[0], [mask])[0].cpu() for text in texts)

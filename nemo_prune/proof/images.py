@@ -13,20 +13,37 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from nemo_prune.engine.diffusion import draw_latents
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.settings import VerificationSettings
 
 _COMPARED_SIDE = 64
 
 
 def draw_images(pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings) -> list[Image.Image]:
-    """Images of one prompt, by the pipeline's own scheduler; the same latents in every call."""
-    latents = draw_latents(pipe.unet, settings.images_per_prompt, settings.seed)
-    return pipe(
-        [text] * settings.images_per_prompt,
-        latents=latents.to(pipe.unet.device, pipe.unet.dtype),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-    ).images
+    """Images of one prompt, by the pipeline's own scheduler; the same latents in every call.
+
+    Where memory is short fewer are drawn at once, and decoded one by one.
+
+    Raises:
+        ModelError: the device's memory does not take a single image.
+    """
+    number = settings.images_per_prompt
+    latents = draw_latents(pipe.unet, number, settings.seed)
+
+    def draw(at_once: int) -> list[Image.Image]:
+        if at_once < number:
+            pipe.vae.enable_slicing()
+        images = []
+        for part in latents.split(at_once):
+            images += pipe(
+                [text] * len(part),
+                latents=part.to(pipe.unet.device, pipe.unet.dtype),
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+            ).images
+        return images
+
+    return with_less_at_once(draw, number, "drawing one image")[0]
 
 
 def image_similarities(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:

@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 _Z = 1.959964
 _NUM_RESAMPLES = 2000
+# More ordinary captions above a cut have no limit of their own.
+_MOST_LIMITS = 2000
 FALSE_POSITIVE_RATE = 0.01
 
 
@@ -48,8 +51,9 @@ class Cut:
         num_passed: captions at or above the cut.
         ordinary_above: ordinary captions at or above it.
         fdr: estimated share of false alarms among what passed, 0 to 1.
-        fdr_high: the same for the upper limit of the ordinary captions' rate (Clopper and Pearson, one-sided 95%).
-        needed_ordinary: without a cut, how many ordinary captions could support one; None if no number can,
+        fdr_high: the share that false alarms exceed with 5% probability at most, wherever the cut is, see
+            :func:`false_alarm_limits`.
+        needed_ordinary: without a cut, how many ordinary captions could support one; None where no number can,
             because no caption is above all ordinary ones.
     """
 
@@ -140,25 +144,47 @@ def fdr_cut(values: np.ndarray, ordinary: np.ndarray, fdr: float) -> Cut:
         top = total - int(np.searchsorted(ranked, known[-1], "right"))
         return Cut(None, fdr, total, n, needed_ordinary=math.ceil(total / (fdr * top)) - 1 if top else None)
     place = good[0]
-    high = total * upper_limit(int(above[place]), n) / passed[place]
+    high = false_alarm_limits(total, n)[above[place]] / passed[place]
     return Cut(
         float(ranked[place]), fdr, total, n, int(passed[place]), int(above[place]),
         float(estimates[place]), min(1.0, float(high)),
     )  # fmt: skip
 
 
-def upper_limit(count: int, total: int, confidence: float = 0.95) -> float:
-    """Clopper and Pearson's one-sided upper limit of a rate of which ``count`` of ``total`` were seen."""
-    if count >= total:
-        return 1.0
-    seen = np.arange(count + 1)
-    ways = np.array([math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in seen])
+@cache
+def false_alarm_limits(total: int, num_ordinary: int, confidence: float = 0.95, seed: int = 0) -> np.ndarray:
+    """How many of a corpus' ordinary captions are above a cut at most, by how many calibration captions are.
 
-    def possible(rate: float) -> bool:
-        terms = ways + seen * math.log(rate) + (total - seen) * math.log1p(-rate)
-        return float(np.exp(terms).sum()) >= 1 - confidence
+    The limits hold for all cuts at once, with the confidence, so that the cut may be chosen on the same captions: they
+    are a band around what is drawn where all captions of the corpus are like the ordinary ones. Ranks alone matter, so
+    that no distribution is assumed.
 
-    return _bisect(possible, max(count, 1e-9) / total, 1.0)
+    Args:
+        total: captions of the corpus.
+        num_ordinary: captions that the cut was calibrated on.
+        confidence: that no limit is exceeded.
+        seed: of the draws.
+
+    Returns:
+        The limit for 0, 1, 2 ... calibration captions at or above the cut, [num_ordinary + 1].
+    """
+    generator = np.random.default_rng(seed)
+    columns = min(num_ordinary, _MOST_LIMITS)
+    gaps = generator.exponential(size=(_NUM_RESAMPLES, columns))
+    rest = generator.gamma(num_ordinary + 1 - columns, size=(_NUM_RESAMPLES, 1))
+    # The share of all captions above the first, second, third ... of the calibration captions.
+    shares = gaps.cumsum(axis=1) / (gaps.sum(axis=1, keepdims=True) + rest)
+    counts, before, left = np.zeros(shares.shape, dtype=int), 0.0, np.full(_NUM_RESAMPLES, total)
+    for column in range(columns):
+        left = left - generator.binomial(left, (shares[:, column] - before) / (1 - before))
+        counts[:, column], before = total - left, shares[:, column]
+    ranked = np.sort(counts, axis=0)
+    at_least = np.stack(
+        [1 - np.searchsorted(ranked[:, c], counts[:, c], "left") / _NUM_RESAMPLES for c in range(columns)], axis=1
+    )
+    level = np.quantile(at_least.min(axis=1), 1 - confidence)
+    place = min(_NUM_RESAMPLES - 1, math.ceil((1 - level) * _NUM_RESAMPLES))
+    return np.concatenate([ranked[place], np.full(num_ordinary + 1 - columns, total)])
 
 
 def _bisect(holds, inside: float, outside: float) -> float:

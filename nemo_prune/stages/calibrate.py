@@ -16,7 +16,7 @@ from nemo_prune.errors import OutputError
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.locks import sole_lock
 from nemo_prune.files.work import LineLog
-from nemo_prune.models.known import OrdinaryCaptions
+from nemo_prune.models.known import OrdinaryCaptions, PublishedCalibration
 from nemo_prune.progress import Advance, Listener, Stage, ignored
 from nemo_prune.settings import LocalizationPlan, Plan
 
@@ -24,6 +24,7 @@ from nemo_prune.settings import LocalizationPlan, Plan
 # captions moves the means more than that, another model's weights by far more.
 MOST_DISTANCE = 0.5
 _TEXTS_AT_ONCE = 50
+_OF_THE_SIMILARITIES = ("num_inference_steps", "timestep_index", "num_samples", "seed", "ssim_betas", "data_range")
 
 
 def calibrate_session(
@@ -50,13 +51,13 @@ def calibrate_session(
             return Calibration.load(file, identity_with(session, ordinary.texts))
         if ordinary.published is None:
             return measure_calibration(session, ordinary.texts, file, advance)
-        published = ordinary.published.load()
-        (reason,) = session.map(partial(_reason_against, published=published), [ordinary.texts])
+        (reason,) = session.map(partial(_reason_against, published=ordinary.published), [ordinary.texts])
         if reason is not None:
             origin = f"measured afresh, because {reason}"
             return measure_calibration(session, ordinary.texts, file, advance, origin)
-        published.save(file, identity_with(session, ordinary.texts))
-        return published
+        calibration = ordinary.published.load()
+        calibration.save(file, identity_with(session, ordinary.texts))
+        return calibration
 
 
 def measure_calibration(
@@ -107,16 +108,19 @@ def identity_with(session: Session, texts: Sequence[str]) -> dict:
 
 
 @torch.no_grad()
-def why_not(published: Calibration, predictor: NoisePredictor, texts: Sequence[str]) -> str | None:
-    """Why a published calibration does not fit a model; None where it does.
+def why_not(published: PublishedCalibration, predictor: NoisePredictor, texts: Sequence[str]) -> str | None:
+    """Why a published calibration does not fit a model and the settings; None where it does.
 
     Args:
-        published: the calibration.
-        predictor: the model.
+        published: the calibration. Its threshold holds for the timestep, the schedule and the seeds alone that it was
+            published for.
+        predictor: the model, with the settings.
         texts: ordinary prompts; the mean activations on them must be near the published ones. Their
             distance is the root mean square over all neurons, in the published standard deviations.
     """
-    statistics = published.statistics
+    if changed := _other_settings(published, predictor):
+        return f"the published threshold holds for another {' and another '.join(changed)}"
+    statistics = published.load().statistics
     if {name: len(mean) for name, mean in statistics.mean.items()} != predictor.sizes:
         return "its layers have other sizes than the published statistics"
     fitter = ActivationStatisticsFitter()
@@ -132,9 +136,16 @@ def why_not(published: Calibration, predictor: NoisePredictor, texts: Sequence[s
     )
 
 
+def _other_settings(published: PublishedCalibration, predictor: NoisePredictor) -> list[str]:
+    """The names of what a published threshold was measured with and this one would not be used with."""
+    ours, theirs = predictor.settings, published.settings
+    changed = [name for name in _OF_THE_SIMILARITIES if getattr(ours, name) != getattr(theirs, name)]
+    return changed if predictor.timestep == published.timestep else ["timestep", *changed]
+
+
 def _measure_chunk(session: LocalSession, texts: Sequence[str]) -> Iterator[MeasuredPrompt]:
     return measure_prompts(session.scorer, texts)
 
 
-def _reason_against(session: LocalSession, texts: Sequence[str], published: Calibration) -> list[str | None]:
+def _reason_against(session: LocalSession, texts: Sequence[str], published: PublishedCalibration) -> list[str | None]:
     return [why_not(published, session.predictor, texts)]

@@ -8,7 +8,7 @@ from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
-from nemo_prune.engine.merge import localize_incrementally, union_mask
+from nemo_prune.engine.merge import localize_incrementally
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
 from nemo_prune.files.hashing import text_hash
@@ -39,7 +39,13 @@ def weigh_neurons(
 
 
 def localize_corpus(
-    session: Session, texts: Sequence[str], calibration: Calibration, threshold: float, file: Path, listener: Listener
+    session: Session,
+    texts: Sequence[str],
+    calibration: Calibration,
+    threshold: float,
+    file: Path,
+    listener: Listener,
+    refine_unresolved: bool = False,
 ) -> list[PromptLocalization]:
     """Localize prompts each for itself, here or on workers.
 
@@ -50,18 +56,19 @@ def localize_corpus(
         threshold: tau.
         file: where the results are kept.
         listener: hears the stage.
+        refine_unresolved: whether the sets of unresolved prompts are wanted.
 
     Returns:
         One result per prompt, in their order.
     """
-    task = partial(_localize_chunk, calibration=calibration, threshold=threshold)
+    task = partial(_localize_chunk, calibration=calibration, threshold=threshold, refine_unresolved=refine_unresolved)
     results = ResultsFile(file, session.results_header(threshold))
     with listener.stage(Stage.LOCALIZE) as advance:
         return results.completed(texts, lambda waiting, _: session.map(task, session.chunks_of(waiting)), advance)
 
 
 def localize_for_a_mask(
-    session: LocalSession, localizer: Localizer, texts: Sequence[str], merge: str, file: Path, listener: Listener
+    session: Session, localizer: Localizer, texts: Sequence[str], merge: str, file: Path, listener: Listener
 ) -> list[PromptLocalization]:
     """Localize the prompts of a run, each for itself or on top of those before it.
 
@@ -76,7 +83,7 @@ def localize_for_a_mask(
 
     def find(waiting: Sequence[str], known: Sequence[PromptLocalization]) -> Iterator[PromptLocalization]:
         if merge == "incremental":
-            return localize_incrementally(localizer, waiting, union_mask(known, session.sizes).neurons)
+            return localize_incrementally(localizer, texts, known=known)
         return localize_prompts(localizer, waiting)
 
     results = ResultsFile(file, session.results_header(localizer.threshold))
@@ -85,6 +92,7 @@ def localize_for_a_mask(
 
 
 def _localize_chunk(
-    session: LocalSession, texts: Sequence[str], calibration: Calibration, threshold: float
+    session: LocalSession, texts: Sequence[str], calibration: Calibration, threshold: float, refine_unresolved: bool
 ) -> Iterator[PromptLocalization]:
-    return localize_prompts(Localizer(session.scorer, calibration, threshold), texts)
+    localizer = Localizer(session.scorer, calibration, threshold, refine_unresolved=refine_unresolved)
+    return localize_prompts(localizer, texts)

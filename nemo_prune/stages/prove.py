@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import PromptError
 from nemo_prune.facts import Cost
@@ -26,6 +26,9 @@ from nemo_prune.proof.images import ImageEvidence, compare_images, draw_images
 from nemo_prune.proof.scores import ScoresUnderMask, score_under_mask
 from nemo_prune.settings import VerificationSettings
 from nemo_prune.stages.examined import ExaminedPrompt
+
+# Prompts that are scored again together, in batches of their seeds.
+_BATCHES_AT_ONCE = 8
 
 Images = Mapping[str, Sequence[Image.Image]]
 
@@ -49,10 +52,10 @@ def open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
 
 
 def score_again(
+    localizer: Localizer,
     scorer: Scorer,
     localizations: Sequence[PromptLocalization],
     pruning: Pruning,
-    threshold: float,
     verification: VerificationSettings,
     log_file: Path,
     listener: Listener,
@@ -60,10 +63,10 @@ def score_again(
     """Score every prompt under the final mask.
 
     Args:
+        localizer: has the memorized prompts as they were detected, and the threshold.
         scorer: the unpruned model; what it suppresses it multiplies as the pruning does.
         localizations: one per prompt.
         pruning: the final mask and its scale.
-        threshold: tau.
         verification: names the fresh latents.
         log_file: where the scores are kept as they come.
         listener: hears the stage.
@@ -71,16 +74,19 @@ def score_again(
     depends_on = {
         "mask": pruning.mask.digest,
         "scale": pruning.scale,
-        "threshold": threshold,
+        "threshold": localizer.threshold,
         "seed": verification.score_seed,
     }
     log = LineLog(log_file, depends_on)
     known = {record.pop("prompt"): from_json(ScoresUnderMask, record) for record in log}
     fresh_latents = scorer.predictor.initial_latents(seed=verification.score_seed)
+    waiting = [each for each in localizations if each.prompt not in known]
+    at_once = _BATCHES_AT_ONCE * scorer.prompts_at_once
     with listener.stage(Stage.SCORE_AGAIN) as advance:
-        for localization in localizations:
-            if localization.prompt not in known:
-                found = score_under_mask(scorer, localization, pruning.mask, fresh_latents)
+        for start in range(0, len(waiting), at_once):
+            group = waiting[start : start + at_once]
+            scores = score_under_mask(localizer, scorer, group, pruning.mask, fresh_latents)
+            for localization, found in zip(group, scores, strict=True):
                 log.append({"prompt": localization.prompt, **to_json(found)})
                 known[localization.prompt] = found
             advance(len(known), len(localizations))
