@@ -29,13 +29,16 @@ class Prompt:
     Attributes:
         text: the caption.
         kind: what its file's ``type`` column says, such as ``VM``, ``TM`` or ``ordinary``.
-        image: the training image that it may give back, where the ``image`` column names a file.
+        image: the training image that it may give back, where the ``image`` column names a file. An address
+            (``https://...``) stays among the columns: nothing is fetched when prompts are read.
+        region: the fixed region of a template, where the ``mask`` column names a black and white picture.
         columns: the other columns of its row, as text.
     """
 
     text: str
     kind: str | None = None
     image: Path | None = None
+    region: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -71,7 +74,7 @@ def read_corpus(source: str | Path, column: str | None = None, limit: int | None
             takes several. Or a data set of the Hub: ``owner/name``, ``owner/name:split`` or
             ``owner/name:split:column``.
         column: name of the caption column; Caption, caption, prompt or text unless given. Columns
-            ``type`` and ``image`` (a path relative to the file) are understood, others travel along.
+            ``type``, ``image`` and ``mask`` (paths relative to the file) are understood, others travel along.
         limit: take the first so many prompts only.
 
     Raises:
@@ -174,15 +177,21 @@ def _prompts(rows: Iterable[Row], source: object, column: str | None) -> Iterato
     name = _caption_column(list(first), source, column)
     folder = source.parent if isinstance(source, Path) else None
     for row in chain([first], rows):
+        files = {key: folder / value for key in ("image", "mask") if folder and _names_a_file(value := row.get(key))}
         others = {key: _text(value) for key, value in row.items()
-                  if key and key not in (name, "type", "image") and isinstance(value, str | int | float)}  # fmt: skip
-        image = row.get("image")
+                  if key and key not in (name, "type", *files) and isinstance(value, str | int | float)}  # fmt: skip
         yield Prompt(
             text=_text(row.get(name) or "").strip(),
             kind=_text(row["type"]) if row.get("type") else None,
-            image=folder / image if folder and isinstance(image, str) and image else None,
+            image=files.get("image"),
+            region=files.get("mask"),
             columns=others,
         )
+
+
+def _names_a_file(value: object) -> bool:
+    """Whether a column holds a path, and not an address or nothing."""
+    return isinstance(value, str) and value != "" and "://" not in value
 
 
 def _text(value: object) -> str:
