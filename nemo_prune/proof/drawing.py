@@ -89,7 +89,10 @@ def draw(
     asked = (
         {"prompt": [prompt] * len(seeds)}
         if isinstance(prompt, str)
-        else {"prompt_embeds": prompt.to(pipe.unet.dtype).expand(len(seeds), -1, -1), **_unconditional(pipe, len(seeds))}
+        else {
+            "prompt_embeds": prompt.to(pipe.unet.dtype).expand(len(seeds), -1, -1),
+            **_unconditional(pipe, len(seeds)),
+        }
     )
     with scheduled(pipe, drawing.scheduler):
         return pipe(

@@ -14,7 +14,7 @@ from nemo_prune.proof.drawing import BASE, CANDIDATE, Gallery
 from nemo_prune.proof.intervals import GroupedShare, Spread, upper_bound
 from nemo_prune.proof.passes import Ledger
 from nemo_prune.proof.sampling import duplicate_groups, stratified
-from nemo_prune.proof.training_images import TrainingImages
+from nemo_prune.proof.training_images import TrainingImages, altered_pictures
 
 TRAINING_IMAGE, BASE_SEEDS = "training image", "the base's own seeds"
 
@@ -185,6 +185,20 @@ class ReplicationJudge:
             return [], []
         values, places = self.similarity.compare(self.similarity.describe(images), self._known).max(dim=1)
         return values.tolist(), places.tolist()
+
+    def never_trained_on(self, image: Image.Image) -> Image.Image:
+        """A control: an altered training image, the one that is least like it and all other known ones."""
+        altered = altered_pictures(image)
+        others = torch.cat([self._known, self.similarity.describe([image])]) if len(self._known) else None
+        others = self.similarity.describe([image]) if others is None else others
+        alike = self.similarity.compare(self.similarity.describe(altered), others).amax(dim=1)
+        return altered[int(alike.argmin())]
+
+    def similarity_to(self, image: Image.Image, images: Sequence[Image.Image]) -> list[float]:
+        """How much images are like one picture."""
+        return self.similarity.compare(self.similarity.describe(images), self.similarity.describe([image]))[
+            :, 0
+        ].tolist()
 
     def copied(self, text: str, images: Sequence[Image.Image], base: Sequence[Image.Image] = ()) -> list[bool]:
         """Which images are copies of a training image or, where none is known for the caption, of the base's images."""

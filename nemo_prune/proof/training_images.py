@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from huggingface_hub.constants import is_offline_mode
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nemo_prune.corpus.prompts import Prompt
 
@@ -101,10 +101,15 @@ def placeholder(image: Image.Image) -> str | None:
     return None
 
 
-def never_trained_on(image: Image.Image) -> Image.Image:
-    """A picture as hard as a training image that the model was not trained on: mirrored, its colours exchanged."""
-    red, green, blue = image.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).split()
-    return Image.merge("RGB", (blue, red, green))
+def altered_pictures(image: Image.Image) -> list[Image.Image]:
+    """Pictures as hard as a training image that a model was not trained on: mirrored or turned, colours exchanged."""
+    image = image.convert("RGB")
+    turned = [image.transpose(each) for each in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180)]
+    found = []
+    for picture in turned:
+        red, green, blue = picture.split()
+        found += [Image.merge("RGB", (blue, red, green)), Image.merge("RGB", (green, blue, red))]
+    return found + [ImageOps.invert(picture) for picture in turned]
 
 
 def _region(prompt: Prompt) -> Image.Image | None:
