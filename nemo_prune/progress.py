@@ -37,6 +37,7 @@ class Stage(Enum):
     REPLICATION = "replication", "Draw what may come back"
     UTILITY = "utility", "Measure what it still can do"
     ATTACK = "attack", "Attack the embeddings"
+    MEMBERSHIP = "membership", "Infer membership"
     VARIANTS = "variants", "Ask in other ways"
     REGROWTH = "regrowth", "See what grows back"
     ROOTS = "roots", "Look for cut rows"

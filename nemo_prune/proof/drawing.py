@@ -1,6 +1,6 @@
 """How images are drawn when two models are compared: the same seeds, the same scheduler, each image once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Drawing:
     """How an image is drawn.
 
     Attributes:
-        scheduler: ``ddim``, as the released code, ``euler``, ``dpm`` or ``pndm``, each on the checkpoint's own schedule.
+        scheduler: ``ddim`` as the released code, ``euler``, ``dpm`` or ``pndm``, on the checkpoint's own schedule.
         num_inference_steps: its steps.
         guidance_scale: classifier-free guidance; at 1 or less there is none.
     """
@@ -125,9 +125,13 @@ class Gallery:
         seed: int,
     ) -> None:
         self.drawing, self.images_per_round = drawing, images_per_round
-        self._pipes, self._seed = pipes, seed
+        self._pipes, self._seed = dict(pipes), seed
         identity = {**depends_on, **to_json(drawing), "images per round": images_per_round, "seed": seed}
         self._folder = ImageFolder(folder, identity)
+
+    def lend(self, model: str, pipe: StableDiffusionPipeline) -> None:
+        """Let a further model draw, such as the base under another mask."""
+        self._pipes[model] = pipe
 
     @property
     def passes_per_round(self) -> int:
@@ -190,6 +194,3 @@ def encode(pipe: StableDiffusionPipeline, text: str) -> Tensor:
 
 def _unconditional(pipe: StableDiffusionPipeline, number: int) -> dict[str, Tensor]:
     return {"negative_prompt_embeds": encode(pipe, "").to(pipe.unet.dtype).expand(number, -1, -1)}
-
-
-Draw = Callable[[StableDiffusionPipeline, str, Sequence[int]], list[Image.Image]]

@@ -60,6 +60,10 @@ class Ledger:
             self._known[line["key"]] = line["found"]
             self.spent += line["passes"]
 
+    def knows(self, key: str) -> bool:
+        """Whether a result is in the log."""
+        return key in self._known
+
     def once(self, key: str, kind: type[Found], work: Callable[[], Found]) -> Found:
         """A result: the one in the log, or a new one, which is kept.
 

@@ -1,4 +1,4 @@
-"""Roots beneath the cut (arXiv 2603.06640): where rows were cut shows in the weights, and invites to fill them again."""
+"""Roots beneath the cut (arXiv 2603.06640): where rows were cut shows in the weights, and they can be filled again."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,12 +26,14 @@ class FoundRows:
         small: rows that are not, but whose norm stands out below the others of their matrix.
         changed: rows that differ from the base's; None where more than rows differ.
         found: how many of the changed rows are among the zeroed and small ones; None where more than rows differ.
+        in_base: rows of the base that are zero or stand out: what looking finds where nothing was cut.
     """
 
     zeroed: int
     small: int
     changed: int | None
     found: int | None
+    in_base: int
 
 
 def rows_that_stand_out(unet: UNet2DConditionModel) -> tuple[NeuronMask, NeuronMask]:
@@ -71,20 +73,22 @@ def fill_rows(unet: UNet2DConditionModel, rows: NeuronMask, filling: Filling, se
             layer.weight[chosen] = filled.to(layer.weight)
 
 
-def found_rows(zeroed: NeuronMask, small: NeuronMask, changed: NeuronMask | None) -> FoundRows:
+def found_rows(candidate: UNet2DConditionModel, base: UNet2DConditionModel, changed: NeuronMask | None) -> FoundRows:
     """How well looking finds what was changed.
 
     Args:
-        zeroed: rows that are zero.
-        small: rows that are oddly small.
+        candidate: is looked at.
+        base: is looked at as a control.
         changed: rows that differ from the base's; None where more than rows differ.
     """
+    zeroed, small = rows_that_stand_out(candidate)
     seen = set(zeroed.neurons) | set(small.neurons)
     return FoundRows(
         zeroed.num_neurons,
         small.num_neurons,
         None if changed is None else changed.num_neurons,
         None if changed is None else len(seen & set(changed.neurons)),
+        sum(mask.num_neurons for mask in rows_that_stand_out(base)),
     )
 
 
