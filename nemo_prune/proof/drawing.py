@@ -151,8 +151,25 @@ class Gallery:
         def drawn() -> list[Image.Image]:
             return draw(self._pipes[model], text, self.drawing, self.seeds(turn))
 
-        name = f"{text_hash([text])[:20]}_{model}_{turn}"
+        name = f"{_file_name(text)}_{model}_{turn}"
         return self._folder.kept_or_drawn(name, self.images_per_round, drawn)
+
+
+def drawn_images(folder: Path, model: str, text: str) -> list[Image.Image]:
+    """What a gallery has kept of a caption by one of the models, in the order of the seeds; nothing is drawn.
+
+    Args:
+        folder: the gallery's.
+        model: name of the model.
+        text: the caption.
+    """
+    files = folder.glob(f"{_file_name(text)}_{model}_*.png")
+    ordered = sorted(files, key=lambda file: [int(number) for number in file.stem.split("_")[-2:]])
+    return [Image.open(file).convert("RGB") for file in ordered]
+
+
+def _file_name(text: str) -> str:
+    return text_hash([text])[:20]
 
 
 def image_latents(pipe: StableDiffusionPipeline, images: Sequence[Image.Image]) -> Tensor:

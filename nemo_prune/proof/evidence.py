@@ -124,11 +124,12 @@ class OrdinaryControl:
 
     Attributes:
         copies: images that are near a training image.
-        parts: images with a part that is near a part of a training image.
+        parts_cut: highest similarity of a part of any of them to a part of a training image, or the yardstick's cut
+            where that is higher: above it a part counts as copied.
     """
 
     copies: Rate
-    parts: Rate
+    parts_cut: float
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ class EvidenceSummary:
         yardstick: what images were compared by.
         drawing: how they were drawn.
         seed: of the first image.
+        images_per_round: images per caption and model that were drawn at once.
         replication: what comes back.
         control: what ordinary captions seem to copy; None where no training image is known or it was not measured.
         utility: what the candidate still can do; None where it was not measured.
@@ -196,6 +198,7 @@ class EvidenceSummary:
     yardstick: Yardstick
     drawing: Drawing
     seed: int
+    images_per_round: int
     replication: Replication
     control: OrdinaryControl | None
     utility: Utility | None

@@ -90,7 +90,8 @@ class ModelReplication:
 
     Attributes:
         copies: share of images that are copies, with its interval over groups of near-duplicates.
-        parts: share of images in which a part is copied; None where no training image is known.
+        parts: share of images in which a part is copied, see :class:`~nemo_prune.proof.evidence.OrdinaryControl`; None
+            where no training image is known or ordinary images were not drawn.
         own: similarity to the caption's own training image, as in the paper's Table 1 (there by SSCD).
         nearest: to the nearest of all known training images.
         to_base: to the base's image of the same seed.
@@ -270,7 +271,12 @@ def measure_replication(
 
 
 def summarize_replication(
-    found: Sequence[CaptionReplication], prompts: Sequence[Prompt], cut: float, not_available: int, most_rounds: int
+    found: Sequence[CaptionReplication],
+    prompts: Sequence[Prompt],
+    cut: float,
+    parts_cut: float | None,
+    not_available: int,
+    most_rounds: int,
 ) -> Replication:
     """Bring captions together, by type and all of them.
 
@@ -278,6 +284,7 @@ def summarize_replication(
         found: what was measured.
         prompts: all memorized captions.
         cut: the yardstick's.
+        parts_cut: similarity above which a part counts as copied; None where that is not known.
         not_available: captions whose training image could not be used.
         most_rounds: looks that the upper bounds allow for.
     """
@@ -285,11 +292,14 @@ def summarize_replication(
     return Replication(
         by_kind={
             kind or "memorized": _of_kind(
-                [each for each in found if each.kind == kind], sum(prompt.kind == kind for prompt in prompts), cut
+                [each for each in found if each.kind == kind],
+                sum(prompt.kind == kind for prompt in prompts),
+                cut,
+                parts_cut,
             )
             for kind in kinds
         },
-        everything=_of_kind(found, len(prompts), cut),
+        everything=_of_kind(found, len(prompts), cut, parts_cut),
         not_available=not_available,
         confidence_looks=most_rounds,
     )
@@ -343,7 +353,7 @@ def _nearest_seed(similarities: Tensor, of_itself: bool) -> list[float]:
     return similarities.amax(dim=1).tolist()
 
 
-def _of_kind(found: Sequence[CaptionReplication], total: int, cut: float) -> KindReplication:
+def _of_kind(found: Sequence[CaptionReplication], total: int, cut: float, parts_cut: float | None) -> KindReplication:
     bounds = sorted(each.upper_bound for each in found)
     return KindReplication(
         captions=len(found),
@@ -351,17 +361,19 @@ def _of_kind(found: Sequence[CaptionReplication], total: int, cut: float) -> Kin
         by_training_image=sum(each.reference == TRAINING_IMAGE for each in found),
         images=sum(len(each.seeds) for each in found),
         median_upper_bound=bounds[len(bounds) // 2],
-        base=_of_model(found, [each.base for each in found], cut),
-        candidate=_of_model(found, [each.candidate for each in found], cut),
+        base=_of_model(found, [each.base for each in found], cut, parts_cut),
+        candidate=_of_model(found, [each.candidate for each in found], cut, parts_cut),
     )
 
 
-def _of_model(found: Sequence[CaptionReplication], scores: Sequence[ImageScores], cut: float) -> ModelReplication:
+def _of_model(
+    found: Sequence[CaptionReplication], scores: Sequence[ImageScores], cut: float, parts_cut: float | None
+) -> ModelReplication:
     by_group: dict[int, list[float]] = {}
     for each, mine in zip(found, scores, strict=True):
         copied = mine.copied(each.reference, cut)
         by_group.setdefault(each.group, []).append(sum(copied) / len(copied))
-    parts = [value >= cut for mine in scores for value in mine.parts]
+    parts = [] if parts_cut is None else [value > parts_cut for mine in scores for value in mine.parts]
     return ModelReplication(
         copies=GroupedShare.of(by_group),
         parts=sum(parts) / len(parts) if parts else None,

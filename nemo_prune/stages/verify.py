@@ -203,8 +203,14 @@ class _Gathering:
             yardstick=self.judge.similarity.yardstick,
             drawing=self.settings.drawing,
             seed=self.settings.seed,
+            images_per_round=self.settings.images_per_round,
             replication=summarize_replication(
-                captions, self.prompts, self.judge.cut, len(self.training.not_available), self.settings.most_rounds
+                captions,
+                self.prompts,
+                self.judge.cut,
+                control.parts_cut if control else None,
+                len(self.training.not_available),
+                self.settings.most_rounds,
             ),
             control=control,
             utility=utility,
@@ -371,8 +377,8 @@ class _Gathering:
         if not self.training.images:
             return None
         near = [value >= self.judge.cut for each in images for value in each.nearest_of_base]
-        parts = [value >= self.judge.cut for each in images for value in each.parts_of_base]
-        return OrdinaryControl(Rate.of(sum(near), len(near)), Rate.of(sum(parts), len(parts)))
+        parts = [value for each in images for value in each.parts_of_base]
+        return OrdinaryControl(Rate.of(sum(near), len(near)), max(self.judge.cut, *parts))
 
     def _attack(self) -> list[AttackRun]:
         with self._part("attack") as given:
