@@ -137,7 +137,7 @@ class Tuner:
         loss.backward()
         self._counter.passes += 2 * size
         self._optimiser.step()
-        return float(loss)
+        return loss.item()
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         dtype = self._pipe.unet.dtype

@@ -30,7 +30,8 @@ class ImageScores:
         nearest_of: position of that one among the known ones, in the order of their captions in the corpus.
         parts: of the most alike tiles of image and any training image; empty where none is known.
         to_base: to the base's image of the same seed.
-        to_base_seeds: to the nearest of the base's images; for the base itself, of its other seeds.
+        to_base_seeds: to the nearest of the base's images of other seeds: those of the same seed would be alike for an
+            unchanged model, whether anything is memorized or not.
         between_seeds: of all pairs of the images.
     """
 
@@ -202,7 +203,13 @@ class ReplicationJudge:
         ].tolist()
 
     def copied(self, text: str, images: Sequence[Image.Image], base: Sequence[Image.Image] = ()) -> list[bool]:
-        """Which images are copies of a training image or, where none is known for the caption, of the base's images."""
+        """Which images are copies of a training image or, where none is known for the caption, of the base's images.
+
+        Args:
+            text: the caption.
+            images: any.
+            base: the base's images of other seeds than these.
+        """
         if self.reference(text) == BASE_SEEDS:
             if not base:
                 return [False] * len(images)
@@ -224,7 +231,7 @@ class ReplicationJudge:
             nearest_of=tuple(nearest_of),
             parts=tuple(self._tiled(images).amax(dim=1).tolist()) if nearest else (),
             to_base=tuple(to_base.diagonal().tolist()),
-            to_base_seeds=tuple(_nearest_seed(to_base, images is base)),
+            to_base_seeds=tuple(_of_other_seeds(to_base)),
             between_seeds=tuple(between[tuple(torch.triu_indices(*between.shape, offset=1))].tolist()),
         )
 
@@ -345,12 +352,10 @@ def _judged(
     )
 
 
-def _nearest_seed(similarities: Tensor, of_itself: bool) -> list[float]:
-    if of_itself:
-        if len(similarities) < 2:
-            return [-1.0]
-        similarities = similarities.clone().fill_diagonal_(-1.0)
-    return similarities.amax(dim=1).tolist()
+def _of_other_seeds(similarities: Tensor) -> list[float]:
+    if len(similarities) < 2:
+        return [-1.0] * len(similarities)
+    return similarities.clone().fill_diagonal_(-1.0).amax(dim=1).tolist()
 
 
 def _of_kind(found: Sequence[CaptionReplication], total: int, cut: float, parts_cut: float | None) -> KindReplication:

@@ -479,7 +479,8 @@ class _Gathering:
 
     def _copies(self, prompt: Prompt, images: Sequence[Image.Image]) -> int:
         by_base = self.judge.reference(prompt.text) == BASE_SEEDS
-        base = self.gallery.images(BASE, prompt.text) if by_base else ()
+        # The first one has the seed of the images that are judged.
+        base = self.gallery.images(BASE, prompt.text)[1:] if by_base else ()
         return sum(self.judge.copied(prompt.text, images, base))
 
     def _roots(self) -> tuple[FoundRows | None, list[Regrown]]:
