@@ -31,15 +31,15 @@ class Prompt:
         kind: what its file's ``type`` column says, such as ``VM``, ``TM`` or ``ordinary``.
         image: the training image that it may give back, where the ``image`` column names a file. An address
             (``https://...``) stays among the columns: nothing is fetched when prompts are read.
-        region: the fixed region of a template, where the ``mask`` column names a black and white picture.
         columns: the other columns of its row, as text.
+        region: the fixed region of a template, where the ``mask`` column names a black and white picture.
     """
 
     text: str
     kind: str | None = None
     image: Path | None = None
-    region: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    region: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def _prompts(rows: Iterable[Row], source: object, column: str | None) -> Iterato
             text=_text(row.get(name) or "").strip(),
             kind=_text(row["type"]) if row.get("type") else None,
             image=files.get("image"),
-            region=files.get("mask"),
             columns=others,
+            region=files.get("mask"),
         )
 
 

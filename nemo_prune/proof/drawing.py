@@ -63,7 +63,9 @@ def scheduled(pipe: StableDiffusionPipeline, name: str) -> Iterator[None]:
     """Give a pipeline another scheduler on its own schedule while the context lasts."""
     own = pipe.scheduler
     try:
-        pipe.scheduler = _SCHEDULERS[name].from_config(own.config)
+        # Without Runge-Kutta steps at the beginning, as Stable Diffusion has it; the other schedulers don't know them.
+        more = {"skip_prk_steps": True} if name == "pndm" else {}
+        pipe.scheduler = _SCHEDULERS[name].from_config(own.config, **more)
         yield
     finally:
         pipe.scheduler = own

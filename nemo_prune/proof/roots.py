@@ -1,6 +1,7 @@
 """Roots beneath the cut (arXiv 2603.06640): where rows were cut shows in the weights, and they can be filled again."""
 
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 import torch
@@ -13,8 +14,9 @@ from nemo_prune.mask import NeuronMask
 Filling = Literal["random rows of the same spread", "copies of other rows", "mixtures of other rows", "stretched"]
 FILLINGS: tuple[Filling, ...] = ("random rows of the same spread", "copies of other rows", "mixtures of other rows")
 STRETCHED: Filling = "stretched"
-# A row whose norm is this many deviations below the others' stands out.
+# A row whose norm is this many deviations below the others', and this small beside their median, stands out.
 _OUTSTANDING = 6.0
+_SMALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def rows_that_stand_out(unet: UNet2DConditionModel) -> tuple[NeuronMask, NeuronM
         logs = norms.clamp_min(1e-30).log()
         middle = logs[~zeroed[name]].median() if (~zeroed[name]).any() else logs.median()
         deviation = (logs - middle)[~zeroed[name]].abs().median() * 1.4826
-        small[name] = ~zeroed[name] & (logs < middle - _OUTSTANDING * deviation.clamp_min(1e-6))
+        least = middle - max(_OUTSTANDING * float(deviation), -log(_SMALL))
+        small[name] = ~zeroed[name] & (logs < least)
     return NeuronMask(zeroed), NeuronMask(small)
 
 
