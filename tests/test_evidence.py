@@ -150,7 +150,7 @@ def test_everything_is_resumed_and_nothing_is_measured_twice(gathered, pipe, can
     assert without_times(again) == without_times(evidence) and not passes
 
 
-@pytest.mark.parametrize(("stage", "after"), [("replication", 2), ("utility", 3), ("attack", 1), ("regrowth", 2)])
+@pytest.mark.parametrize(("stage", "after"), [("replication", 2), ("attack", 1)])
 def test_a_stopped_gathering_ends_as_if_it_had_not_been_stopped(
     gathered, pipe, candidate, prompts, tmp_path, stage, after
 ):

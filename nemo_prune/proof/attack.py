@@ -76,6 +76,7 @@ class AttackResult:
         came_back: how many came back within the steps.
         median_steps: median steps to a copy; None where fewer than half came back, so that it is above ``steps``.
         steps: the steps that each had.
+        looks: steps after which images were drawn.
         curve: mean over the attacks of the highest similarity so far, one value per look.
     """
 
@@ -85,6 +86,7 @@ class AttackResult:
     came_back: Rate
     median_steps: float | None
     steps: int
+    looks: tuple[int, ...]
     curve: tuple[float, ...]
 
 
@@ -164,6 +166,7 @@ def summarize_attacks(runs: Sequence[AttackRun], settings: AttackSettings) -> li
                 came_back=Rate.of(sum(step is not None for step in steps), len(steps)),
                 median_steps=_median_steps(steps),
                 steps=settings.steps,
+                looks=settings.looks,
                 curve=tuple(sum(values) / len(values) for values in zip(*curves, strict=True)),
             )
         )

@@ -206,11 +206,12 @@ def _charts(evidence: Evidence, context: ReportContext) -> dict[str, str]:
         if each.start == "caption"
     }
     if curves:
-        steps = range(
-            0, summary.attacks[0].steps + 1, max(1, summary.attacks[0].steps // (len(min(curves.values())) - 1))
-        )
         drawn["attack"] = charts.lines(
-            "attack", list(steps), curves, ("steps of the attack", "similarity to the target"), summary.yardstick.cut
+            "attack",
+            summary.attacks[0].looks,
+            curves,
+            ("steps of the attack", "similarity to the target"),
+            summary.yardstick.cut,
         )
     return drawn
 

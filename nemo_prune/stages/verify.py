@@ -619,12 +619,22 @@ def _images_digest(training: TrainingImages) -> str:
 
 
 def _attacks(order: Sequence[Prompt]) -> Iterator[tuple[str, str, bool, Prompt, int]]:
-    """The attacks, the most telling ones first, caption by caption, each memorized picture with its control."""
-    for place, prompt in enumerate(order):
-        for model, start in ((CANDIDATE, "caption"), (BASE, "caption"), (CANDIDATE, "noise"),
-                             (CANDIDATE, "ordinary caption")):  # fmt: skip
-            for memorized in (True, False):
-                yield model, start, memorized, prompt, place
+    """The attacks in the order of what they tell: model, start, whether the target is memorized, caption, its place.
+
+    A control hardly ever comes back, so it takes all steps: there are fewer of them than of memorized pictures.
+    """
+    for first in range(0, len(order), 4):
+        block = list(enumerate(order))[first : first + 4]
+        for turn, (place, prompt) in enumerate(block):
+            for model, every in ((CANDIDATE, 2), (BASE, 4)):
+                yield model, "caption", True, prompt, place
+                if turn % every == 0:
+                    yield model, "caption", False, prompt, place
+        for place, prompt in block[::2]:
+            for start in ("noise", "ordinary caption"):
+                yield CANDIDATE, start, True, prompt, place
+                if place == first:
+                    yield CANDIDATE, start, False, prompt, place
 
 
 def _attack_key(model: str, start: str, memorized: bool, prompt: Prompt) -> str:
