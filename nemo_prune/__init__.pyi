@@ -1,5 +1,4 @@
 # The public names: each is listed here and nowhere else.
-from .checkpoint.export import ExportReport as ExportReport
 from .checkpoint.export import export_checkpoint as export_checkpoint
 from .compute.local import LocalSession as LocalSession
 from .compute.opening import open_session as open_session
@@ -16,6 +15,7 @@ from .engine.localize import localize_prompt as localize_prompt
 from .engine.localize import localize_prompts as localize_prompts
 from .engine.scorer import Scorer as Scorer
 from .errors import NemoPruneError as NemoPruneError
+from .facts import ExportReport as ExportReport
 from .mask import Neuron as Neuron
 from .mask import NeuronMask as NeuronMask
 from .mask import Pruning as Pruning

@@ -21,7 +21,7 @@ from nemo_prune.files.untrusted import parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "nemo_prune"
-# A mask of the largest models takes a hundredth of it.
+# A mask of the largest models takes a hundredth of this.
 _MAX_BYTES = 16 << 20
 _LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
@@ -44,10 +44,10 @@ class NeuronMask:
 
     Attributes:
         layers: dotted module name -> bool tensor [out_features]. Every layer that was searched is
-            there, also those in which nothing is pruned.
+            there, even if nothing in it is pruned.
 
     Raises:
-        MaskError: a layer's tensor is not a one-dimensional bool tensor, or its name none of a module.
+        MaskError: a layer's tensor is not a one-dimensional bool tensor, or its name is not that of a module.
     """
 
     layers: Mapping[str, BoolTensor]
@@ -55,7 +55,7 @@ class NeuronMask:
     def __post_init__(self) -> None:
         for name, pruned in self.layers.items():
             if not _LAYER_NAME.fullmatch(name):
-                raise MaskError(f"Mask layer {name!r} is no dotted module name, such as `mid_block.attn2.to_v`.")
+                raise MaskError(f"Mask layer {name!r} is not a dotted module name, such as `mid_block.attn2.to_v`.")
             if pruned.dtype != torch.bool or pruned.ndim != 1:
                 raise MaskError(
                     f"Mask layer `{name}` is {pruned.dtype} of shape {list(pruned.shape)}, expected "
@@ -71,7 +71,7 @@ class NeuronMask:
             sizes: dotted module name -> number of neurons, for every layer of the mask.
 
         Raises:
-            MaskError: a neuron lies in no layer of ``sizes`` or past its end.
+            MaskError: a neuron's layer is not in ``sizes``, or its index is too large.
         """
         layers = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
         for neuron in neurons:
@@ -93,7 +93,7 @@ class NeuronMask:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of pruned neurons per layer, also where it is 0."""
+        """Number of pruned neurons per layer, zeros included."""
         return {name: int(pruned.sum()) for name, pruned in self.layers.items()}
 
     @property
@@ -168,7 +168,7 @@ class NeuronMask:
         """Read a mask that :meth:`save` wrote.
 
         Raises:
-            MaskError: the file is missing or is no mask of this format.
+            MaskError: the file is missing or not a mask of this format.
         """
         return cls.load_with_facts(path)[0]
 
@@ -185,9 +185,9 @@ class NeuronMask:
             facts = MaskFacts.from_json(metadata)
             mask = cls({name: tensors[name] for name in _in_order(metadata, tensors)})
         except (ModelError, SafetensorError, ValueError, OSError) as error:
-            raise MaskError(f"{path} is no mask of nemo-prune, or it was damaged: {error}") from error
+            raise MaskError(f"{path} is not a mask of nemo-prune, or it was damaged: {error}") from error
         if metadata.get("digest", mask.digest) != mask.digest:
-            raise MaskError(f"{path} was damaged: its rows are not those that were saved. Fetch it anew.")
+            raise MaskError(f"{path} was damaged: its rows are not those that were saved. Fetch it again.")
         return mask, facts
 
 
@@ -210,7 +210,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         metadata = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}").encode())
         if not isinstance(metadata, dict):
-            raise ValueError("its metadata are no JSON object")
+            raise ValueError("its metadata are not a JSON object")
         if type(version := metadata.get("format_version")) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"it has format {version!r}, this version reads {FORMAT_VERSION}. Is it a mask, and made by a newer "
@@ -228,7 +228,7 @@ def _in_order(metadata: dict, tensors: Mapping[str, Tensor]) -> list[str]:
     """The layers in the order of execution, which is saved beside them: the header lists them by name."""
     names = metadata.get("layers", sorted(tensors))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("`layers` of its metadata are no names")
+        raise ValueError("`layers` of its metadata are not names")
     if sorted(names) != sorted(tensors):
         raise ValueError("`layers` of its metadata are not those that it holds")
     return names

@@ -1,11 +1,11 @@
-"""What long work tells while it goes on: one listener hears stages, progress and messages."""
+"""Progress of long work: one listener hears stages, progress and messages."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
-# Called with what is done and how much there is.
+# Called with the number done and the total.
 Advance = Callable[[int, int], None]
 
 
@@ -51,7 +51,7 @@ class Stage(Enum):
 
 
 class Listener:
-    """Hears what long work is at. This one ignores everything; a user interface overrides both methods."""
+    """Hears how long work goes on. This one ignores everything; a user interface overrides both methods."""
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[Advance]:

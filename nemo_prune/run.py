@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_prune.checkpoint.export import ExportReport
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
@@ -16,12 +15,12 @@ from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
-from nemo_prune.facts import MaskFacts
+from nemo_prune.facts import ExportReport, MaskFacts
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_new_file
-from nemo_prune.files.work import WorkFolder
+from nemo_prune.files.work import WorkFolder, claim_work_folder
 from nemo_prune.mask import Pruning
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
@@ -29,13 +28,14 @@ from nemo_prune.progress import Listener, Stage, Timed
 from nemo_prune.proof.bits import check_pruned_equals_suppressed
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
-from nemo_prune.release.record import MaskRecord, Record, base_facts, measured_by_a_run, prompt_facts, versions
+from nemo_prune.release.record import MaskRecord, Record
+from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import save_grids, write_report
 from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
 from nemo_prune.stages.estimate import estimate_run
-from nemo_prune.stages.examined import ExaminedPrompt
+from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
@@ -65,7 +65,7 @@ def prune_model(
         source: the model, see :func:`nemo_prune.models.source.resolve_model`.
         corpus: what to examine.
         ordinary: captions that the model does not memorize.
-        plan: where to and how.
+        plan: where to write, and how.
         listener: hears stages, progress and what the user should know.
 
     Raises:
@@ -80,12 +80,12 @@ def prune_model(
         work = _open_work(session, corpus, ordinary, plan)
         _tell_a_long_run(session, corpus, plan, timed)
     localizer = _calibrated(session, ordinary, plan, work, timed)
-    for warning in licence.warnings():
+    for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
     localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
     mask, localizations = merge_localizations(localizer, localizations, plan, work.needed, timed)
 
-    # The search suppresses; what is proven from here on is what the release will hold.
+    # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
     scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
     examined = _score_again(scaled, corpus, localizations, pruning, localizer.threshold, plan, work, timed)
@@ -104,6 +104,7 @@ def prune_model(
     if not mask.num_neurons:
         return RunResult(record, None, write_report(work.path, record, examined))
 
+    refuse_no_effect(examined)
     proof = _image_proof(examined, ordinary, pruning, plan, work, training_images)
     proof.draw_before(session.pipe, timed)
     with staged_release(plan.out, plan.overwrite) as release:
@@ -131,7 +132,7 @@ def calibrate_model(
     overwrite: bool = False,
     listener: Listener = Listener(),
 ) -> Calibration:
-    """The first stage alone: measure what is usual and keep it in a file; an old one stands until then.
+    """The first stage alone: measure what is usual and keep it in a file; an old file stays until then.
 
     Raises:
         OutputError: the file is there already.
@@ -156,7 +157,7 @@ def localize_model(
         session: the model, here or on workers.
         corpus: what to examine.
         ordinary: captions that the model does not memorize; none are needed with a finished calibration.
-        plan: where to and how.
+        plan: where to write, and how.
         listener: hears stages and progress.
 
     Returns:
@@ -177,6 +178,7 @@ def _check_places(source: ModelSource, plan: Plan) -> None:
             raise OutputError(
                 f"The work folder {plan.work} must not be in {published}: what is there can be published."
             )
+    claim_work_folder(plan.work)
 
 
 def _open_work(session: Session, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan) -> WorkFolder:
@@ -239,7 +241,7 @@ def _score_again(
     )
     references = prompt_references(secret_key(work.prompt_key), corpus.texts)
     return [
-        ExaminedPrompt(prompt, references[prompt.text], localization, scores)
+        ExaminedPrompt.scored(prompt, references[prompt.text], localization, scores, threshold)
         for prompt, localization, scores in zip(corpus.prompts, localizations, under_mask, strict=True)
     ]
 

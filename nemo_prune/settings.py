@@ -3,11 +3,13 @@
 import inspect
 import re
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 
 from nemo_prune.errors import SettingsError
-from nemo_prune.files.layout import ReleaseLayout
+from nemo_prune.files.layout import ReleaseLayout, has_ending
+from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
@@ -22,7 +24,7 @@ class LocalizationSettings:
     """The values of the paper's four algorithms (arXiv 2406.02366, Sec. 3 and App. A).
 
     Attributes:
-        num_samples: initial latents S that a prompt is scored on.
+        num_samples: number of initial latents S that a prompt is scored on.
         seed: seed of the CPU generator that draws the initial latents.
         num_inference_steps: DDIM steps of the schedule that the timestep is taken from.
         timestep_index: position in that schedule, 0 being the noisiest. The paper predicts at the
@@ -30,8 +32,8 @@ class LocalizationSettings:
         theta: first cut on |z| of the activations (Alg. 3).
         theta_step: how much the cut falls per turn, while k grows by one.
         theta_min: the last cut that is tried; a prompt that needs a lower one is unresolved.
-        threshold: tau, the similarity above which a prompt counts as memorized. (default: calibrated as mean +
-            ``threshold_num_std`` standard deviations over ordinary prompts)
+        threshold: tau, the similarity above which a prompt counts as memorized. (default: measured on ordinary prompts,
+            mean plus one standard deviation)
         threshold_num_std: standard deviations above the mean in that calibration.
         ssim_betas: exponents of the multi-scale SSIM, one per scale.
         projections: projections to search: ``value`` (the paper's), ``key`` or ``both``. Key rows cost more elsewhere,
@@ -87,7 +89,7 @@ class VerificationSettings:
 
     Attributes:
         seed: seed of the latents that images are drawn from; the released code uses 2.
-        score_seed: seed of fresh latents for the memorization score, other than those of detection.
+        score_seed: seed of fresh latents for the memorization score, different from those of detection.
         images_per_prompt: images drawn for a prompt.
         max_prompts: memorized prompts that images are drawn for, the first of the corpus.
         ordinary_images: ordinary prompts that images are drawn for.
@@ -110,7 +112,7 @@ class VerificationSettings:
     replication_cut: float = 0.5
 
     def fitted_to(self, guidance_scale: float) -> "VerificationSettings":
-        """The same settings, with a model's own guidance where none is given."""
+        """The same settings, with the model's own guidance if none is given."""
         return self if self.guidance_scale is not None else replace(self, guidance_scale=guidance_scale)
 
 
@@ -119,10 +121,10 @@ class ModelOptions:
     """How a model is computed.
 
     Attributes:
-        device: torch device; ``auto`` takes a GPU where there is one.
+        device: torch device; ``auto`` takes a GPU if there is one.
         dtype: precision of the weights.
-        batch_size: latents that go through the U-Net at once. (default: those of one prompt, on a GPU of four)
-        margin: below float32: within this distance of the threshold, float32 decides again.
+        batch_size: number of latents in a U-Net pass. (default: those of one prompt; on a GPU those of four)
+        margin: distance from the threshold within which float32 decides again, for precisions below float32.
     """
 
     device: str = "auto"
@@ -138,11 +140,11 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a publisher states in a card where the files of the base do not say it.
+    """What a publisher states in the card because the files of the base do not say it.
 
     Attributes:
         base_model: Hub id of a base that is given as a local folder.
-        license: identifier as the Hub lists them, ``other`` for one that it does not list.
+        license: identifier as the Hub lists them, in any case; ``other`` for one that it does not list.
         license_name: its name, where it is ``other``.
         license_link: an address where its text stands.
     """
@@ -153,22 +155,39 @@ class Statement:
     license_link: str | None = None
 
     def __post_init__(self) -> None:
+        if self.license is not None:
+            object.__setattr__(self, "license", _stated_licence(self.license))
         stated = {name: value for name, value in vars(self).items() if value is not None}
         for name, value in stated.items():
-            pattern, expected = _STATED[name]
-            _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
+            if name in _STATED:
+                pattern, expected = _STATED[name]
+                _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
         for name in ("license_name", "license_link"):
-            _require(name not in stated or "license" in stated, name, stated.get(name), "none without `license`")
-        named = self.license != "other" or self.license_name is not None
-        _require(named, "license_name", None, "the licence's name, because `license` is `other`")
+            _require(name not in stated or "license" in stated, name, stated.get(name), "none without --license")
+        named = self.license != OTHER or self.license_name is not None
+        _require(named, "license_name", None, "the licence's name, because --license is `other`")
+
+
+def _stated_licence(stated: str) -> str:
+    """The Hub's identifier of a licence that a publisher states.
+
+    Raises:
+        SettingsError: it has none.
+    """
+    known = known_licence(stated)
+    if known is None:
+        alike = get_close_matches(stated.lower(), LICENCE_IDS, n=3)
+        meant = f" Is it {' or '.join(alike)}?" if alike else ""
+        raise SettingsError(
+            f"--license {stated!r} is not a licence that the Hub knows.{meant} Expected is an identifier from "
+            f"https://huggingface.co/docs/hub/repositories-licenses; for any other licence give --license {OTHER} "
+            "--license-name NAME."
+        )
+    return known
 
 
 _STATED = {
     "base_model": (r"\w[\w.-]*(/\w[\w.-]*)?", "a Hub id such as CompVis/stable-diffusion-v1-4"),
-    "license": (
-        r"[a-z0-9][a-z0-9.+-]*",
-        "an identifier from https://huggingface.co/docs/hub/repositories-licenses, or `other`",
-    ),
     "license_name": (r"[\w][\w .+()-]{0,99}", "a name of letters, digits and -_.+()"),
     "license_link": (r"https?://[!-~]{1,500}", "an address that begins with https://"),
 }
@@ -180,14 +199,14 @@ class Plan:
 
     Attributes:
         out: the pruned model, for publication: a folder, or a single file whose name ends in .safetensors.
-        work: folder of what the run knows, not for publication. (default: OUT.work)
+        work: folder of all that the run finds out, not for publication. (default: OUT.work)
         settings: the numbers of the method.
         verification: what is measured on images.
         model: how the model is computed.
         merge: ``incremental``: each prompt's neurons on top of those before it, then drop what no prompt needs; or
             ``union`` of all prompts' neurons, as in the paper. (default: incremental; with --include-unresolved union)
         preserve: 0 (the paper's search) to 1: also search a set that costs ordinary captions less, among more
-            candidates; the cheaper of both counts.
+            candidates; the cheaper of the two is taken.
         calibration: a finished calibration, a file of `nemo-prune calibrate`. (default: calibrate on ordinary captions)
         scale: number that the masked rows are multiplied by; 0 zeroes them, the paper also tries -1 to 0.75. The search
             suppresses in any case; everything measured afterwards is measured with the scaled rows.
@@ -224,7 +243,7 @@ class Plan:
         _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
 
     def fitted_to(self, guidance_scale: float) -> "Plan":
-        """The same plan, with a model's own guidance where none is given."""
+        """The same plan, with the model's own guidance if none is given."""
         return replace(self, verification=self.verification.fitted_to(guidance_scale))
 
 
@@ -254,7 +273,7 @@ class SieveSettings:
     Attributes:
         sieve: ``anisotropy`` (arXiv 2601.20642), two passes per caption, computes ``norm`` too; ``norm`` (arXiv
             2407.21720), one pass.
-        num_samples: initial latents that a caption's value is the mean over; each costs its passes.
+        num_samples: number of initial latents whose mean is a caption's value; each costs its passes.
         norm_step: step of 50 at which the norm is taken, 0 being the noisiest. (default: what suits the model: 0, as
             published for SD v1-4; the demo 25)
         cosine_step: place at which anisotropy's cosine is taken; the authors' third last of 50.
@@ -270,13 +289,13 @@ class SieveSettings:
 
     def __post_init__(self) -> None:
         _require(self.sieve in SIEVES, "sieve", self.sieve, " or ".join(SIEVES))
-        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        _require(self.num_samples >= 1, "sieve_samples", self.num_samples, "at least 1")
         for name in ("norm_step", "cosine_step"):
             step = getattr(self, name)
             _require(step is None or step >= 0, name, step, "at least 0")
 
     def fitted_to(self, norm_step: int) -> "SieveSettings":
-        """The same settings, with the step that suits a model where none is given."""
+        """The same settings, with the step that suits the model if none is given."""
         return self if self.norm_step is not None else replace(self, norm_step=norm_step)
 
 
@@ -286,7 +305,7 @@ class ScreenOptions:
 
     Attributes:
         out: the file to write, .parquet or .jsonl, the likeliest captions first.
-        work: folder of what the screening knows, not for publication. (default: OUT.work)
+        work: folder of all that the screening finds out, not for publication. (default: OUT.work)
         model: how the model is computed.
         fdr: accepted share of false alarms among what passes.
         confirm: draw four images of what passes and measure whether they agree.
@@ -303,7 +322,9 @@ class ScreenOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).absolute())
         object.__setattr__(self, "work", Path(self.work or self.out.with_name(f"{self.out.name}.work")).absolute())
-        _require(self.out.suffix in SCREENED_SUFFIXES, "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}")
+        _require(
+            has_ending(self.out, *SCREENED_SUFFIXES), "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}"
+        )
         _require(0 < self.fdr < 1, "fdr", self.fdr, "between 0 and 1")
 
 
@@ -315,9 +336,14 @@ def description(owner: type, name: str) -> str:
     return text[0].upper() + text[1:]
 
 
+# What only the library can set; all else has an option of its name.
+_WITHOUT_OPTION = ("num_inference_steps", "timestep_index", "theta_step", "theta_min", "cosine_step")
+
+
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise SettingsError(f"`{name}` is {value}, expected: {expected}.")
+        called = f"`{name}`" if name in _WITHOUT_OPTION else f"--{name.replace('_', '-')}"
+        raise SettingsError(f"{called} is {'not given' if value is None else value}, expected: {expected}.")
 
 
 PRESETS = {

@@ -44,7 +44,7 @@ def planted_values(captions):
 @pytest.fixture
 def planted(monkeypatch):
     """Screenings without a pass; the fixture `screened` makes them."""
-    nothing = lambda session, chunk: ({"number": number, "value": 0.5} for number, _ in chunk)  # noqa: E731
+    nothing = lambda session, chunk: ({"prompt": text, "value": 0.5} for text in chunk)  # noqa: E731
     monkeypatch.setattr(nemo_prune.screening.screen, "score_chunk", nothing)
     monkeypatch.setattr(Sieves, "values", lambda self, captions: dict.fromkeys(self.names, planted_values(captions)))
 
@@ -133,7 +133,8 @@ def test_a_stop_loses_nothing_and_a_work_folder_of_something_else_is_refused(scr
     arguments = {"out": tmp_path / "out.jsonl", "work": tmp_path / "work"}
     assert screen(**arguments).exit_code == 130 and not (tmp_path / "out.jsonl").exists()
     log = tmp_path / "work" / "sieved.jsonl"
-    assert len(log.read_text().splitlines()) == 1
+    # What its places belong to, and one chunk.
+    assert len(log.read_text().splitlines()) == 2
     log.write_text(log.read_text() + '{"first": 10, "norm": [1')
     assert screen(**arguments).exit_code == 0
     assert calls[7:] == [10, 6]
@@ -191,14 +192,19 @@ def test_run_localizes_what_passed(screened, files, model_folder, tmp_path, monk
     [
         ({"out": "out.csv"}, ["out", ".parquet or .jsonl"]),
         ({"fdr": 1.5}, ["fdr", "between 0 and 1"]),
-        ({"sieve": "cosine"}, ["sieve", "norm or anisotropy"]),
         ({"label_column": "nothing"}, ["nothing", "--label-column"]),
         ({"label_column": "score"}, ["score", "`2`", "vm, tm"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(screen, monkeypatch, changes, words):
-    monkeypatch.setattr("nemo_prune.compute.session.load_pipeline", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("nemo_prune.compute.local.load_pipeline", lambda *arguments: pytest.fail("loaded"))
     assert_named_error(screen(**changes), *words)
+
+
+def test_a_sieve_that_does_not_exist_is_a_usage_error_that_lists_the_others(screen):
+    result = screen(sieve="cosine")
+    assert result.exit_code == 2, result.output
+    assert all(word in result.stderr for word in ("--sieve", "cosine", "norm", "anisotropy"))
 
 
 def test_labels_of_many_tables_are_understood():
@@ -244,7 +250,7 @@ def test_a_killed_screening_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.jsonl")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "work" / "sieved.jsonl"
-    while not log.exists() and process.poll() is None:
+    while not (log.exists() and log.read_bytes().count(b"\n") > 1) and process.poll() is None:
         time.sleep(0.05)
     process.kill()
     process.wait()

@@ -1,14 +1,12 @@
 """Checkpoints in other forms, converted to what everything works on: a diffusers folder with safetensors weights.
 
-A conversion changes no value. It is kept in the cache folder under the sha256 of what it was made from, appears there
-whole or not at all, and is used again the next time.
+A conversion changes no value. It is kept in the cache folder under the sha256 of its source, appears there whole or
+not at all, and is used again the next time.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,17 +14,19 @@ from pathlib import Path
 from nemo_prune.checkpoint.architecture import expected_shapes
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
-from nemo_prune.checkpoint.single_file import read_tensors
+from nemo_prune.checkpoint.parts import publicly_named
+from nemo_prune.checkpoint.single_file import read_tensors, read_weights
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
-from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, weights_files
+from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, refuse_missing_shards, weights_files
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import CARD_FILE
+from nemo_prune.files.layout import CARD_FILE, SAFETENSORS, has_ending
+from nemo_prune.files.locks import waiting_lock
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
 
-# Part of the key: what another way of converting made is not found.
+# Part of the key: results of another version of the conversion are not found.
 _VERSION = 1
 _NOTE_FILE = "conversion.json"
 _WEIGHTS = {
@@ -69,7 +69,8 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
     index = _index_of_parts(config.folder)
 
     def convert(folder: Path) -> Conversion:
-        tensors = read_tensors(file)
+        weights = read_weights(file)
+        tensors = weights.tensors
         refuse_other_families(tensors)
         _copy(config.folder, kept, folder)
         used: set[str] = set()
@@ -83,17 +84,26 @@ def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
             )
             used.update(found.values())
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        return Conversion(folder, f"a single-file checkpoint ({file.suffix})", _left_out(tensors.keys() - used))
+        where = f", its weights under `{weights.wrapper}`" if weights.wrapper else ""
+        left_out = _left_out(tensors.keys() - used) | {
+            f"{name}.*": f"{number} tensors beside the weights" for name, number in weights.others.items()
+        }
+        return Conversion(folder, f"a single-file checkpoint ({file.suffix.lower()}{where})", left_out)
 
     return _kept(["single file", file_hash(file), index, _hashes(config.folder, kept)], convert)
 
 
 def pickled_weights(base: CheckpointFiles, variant: str | None) -> dict[str, list[WeightsFile]]:
-    """Component -> its ``.bin`` files that a loader would take, because there are no safetensors of them."""
+    """Part -> its ``.bin`` files that a loader would take, because there are no safetensors of them.
+
+    Raises:
+        ModelError: a shard of them is missing.
+    """
     found = {}
     for component in component_names(base.folder):
         files = loaded_weights(weights_files(base, component), variant)
         if files and not files[0].is_safetensors:
+            refuse_missing_shards(component, files)
             found[component] = files
     return found
 
@@ -106,7 +116,7 @@ def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFil
         pickled: see :func:`pickled_weights`; the shards of a component become one file.
 
     Raises:
-        ModelError: a file is damaged, or wants more than tensors.
+        ModelError: a file is damaged, or contains more than tensors.
         OutputError: the cache can't be written.
     """
     kept = [*base.kept, *([Path(CARD_FILE)] if (base.folder / CARD_FILE).is_file() else [])]
@@ -115,7 +125,7 @@ def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFil
 
     def convert(folder: Path) -> Conversion:
         _copy(base.folder, kept, folder)
-        why = {path.as_posix(): reason for path, reason in base.left_out.items()}
+        why = publicly_named(base.left_out)
         for component, files in pickled.items():
             target = Path(component, files[0].converted_name)
             tensors: dict[str, TensorBytes] = {}
@@ -135,27 +145,15 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder.with_suffix(".lock")):
+        with waiting_lock(folder.with_suffix(".lock")):
             if not (folder / _NOTE_FILE).is_file():
                 with staged_folder(folder, overwrite=True) as staged:
                     made = convert(staged)
                     note = {"converted": made.converted, "left_out": made.left_out}
                     (staged / _NOTE_FILE).write_text(json.dumps(note, indent=2), encoding="utf-8")
     except OutputError as error:
-        raise OutputError(f"The model can't be converted: {error} The cache lies under XDG_CACHE_HOME.") from error
+        raise OutputError(f"The model can't be converted: {error} The cache is under XDG_CACHE_HOME.") from error
     return Conversion(folder, **read_json(folder / _NOTE_FILE))
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process converts the same."""
-    with writing(lock):
-        file = lock.open("ab")
-    with file:
-        # A file system without locks: then the second is told of the first.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _find(component: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorBytes]) -> dict[str, str]:
@@ -185,7 +183,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _left_out(names: Iterable[str]) -> dict[str, str]:
-    """What a folder has no place for, in few words: a training run leaves hundreds of tensors."""
+    """What has no place in a folder, in few words: a training run leaves hundreds of tensors."""
     names = sorted(names)
     averages = [name for name in names if name.startswith(EMA_PREFIX)]
     others = [name for name in names if not name.startswith(EMA_PREFIX)]
@@ -193,14 +191,14 @@ def _left_out(names: Iterable[str]) -> dict[str, str]:
     if averages:
         found[f"{EMA_PREFIX}*"] = f"the moving averages (EMA) of {len(averages)} tensors; the plain weights are used"
     for name in others[:_SHOWN_NAMES]:
-        found[name] = "no tensor of the pipeline"
+        found[name] = "not a tensor of the pipeline"
     if len(others) > _SHOWN_NAMES:
-        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "no tensors of the pipeline"
+        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "not tensors of the pipeline"
     return found
 
 
 def _index_of_parts(config: Path) -> dict:
-    """The model_index.json of a pipeline that consists of what a single file holds."""
+    """The model_index.json of a pipeline with the components of a single file."""
     index = read_model_index(config)
     dropped = {name: [None, None] for name, kind in index.items() if isinstance(kind, list)}
     kept = {name: index[name] for name in _FROM_CONFIG if name in index}
@@ -208,7 +206,7 @@ def _index_of_parts(config: Path) -> dict:
 
 
 def _of_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or ".index." in path.name
+    return has_ending(path, SAFETENSORS) or ".index." in path.name
 
 
 def _hashes(base: Path, paths: Iterable[Path]) -> list[list[str]]:

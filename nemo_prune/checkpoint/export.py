@@ -1,42 +1,26 @@
-"""Copy a checkpoint and zero or scale rows in the copy, byte for byte; nothing else changes."""
+"""Copy a checkpoint and zero or scale rows in the copy; nothing else changes but what must not be published."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from nemo_prune.checkpoint.folder import CheckpointFiles, scan_folder
+from nemo_prune.checkpoint.parts import publicly_named
+from nemo_prune.checkpoint.privacy import cleaned_config, cleaned_metadata, write_config
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
 from nemo_prune.errors import MaskError, OutputError
+from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.safetensors_header import StoredTensor, read_header
+from nemo_prune.files.layout import SAFETENSORS
+from nemo_prune.files.safetensors_header import StoredTensor, copy_with_metadata, read_header, read_metadata
 from nemo_prune.mask import NeuronMask, Pruning
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        sha256: file relative to the release -> sha256 of its content, for every file of the base's.
-        base_sha256: the same of the base, for the files that were changed.
-        rows_changed: changed file -> number of rows that were set to zero or scaled in it.
-        left_out: what of the base is not in the release -> why.
-        notes: what a publisher should say of the form of the weights, in sentences.
-    """
-
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    base_sha256: Mapping[str, str] = field(default_factory=dict)
-    rows_changed: Mapping[str, int] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0) -> ExportReport:
     """Copy a diffusers folder file by file and zero the masked rows of the U-Net in the copy.
 
     Every safetensors file of the U-Net that holds a masked layer is patched: shards, and variants
-    such as fp16. Files are copied with their content, also where the base holds links.
+    such as fp16. Files are copied with their content, even if the base holds links.
 
     Args:
         base: the folder of the unpruned model; it is only read.
@@ -64,23 +48,54 @@ def export_files(files: CheckpointFiles, pruning: Pruning, out: Path, hashed: bo
     rows = pruning.mask.tensor_rows
     headers = {path: read_header(files.folder / path) for path in files.unet_weights}
     _check_layers(pruning.mask, headers)
-    after, before, changed = {}, {}, {}
+    after, before, changed, dropped = {}, {}, {}, {}
     try:
         for path in files.kept:
-            source, target, name = files.folder / path, out / path, path.as_posix()
+            target, name = out / path, path.as_posix()
             target.parent.mkdir(parents=True, exist_ok=True)
-            after[name] = copy_file(source, target, hashed)
-            if rows.keys() & headers.get(path, {}).keys():
-                changed[name] = scale_rows(target, headers[path], rows, pruning.scale)
-                before[name], after[name] = after[name], file_hash(target) if hashed else ""
+            is_pruned = bool(rows.keys() & headers.get(path, {}).keys())
+            before[name], gone = copy_published(files.folder, path, target, is_pruned, hashed)
+            if gone:
+                dropped[name] = gone
+            if is_pruned:
+                changed[name] = scale_rows(target, read_header(target), rows, pruning.scale)
+            after[name] = file_hash(target) if hashed and (gone or is_pruned) else before[name]
     except OSError as error:
         raise OutputError(f"The pruned model can't be written to {out}: {error}") from error
-    left_out = {path.as_posix(): reason for path, reason in files.left_out.items()}
-    return ExportReport(after if hashed else {}, before if hashed else {}, changed, left_out)
+    others = {name: digest for name, digest in before.items() if name in changed or name in dropped}
+    left_out = publicly_named(files.left_out)
+    return ExportReport(after if hashed else {}, others if hashed else {}, changed, left_out, dropped)
+
+
+def copy_published(
+    folder: Path, path: Path, target: Path, is_pruned: bool, hashed: bool = True
+) -> tuple[str, tuple[str, ...]]:
+    """Copy a file without what must not be published.
+
+    Args:
+        folder: the model's.
+        path: of the file, relative to it.
+        target: the copy.
+        is_pruned: whether rows of it will be changed.
+        hashed: whether the sha256 is asked for.
+
+    Returns:
+        sha256 of the base's file, and the keys that the copy does not have.
+    """
+    source = folder / path
+    if path.suffix == SAFETENSORS:
+        metadata, dropped = cleaned_metadata(read_metadata(source), is_pruned)
+        if dropped:
+            copy_with_metadata(source, target, metadata)
+            return file_hash(source) if hashed else "", dropped
+    elif cleaned := cleaned_config(folder, path):
+        write_config(target, cleaned[0])
+        return file_hash(source) if hashed else "", cleaned[1]
+    return copy_file(source, target, hashed), ()
 
 
 def copy_file(source: Path, target: Path, hashed: bool = True) -> str:
-    """Copy a file's content, never its link, and return the content's sha256, or nothing where it is not asked for."""
+    """Copy a file's content, never its link, and return the content's sha256, or nothing unless asked for."""
     digest = sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
         while block := reader.read(1 << 20):

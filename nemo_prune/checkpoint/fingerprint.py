@@ -11,7 +11,7 @@ from nemo_prune.facts import Digests
 from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor, read_header
 from nemo_prune.mask import NeuronMask
 
-# A base is published in any of these.
+# A base may be published in any of these.
 _ALSO_AS = ("F16", "BF16")
 
 
@@ -46,7 +46,7 @@ def check_base(found: Digests, recorded: Digests) -> None:
     """
     if not recorded:
         raise MaskError(
-            "The mask does not say which base tensors it was made for, so that it can't be checked. Use --force if "
+            "The mask does not say which base tensors it was made for, so it can't be checked. Use --force if "
             "you know that it belongs to this model."
         )
     differing = [name for name in recorded if not set(recorded[name]) & set(found.get(name, ()))]

@@ -10,6 +10,7 @@ from nemo_prune.errors import ModelError
 
 _NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([\w.-]*)\.(safetensors|bin)", re.ASCII)
 _SHARD = re.compile(r"-\d+-of-\d+")
+_PART_OF = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class WeightsFile:
     Attributes:
         path: relative to the model's folder.
         variant: such as ``fp16``; None for the plain weights.
-        is_shard: whether it holds a part of them.
-        is_safetensors: or a pickle, a ``.bin``.
+        is_shard: whether it holds only a part of the weights.
+        is_safetensors: whether it is safetensors; otherwise a pickle, a ``.bin``.
     """
 
     path: Path
@@ -30,7 +31,7 @@ class WeightsFile:
 
     @property
     def converted_name(self) -> str:
-        """The file in its place that holds the same as safetensors, in one piece."""
+        """The safetensors file that replaces it, in one piece."""
         stem = "diffusion_pytorch_model" if self.path.name.startswith("diffusion") else "model"
         return f"{stem}.{self.variant}.safetensors" if self.variant else f"{stem}.safetensors"
 
@@ -46,7 +47,7 @@ def weights_files(files: CheckpointFiles, component: str) -> list[WeightsFile]:
 
 
 def loaded_weights(files: Iterable[WeightsFile], variant: str | None) -> list[WeightsFile]:
-    """Those that a loader takes: of the variant where there are any, safetensors first, in one piece first."""
+    """The files that a loader takes: of the variant if there are any, safetensors first, in one piece first."""
     files = list(files)
     chosen = [each for each in files if each.variant == variant] or [each for each in files if each.variant is None]
     chosen = [each for each in chosen if each.is_safetensors] or chosen
@@ -61,5 +62,21 @@ def safetensors_of(files: CheckpointFiles, component: str, variant: str | None) 
     """
     found = [each.path for each in loaded_weights(weights_files(files, component), variant) if each.is_safetensors]
     if not found:
-        raise ModelError(f"The {component} of the model has no safetensors weights. Fetch the model anew.")
+        raise ModelError(f"The {component} of the model has no safetensors weights. Fetch the model again.")
     return found
+
+
+def refuse_missing_shards(component: str, files: Iterable[WeightsFile]) -> None:
+    """Refuse weights in shards of which one is not there.
+
+    Raises:
+        ModelError: one is missing.
+    """
+    numbers = {match.groups() for each in files if (match := _PART_OF.search(each.path.name))}
+    for total in {total for _, total in numbers}:
+        there = {int(number) for number, of in numbers if of == total}
+        if absent := [number for number in range(1, int(total) + 1) if number not in there]:
+            raise ModelError(
+                f"The weights of the {component} are {int(total)} shards, and {len(absent)} of them are missing, the "
+                f"first is number {absent[0]}. Fetch the missing files."
+            )

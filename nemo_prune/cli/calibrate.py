@@ -21,6 +21,7 @@ from nemo_prune.cli.options import (
     MarginOption,
     ModelOption,
     NumSamplesOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PresetOption,
     ProjectionsOption,
@@ -39,6 +40,7 @@ def calibrate(
     model: ModelOption,
     out: Annotated[Path, option(RELEASE, "The file to write, such as calibration.safetensors.")],
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     projections: ProjectionsOption = DEFAULT_PROJECTIONS,
     seed: SeedOption = DEFAULTS.seed,
@@ -55,7 +57,9 @@ def calibrate(
 ) -> None:
     """Measure on ordinary captions what is usual for a model: the first stage of `run` alone.
 
-    Example: [bold]nemo-prune calibrate --model demo --out calibration.safetensors[/]
+    OUT keeps the threshold and the activation statistics. It is refused for another model or other settings.
+
+    Example: `nemo-prune calibrate --model demo --out calibration.safetensors`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         settings = method_settings(preset, projections=projections.value, seed=seed, num_samples=num_samples)
@@ -64,7 +68,7 @@ def calibrate(
         from nemo_prune.models.source import resolve_model
         from nemo_prune.run import calibrate_model
 
-        ordinary = ordinary_captions(model, calibration_prompts)
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column)
         source = resolve_model(model, revision, variant, config)
         found = calibrate_model(source, ordinary, out, options, settings, overwrite, listener)
     facts = {"threshold": found.threshold, "similarity_mean": found.similarity_mean,

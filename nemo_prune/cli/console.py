@@ -26,11 +26,10 @@ from nemo_prune.files.untrusted import printable
 from nemo_prune.progress import Advance, Listener, Stage
 
 app = typer.Typer(
-    help="Find the neurons that make a text-to-image model give training images back, and prune them.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
@@ -46,7 +45,10 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Find the neurons that make a text-to-image model give training images back, and prune them."""
+    """Find the neurons that make a text-to-image model give training images back, and prune them.
+
+    Exit codes: 0 done, 1 a named error (of `diff` also a difference), 2 wrong usage, 130 interrupted.
+    """
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def errors_reported() -> Iterator[None]:
 
 
 class _Speed(ProgressColumn):
-    """Prompts a second, once it is known."""
+    """Prompts per second, once they are known."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f} prompts/s" if task.speed else "")
@@ -91,7 +93,7 @@ class ConsoleListener(Listener):
             if begun:
                 self._bar.update(self._task, completed=done, total=total)
             else:
-                # What an earlier run did must not count as speed.
+                # The work of an earlier run must not count as speed.
                 begun = True
                 self._bar.reset(self._task, description=stage.label, total=total, completed=done)
 
@@ -108,7 +110,7 @@ def console_listener(quiet: bool, show_speed: bool = False) -> Iterator[Listener
 
     Args:
         quiet: show no bar.
-        show_speed: also show prompts a second.
+        show_speed: also show prompts per second.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -128,7 +130,7 @@ def print_json(values: object) -> None:
 
 
 def quieten_hub_client() -> None:
-    """The Hub's client has bars of its own and tells of every retry, with addresses; who asks for that gets it."""
+    """Silence the Hub client's own bars and its message per retry, with addresses, unless the user asks for them."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -138,7 +140,7 @@ def quieten_hub_client() -> None:
 
 
 def quieten_libraries() -> None:
-    """Stock loaders chat about optional parts that are none of the user's business here."""
+    """Silence the stock loaders' remarks on optional parts, which do not matter here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar

@@ -12,7 +12,7 @@ from nemo_prune.cli.console import app, errors_reported
 def demo(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
     """Write out the demo model with its captions and training images.
 
-    Example: [bold]nemo-prune demo demo-model/[/]
+    Example: `nemo-prune demo demo-model/`
     """
     from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, write_demo
     from nemo_prune.models.known import DEMO

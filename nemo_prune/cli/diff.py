@@ -1,4 +1,4 @@
-"""What a release changed: `nemo-prune diff`."""
+"""What differs between a base and a release: `nemo-prune diff`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,9 @@ def diff(
 ) -> None:
     """List every file, tensor and row that differs; exit code 1 if anything but masked rows does.
 
-    Example: [bold]nemo-prune diff demo pruned/[/]
+    Both models may be folders or single files, in any pairing.
+
+    Example: `nemo-prune diff demo pruned/`
     """
     with errors_reported():
         quieten_libraries()
@@ -48,7 +50,7 @@ def diff(
             typer.echo(printable(f"{each.file}: {what}{layer}{rows}{mark}"))
         typer.echo(
             f"{len(unexpected)} differences that no mask accounts for." if unexpected
-            else "Nothing but masked rows differs, beside the files that a release adds or leaves out."
+            else "Nothing but masked rows differs, apart from the files that a release adds or leaves out."
         )  # fmt: skip
     raise typer.Exit(1 if unexpected else 0)
 

@@ -1,4 +1,4 @@
-"""A base and a mask into a release: `nemo-prune export`."""
+"""A release from a base and a mask: `nemo-prune export`."""
 
 from typing import Annotated
 
@@ -26,11 +26,13 @@ from nemo_prune.settings import Statement
 @app.command()
 def export(
     model: ModelOption,
-    mask: Annotated[str, option(RELEASE, "A mask file, a release, or a Hub id of either: owner/name[@revision].")],
+    mask: Annotated[
+        str, option(RELEASE, "A mask file, a release, or a Hub id of either: owner/name or owner/name@revision.")
+    ],
     out: OutOption,
     scale: ScaleOption = 0.0,
     force: Annotated[
-        bool, option(RELEASE, "Prune another base than the mask was made for; the card says so.", "--force")
+        bool, option(RELEASE, "Prune a base that the mask was not made for; the card says so.", "--force")
     ] = False,
     config: ConfigOption = None,
     base_model: BaseModelOption = None,
@@ -42,9 +44,12 @@ def export(
     overwrite: Annotated[bool, option(RELEASE, "Replace OUT.", "--overwrite")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune a model by a finished mask: base and mask always give the same weights.
+    """Prune a model by a finished mask: base and mask always give the same weights, byte for byte.
 
-    Example: [bold]nemo-prune export --model demo --mask mask.safetensors --out pruned/[/]
+    A mask holds the sha256 of every base tensor that it touches, in float32, float16 and bfloat16. A base that differs
+    there is refused without --force.
+
+    Example: `nemo-prune export --model demo --mask mask.safetensors --out pruned/`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         statement = Statement(base_model, license, license_name, license_link)

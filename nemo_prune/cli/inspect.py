@@ -20,7 +20,10 @@ def inspect(
 ) -> None:
     """Show a mask: layers, rows, source and settings.
 
-    Example: [bold]nemo-prune inspect pruned/[/]
+    The number beside a row says for how many prompts it was found. In an incremental merge, prompts that other prompts'
+    neurons silence do not count.
+
+    Example: `nemo-prune inspect pruned/`
     """
     with errors_reported():
         from nemo_prune.mask import NeuronMask

@@ -24,6 +24,7 @@ from nemo_prune.cli.options import (
     MarginOption,
     ModelOption,
     NumSamplesOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PresetOption,
     ProjectionsOption,
@@ -51,6 +52,7 @@ def localize(
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     projections: ProjectionsOption = DEFAULT_PROJECTIONS,
@@ -71,7 +73,9 @@ def localize(
 ) -> None:
     """Find the memorization neurons of each caption and keep them for `merge`; nothing is pruned.
 
-    Example: [bold]nemo-prune localize --model demo --calibration calibration.safetensors --work found/[/]
+    The result file has one line per caption. Run the same command again to resume after a stop.
+
+    Example: `nemo-prune localize --model demo --calibration calibration.safetensors --work found/`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         settings = method_settings(
@@ -82,13 +86,17 @@ def localize(
         quieten_libraries()
         from nemo_prune.compute.opening import open_session
         from nemo_prune.engine.localize import count_statuses
+        from nemo_prune.files.work import claim_work_folder
         from nemo_prune.models.known import OrdinaryCaptions
         from nemo_prune.models.source import resolve_model
         from nemo_prune.run import localize_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit)
-        ordinary = OrdinaryCaptions(()) if calibration else ordinary_captions(model, calibration_prompts)
+        ordinary = (
+            OrdinaryCaptions(()) if calibration else ordinary_captions(model, calibration_prompts, calibration_column)
+        )
         source = resolve_model(model, revision, variant, config)
+        claim_work_folder(work)
         with open_session(source, options, settings, ray, ray_workers) as session:
             file, localizations = localize_model(session, examined, ordinary, plan, listener)
         facts = count_statuses(localizations)

@@ -13,16 +13,19 @@ from nemo_prune.settings import Plan
 @app.command()
 def merge(
     results: Annotated[
-        list[Path], typer.Argument(help="localizations.jsonl of work folders, or .csv of the authors' released code.")
+        list[Path],
+        typer.Argument(help="localizations.jsonl of work folders, or .csv tables of the NeMo authors' released code."),
     ],
     out: Annotated[Path, option(RELEASE, "The mask to write, such as mask.safetensors.")],
     include_unresolved: Annotated[bool, setting(RELEASE, Plan, "include_unresolved", "--include-unresolved")] = False,
     overwrite: Annotated[bool, option(RELEASE, "Replace the file.", "--overwrite")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge what was found for captions into one mask: the union, as in the paper.
+    """Merge result files of `localize` into one mask: the union, as in the paper.
 
-    Example: [bold]nemo-prune merge found/localizations.jsonl --out mask.safetensors[/]
+    Tables of the released code are separated by semicolons and have seven lists of neurons per prompt.
+
+    Example: `nemo-prune merge found/localizations.jsonl --out mask.safetensors`
     """
     with errors_reported():
         from nemo_prune.engine.localize import count_statuses

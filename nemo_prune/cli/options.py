@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_prune.cli.console import tell
 from nemo_prune.errors import PromptError
 from nemo_prune.settings import (
     DTYPES,
@@ -70,7 +71,12 @@ BatchSizeOption = Annotated[int | None, setting(MODEL, ModelOptions, "batch_size
 MarginOption = Annotated[float, setting(MODEL, ModelOptions, "margin", "--margin")]
 RayOption = Annotated[
     str | None,
-    option(MODEL, "Compute on Ray workers: `auto` on this machine's GPUs, or HOST:PORT of a cluster.", "--ray"),
+    option(
+        MODEL,
+        "Compute on Ray workers: `auto` for this machine's GPUs, or HOST:PORT of a cluster that this machine belongs "
+        "to. With --device cpu they take CPUs. Needs the extra `ray`.",
+        "--ray",
+    ),
 ]
 RayWorkersOption = Annotated[
     int | None,
@@ -88,23 +94,36 @@ PromptsOption = Annotated[
     str | None,
     option(
         CAPTIONS,
-        "Captions to examine: a file (.txt, .csv, .tsv, .jsonl, .parquet, also as .gz), a pattern for several, or a "
-        "data set of the Hub: owner/name:split:column. The demo and the known models have their own.",
+        "Captions to examine: a file (.txt, .csv, .tsv, .json, .jsonl, .parquet, also as .gz), a folder or pattern of "
+        "such files, where a .txt beside a picture of its name is the caption of that training image, or a data set of "
+        "the Hub: owner/name:split:column. The demo and the known models have their own.",
         "--prompts",
     ),
 ]
 ColumnOption = Annotated[
     str | None,
-    option(CAPTIONS, "Column of the captions. (default: Caption, caption, prompt or text)", "--prompt-column"),
+    option(
+        CAPTIONS,
+        "Column of the captions, in any case. (default: caption, prompt or text)",
+        "--prompt-column",
+    ),
 ]
 LimitOption = Annotated[int | None, option(CAPTIONS, "Examine only the first N captions.", "--limit", min=1)]
 OrdinaryOption = Annotated[
     str | None,
     option(
         CAPTIONS,
-        "Captions that the model does not memorize, at least 50, hundreds at best, from the same sources. The demo and "
-        "the known models have their own.",
+        "Ordinary captions, which the model does not memorize: at least 50, better hundreds, from the same sources as "
+        "the captions to examine. The demo and the known models have their own.",
         "--calibration-prompts",
+    ),
+]
+OrdinaryColumnOption = Annotated[
+    str | None,
+    option(
+        CAPTIONS,
+        "Column of the captions in --calibration-prompts, in any case. (default: caption, prompt or text)",
+        "--calibration-column",
     ),
 ]
 CalibrationOption = Annotated[Path | None, setting(CAPTIONS, Plan, "calibration", "--calibration")]
@@ -113,7 +132,9 @@ CalibrationOption = Annotated[Path | None, setting(CAPTIONS, Plan, "calibration"
 
 PresetOption = Annotated[
     Preset,
-    option(METHOD, "`released-code`, which the published numbers come from, or `paper`, the text.", "--preset"),
+    option(
+        METHOD, "`released-code`, which gave the published numbers, or `paper`, which follows the text.", "--preset"
+    ),
 ]
 ProjectionsOption = Annotated[Projections, setting(METHOD, LocalizationSettings, "projections", "--projections")]
 SeedOption = Annotated[int, setting(METHOD, LocalizationSettings, "seed", "--seed")]
@@ -126,36 +147,38 @@ SieveOption = Annotated[SieveName, setting(METHOD, SieveSettings, "sieve", "--si
 OutOption = Annotated[Path, setting(RELEASE, Plan, "out", "--out")]
 ScaleOption = Annotated[float, setting(RELEASE, Plan, "scale", "--scale")]
 BaseModelOption = Annotated[
-    str | None, option(HUB, "Hub id of a base that is on this machine, for the card; nobody checks it.", "--base-model")
+    str | None,
+    option(HUB, "Hub id of a base that is on this machine, for the card. It is not checked.", "--base-model"),
 ]
 LicenseOption = Annotated[
     str | None,
     option(
         HUB,
-        "The licence, where the base's card names none: an id as the Hub lists them, or `other`. What the base's card "
-        "says is inherited and can't be contradicted.",
+        "The licence, where the base's card names none: an id as the Hub lists them, in any case, or `other`. What the "
+        "base's card says is inherited and can't be contradicted.",
         "--license",
     ),
 ]
 LicenseNameOption = Annotated[
-    str | None, option(HUB, "Name of the licence, where --license is `other`.", "--license-name")
+    str | None, option(HUB, "Name of the licence, if --license is `other`.", "--license-name")
 ]
 LicenseLinkOption = Annotated[str | None, option(HUB, "Address of the licence's text: https://...", "--license-link")]
 PushToOption = Annotated[
     str | None,
     option(
         HUB,
-        "Push the release to this repo of the Hub at the end; name, token and right to write are checked first.",
+        "Push the release to this repo of the Hub at the end. Name, token and right to write are checked before the "
+        "long work.",
         "--push-to",
         metavar="OWNER/NAME",
     ),
 ]
-PrivateOption = Annotated[bool, option(HUB, "Create the repo as a private one; a public one is refused.", "--private")]
+PrivateOption = Annotated[bool, option(HUB, "Create a private repo; an existing public one is refused.", "--private")]
 AllowResidualOption = Annotated[
     bool,
-    option(HUB, "Push although something remains or was not measured; the card says so.", "--allow-residual"),
+    option(HUB, "Push even if something remains or was not measured; the card says so.", "--allow-residual"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 DEFAULTS, MODEL_DEFAULTS = LocalizationSettings(), ModelOptions()
 DEFAULT_PRESET, DEFAULT_PROJECTIONS = Preset("released-code"), Projections(DEFAULTS.projections)
@@ -177,7 +200,7 @@ def model_options(
 def examined_corpus(
     model: str, prompts: str | None, column: str | None, limit: int | None, from_screen: Path | None = None
 ) -> "Corpus":
-    """The captions to examine, or those that passed a screening; the demo and the known models have their own."""
+    """The captions to examine, or those that passed a screening; a known model has its own."""
     from nemo_prune.corpus.prompts import read_corpus
     from nemo_prune.models.known import memorized_captions
 
@@ -185,16 +208,28 @@ def examined_corpus(
         from nemo_prune.screening.screened import read_passed
 
         if prompts is not None or column is not None:
-            raise PromptError("--from-screen names the captions already. Leave out --prompts and --prompt-column.")
+            raise PromptError("--from-screen already names the captions. Leave out --prompts and --prompt-column.")
         return read_passed(from_screen, limit)
-    return read_corpus(prompts or memorized_captions(model), column, limit)
+    return _told(read_corpus(prompts or memorized_captions(model), column, limit), prompts)
 
 
-def ordinary_captions(model: str, prompts: str | None) -> "OrdinaryCaptions":
+def ordinary_captions(model: str, prompts: str | None, column: str | None = None) -> "OrdinaryCaptions":
     """Captions that the model does not memorize: those that are given, or a known model's own."""
     from nemo_prune.corpus.prompts import read_corpus
     from nemo_prune.models import known
 
     if prompts is None:
+        if column is not None:
+            raise PromptError(
+                f"--calibration-column {column} names a column of --calibration-prompts, which are not given. Give "
+                "them, or leave the option out."
+            )
         return known.ordinary_captions(model)
-    return known.OrdinaryCaptions(tuple(read_corpus(prompts).texts))
+    return known.OrdinaryCaptions(tuple(_told(read_corpus(prompts, column), prompts).texts))
+
+
+def _told(corpus: "Corpus", source: str | None) -> "Corpus":
+    """The same captions; the user hears of rows that have none."""
+    if corpus.num_empty:
+        tell(f"{corpus.num_empty} rows of {source} have no caption and are left out.")
+    return corpus

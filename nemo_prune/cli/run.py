@@ -35,6 +35,7 @@ from nemo_prune.cli.options import (
     Merge,
     ModelOption,
     NumSamplesOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     OutOption,
     PresetOption,
@@ -54,7 +55,7 @@ from nemo_prune.cli.options import (
     ordinary_captions,
     setting,
 )
-from nemo_prune.cli.push import PushAtTheEnd
+from nemo_prune.cli.push_at_the_end import PushAtTheEnd
 from nemo_prune.settings import Plan, Statement, VerificationSettings
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ def run(
     prompts: PromptsOption = None,
     from_screen: Annotated[
         Path | None,
-        option(CAPTIONS, "A file of `nemo-prune screen`, instead of --prompts: localize what passed.", "--from-screen"),
+        option(CAPTIONS, "A file of `nemo-prune screen`, instead of --prompts: examine what passed.", "--from-screen"),
     ] = None,
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     calibration: CalibrationOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     projections: ProjectionsOption = DEFAULT_PROJECTIONS,
@@ -105,7 +107,9 @@ def run(
 ) -> None:
     """Find the memorization neurons, prune them and write a model that stock diffusers loads.
 
-    Example: [bold]nemo-prune run --model demo --out pruned/[/]
+    A run can be stopped at any moment: run the same command again to resume. OUT appears whole or not at all.
+
+    Example: `nemo-prune run --model demo --out pruned/`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         plan = Plan(
@@ -127,13 +131,13 @@ def run(
         )
         push_at_the_end = PushAtTheEnd(push_to, private, allow_residual, quiet=as_json)
         push_at_the_end.check()
-        # torch and diffusers take seconds to import; a mistyped setting should not have to wait for them.
+        # torch and diffusers take seconds to import; a wrong setting is reported before that.
         quieten_libraries()
         from nemo_prune.models.source import resolve_model
         from nemo_prune.run import prune_model
 
         examined = examined_corpus(model, prompts, prompt_column, limit, from_screen)
-        ordinary = ordinary_captions(model, calibration_prompts)
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column)
         source = resolve_model(model, revision, variant, config)
         result = prune_model(source, examined, ordinary, plan, listener)
     if not as_json:
@@ -152,7 +156,7 @@ def run(
 
 def _show_result(result: "RunResult") -> None:
     """Tables on the terminal: what was found, what changed and where to look."""
-    # The card's rows are the terminal's rows: one wording for both.
+    # The terminal shows the card's rows: one wording for both.
     from nemo_prune.release.wording import before_after_rows
 
     record, console = result.record, Console()

@@ -27,6 +27,7 @@ from nemo_prune.cli.options import (
     JsonOption,
     LimitOption,
     ModelOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PromptsOption,
     RayOption,
@@ -55,12 +56,13 @@ def screen(
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     label_column: Annotated[
         str | None,
         option(
             CAPTIONS,
-            "Column with VM, TM, 1, true, memorized, or 0, false, ordinary: AUROC and TPR at 1% false alarms of each "
-            "computed sieve, with 95% intervals. Captions without a label are left out of them.",
+            "Column with VM, TM, 1, true, memorized, or 0, false, ordinary: report AUROC and TPR at 1% false alarms of "
+            "each computed sieve, with 95% intervals. They leave out captions without a label.",
             "--label-column",
         ),
     ] = None,
@@ -92,7 +94,17 @@ def screen(
 ) -> None:
     """Find out which captions of a large corpus are memorized; `run --from-screen` goes on from there.
 
-    Example: [bold]nemo-prune screen --model demo --label-column type --out screened.parquet[/]
+    Every caption goes through a sieve, one or two U-Net passes on pure noise. Captions that pass the cut get NeMo's
+    memorization score. OUT holds all captions, the highest value first, with the columns score, norm, anisotropy,
+    passed, memorization_score and their own. Run the same command again to resume after a stop.
+
+    The cut is set on the ordinary captions (--calibration-prompts). It keeps the false discovery rate, on average, if
+    they resemble the ordinary captions of the corpus; with captions from elsewhere it means nothing. If they are too
+    few, there is no cut, nothing passes, and the command says how many are needed: to find 1,000 memorized captions
+    among 10 million, about 100,000. The picture distributions.png in the work folder shows all values. If memorized
+    and ordinary captions overlap there, try another --norm-step on captions with labels.
+
+    Example: `nemo-prune screen --model demo --label-column type --out screened.parquet`
     """
     with errors_reported(), console_listener(quiet=as_json, show_speed=True) as listener:
         settings = method_settings(DEFAULT_PRESET, seed=seed)
@@ -101,12 +113,14 @@ def screen(
         quieten_libraries()
         from nemo_prune.compute.opening import open_session
         from nemo_prune.corpus.stream import CaptionStream
+        from nemo_prune.files.work import claim_work_folder
         from nemo_prune.models.source import resolve_model
         from nemo_prune.screening.screen import screen_captions
 
         captions = CaptionStream(partial(_captions, model, prompts, prompt_column), limit, label_column)
-        ordinary = ordinary_captions(model, calibration_prompts).texts
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column).texts
         source = resolve_model(model, revision, variant, config)
+        claim_work_folder(options.work)
         verification = VerificationSettings(guidance_scale=guidance_scale)
         with open_session(source, options.model, settings, ray, ray_workers) as session:
             result = screen_captions(session, captions, ordinary, options, sieve_settings, verification, listener)
@@ -117,20 +131,20 @@ def screen(
 
 
 def _captions(model: str, prompts: str | None, column: str | None) -> Iterator[Any]:
-    """The captions to screen; a known model's own are those that it memorized and further ordinary ones, labelled."""
+    """The captions to screen; a known model has memorized ones and further ordinary ones, with labels."""
     from dataclasses import replace
 
     from nemo_prune.corpus.prompts import iter_prompts
     from nemo_prune.corpus.stream import ORDINARY
     from nemo_prune.models.known import known_model, memorized_captions
 
-    yield from iter_prompts(prompts or memorized_captions(model), column)
+    yield from iter_prompts(prompts or memorized_captions(model), column, keep_empty=True)
     if prompts is None and (test := known_model(model).test):
         yield from (replace(prompt, kind=ORDINARY) for prompt in iter_prompts(test.locate()))
 
 
 def _show_result(result: Any, out: Path) -> None:
-    """What passed, with what certainty, and where to look."""
+    """Show what passed, how certain that is, and where to look."""
     console = Console()
     if result.separations:
         table = Table("sieve", "captions", "number", "AUROC", "TPR at 1% FPR", title="How well the sieves separate")
@@ -142,9 +156,9 @@ def _show_result(result: Any, out: Path) -> None:
     for line in _cut_lines(result.cut):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if result.facts["confirmed"] is not None:
-        console.print(f"{result.facts['confirmed']} of them confirmed: their images of four seeds copy each other.")
+        console.print(f"{result.facts['confirmed']} of them are confirmed: their images of four seeds copy each other.")
     speed, passes = result.facts["prompts_per_second"], result.facts["sample_passes_per_prompt"]
-    console.print(f"{passes:.2f} sample passes per caption" + (f", {speed:.1f} captions a second." if speed else "."))
+    console.print(f"{passes:.2f} sample passes per caption" + (f", {speed:.1f} captions per second." if speed else "."))
     console.print(f"Captions by value, not for publication: {out}", markup=False, soft_wrap=True)
     console.print(f"Distributions: {result.picture}", markup=False, soft_wrap=True)
 
@@ -158,11 +172,11 @@ def _cut_lines(cut: Any) -> list[str]:
         ]
     asked = f"No cut keeps false alarms to {cut.asked:.0%} of what passes"
     if cut.needed_ordinary is None:
-        return [f"{asked}: no caption is above all {cut.num_ordinary:,} ordinary ones, so that none stands out."]
+        return [f"{asked}: no caption is above all {cut.num_ordinary:,} ordinary ones, so none stands out."]
     return [
-        f"{asked}: among {cut.num_prompts:,} captions, {cut.num_ordinary:,} ordinary ones are too few to tell.",
-        f"As the captions lie it takes about {cut.needed_ordinary:,} (--calibration-prompts), or a higher --fdr. "
-        "All captions are in the file by their value.",
+        f"{asked}: for {cut.num_prompts:,} captions, {cut.num_ordinary:,} ordinary ones are too few.",
+        f"With these values about {cut.needed_ordinary:,} are needed (--calibration-prompts), or a higher --fdr. "
+        "The file holds all captions, sorted by value.",
     ]
 
 

@@ -38,7 +38,7 @@ class LocalSession(Session):
         self.sizes = self.predictor.sizes
 
     def _reference(self) -> NoisePredictor | None:
-        """The same model in float32, which decides what is too close for the lower precision."""
+        """The same model in float32, which decides what is too close to call in the lower precision."""
         if self.dtype == torch.float32:
             return None
         pipe = load_pipeline(self.source.folder, self.device, torch.float32, self.source.variant)
@@ -52,12 +52,12 @@ class LocalSession(Session):
             yield from task(self, chunk)
 
     def chunks_of(self, texts: Sequence[str]) -> list[Sequence[str]]:
-        """All texts at once: here results come as they are found."""
+        """All texts in one part: results come as they are found anyway."""
         return [texts]
 
 
 def choose_device(device: str) -> str:
-    """The device to compute on; ``auto`` takes a GPU where there is one.
+    """The device to compute on; ``auto`` takes a GPU if there is one.
 
     Raises:
         SettingsError: the device can't be used.
@@ -77,7 +77,7 @@ def choose_dtype(name: str) -> torch.dtype:
     """The dtype of a name.
 
     Raises:
-        SettingsError: weights are not used in it.
+        SettingsError: it is not one for weights.
     """
     if name not in ("float32", "float16", "bfloat16"):
         raise SettingsError(f"`{name}` is not a dtype for the weights. Use float32, float16 or bfloat16.")

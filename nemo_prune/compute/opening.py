@@ -28,12 +28,12 @@ def open_session(
         num_workers: how many workers; None takes what the cluster has free.
 
     Raises:
-        SettingsError: workers are asked for without Ray, or Ray is not installed.
-        WorkerError: the cluster can't be reached or has not what is asked for.
+        SettingsError: workers are asked for without ``ray``, or Ray is not installed.
+        WorkerError: the cluster can't be reached or lacks what is asked for.
     """
     if ray is None:
         if num_workers is not None:
-            raise SettingsError(f"--ray-workers {num_workers} has a meaning with --ray only. Add `--ray auto`.")
+            raise SettingsError(f"--ray-workers {num_workers} only makes sense with --ray. Add `--ray auto`.")
         yield LocalSession(source, options, settings)
     else:
         from nemo_prune.compute.ray_workers import RaySession

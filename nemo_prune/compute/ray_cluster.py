@@ -12,7 +12,7 @@ THIS_MACHINE = "auto"
 _MOST_CPU_WORKERS = 8
 _OBJECT_STORE_BYTES = 256 * 2**20
 _SECONDS_TO_REACH = 10
-# A cluster notices only after a moment that the workers of the last command have ended.
+# A cluster notices the end of the last command's workers only after a moment.
 _SECONDS_TO_FREE = 15
 
 
@@ -24,7 +24,7 @@ def import_ray() -> ModuleType:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Notices of dead workers would come on stdout, where --json has the only word.
+    # Notices of dead workers would appear on stdout, which --json reserves for its object.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
@@ -39,10 +39,10 @@ def connect(ray: ModuleType, address: str, num_cpus: int | None = None) -> None:
     Args:
         ray: the module.
         address: ``auto`` or HOST:PORT.
-        num_cpus: CPUs that Ray started here counts; None counts what there is.
+        num_cpus: number of CPUs for a Ray started here; None takes all.
 
     Raises:
-        WorkerError: there is none at the address, or it is of another version.
+        WorkerError: there is no cluster at the address, or it has another version.
     """
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -57,7 +57,7 @@ def connect(ray: ModuleType, address: str, num_cpus: int | None = None) -> None:
         else:
             _reach(address)
             ray.init(address, **quiet)
-    # Ray raises plain errors of many kinds here, some of them without a name of their own.
+    # Ray raises errors of many kinds here, some of them of no class of their own.
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise WorkerError(
             f"There is no Ray cluster to work with at {address}: {error}. Give HOST:PORT of its head (`ray start "
@@ -84,8 +84,8 @@ def free_places(ray: ModuleType, resource: str, asked: int | None) -> int:
 
     Args:
         ray: connected to the cluster.
-        resource: what a worker needs one of.
-        asked: how many workers; None takes all, of CPUs eight at most, for each holds a model.
+        resource: the resource of which a worker needs one.
+        asked: number of workers; None takes all, but at most eight CPUs, because each worker holds a model.
 
     Raises:
         WorkerError: the cluster has fewer.
@@ -98,7 +98,7 @@ def free_places(ray: ModuleType, resource: str, asked: int | None) -> int:
             if not total:
                 remedy = "Use --device cpu to compute on CPUs." if resource == "GPU" else "Use another --ray address."
             raise WorkerError(
-                f"The Ray cluster has {total} {resource}s, {free} of them free; needed are {needed}, one a worker. "
+                f"The Ray cluster has {total} {resource}s, {free} of them free; needed are {needed}, one per worker. "
                 f"{remedy}"
             )
         time.sleep(0.5)
@@ -108,8 +108,8 @@ def free_places(ray: ModuleType, resource: str, asked: int | None) -> int:
 
 
 def _reach(address: str) -> None:
-    """Ray itself would wait for minutes where nobody answers."""
+    """Fail early if nothing answers at an address; Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError("the address is no HOST:PORT")
+        raise ValueError("the address is not HOST:PORT")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_REACH).close()

@@ -1,7 +1,7 @@
 """A session whose model is on the workers of a Ray cluster: the extra `nemo-prune[ray]`.
 
-Chunks of the work flow to whoever is free. A dead worker's chunk is given to another one, and a new worker takes its
-place. Ray's own restarts are not used: an actor that waits for its restart keeps its chunk, for ever where no machine
+Chunks of the work go to whichever worker is free. If a worker dies, another repeats its chunk, and a new worker takes
+its place. Ray's own restarts are not used: an actor that waits for its restart keeps its chunk, forever if no machine
 is left for it.
 """
 
@@ -49,7 +49,7 @@ class _Actor:
     """What runs on a worker: a session of its own."""
 
     def __init__(self, source: ModelSource, options: ModelOptions, settings: LocalizationSettings) -> None:
-        # Loading waits: an error here would reach the driver as a death, that of a method comes as it is.
+        # The model is loaded later: an error here would reach the driver as a death, an error of a method as it is.
         self._model = source, options, settings
 
     def begin(self) -> Place:
@@ -69,7 +69,7 @@ class _Actor:
 
 @dataclass
 class _Worker:
-    """An actor, when it was asked for, and where it runs once it has begun."""
+    """An actor, when it was requested, and where it runs once it has started."""
 
     actor: Any
     asked_for: float
@@ -87,22 +87,22 @@ class _Work:
 class RaySession(Session):
     """A session whose model is on Ray workers; a context manager that ends them.
 
-    Where this process is connected to Ray already, that cluster is used, and stays.
+    If this process is connected to Ray already, that cluster is used, and stays connected.
 
     Args:
         source: the model's files.
         options: device, precision and batch size of each worker.
         settings: the numbers of the method.
         address: ``auto`` for workers on this machine, else that of a cluster, ``HOST:PORT``.
-        num_workers: how many workers at most; None takes all GPUs that are free, or CPUs with ``cpu``.
+        num_workers: maximum number of workers; None takes all free GPUs, or CPUs with ``cpu``.
 
     Attributes:
-        num_workers: how many workers at most; they are started as the work needs them.
+        num_workers: maximum number of workers; they are started as the work needs them.
         workers_lost: how many died so far.
 
     Raises:
-        SettingsError: Ray is not installed, or the device is none for workers.
-        WorkerError: the cluster can't be reached or has not what is asked for.
+        SettingsError: Ray is not installed, or workers can't use the device.
+        WorkerError: the cluster can't be reached or lacks what is asked for.
         ModelError: the workers can't load the model.
     """
 
@@ -145,7 +145,7 @@ class RaySession(Session):
 
     @property
     def places(self) -> list[Place]:
-        """Where the workers run that have begun."""
+        """Where the started workers run."""
         return [worker.place for worker in self._workers if worker.place]
 
     def close(self) -> None:
@@ -157,16 +157,16 @@ class RaySession(Session):
                 self._ray.shutdown()
 
     def chunks_of(self, texts: Sequence[str]) -> list[Sequence[str]]:
-        """Several chunks a worker, so that all end at about the same time and little is lost with one."""
+        """Several chunks per worker: all end at about the same time, and little is lost with one."""
         size = ceil(len(texts) / (_CHUNKS_A_WORKER * self.num_workers))
         size = min(max(size, 1), _MOST_TEXTS_IN_A_CHUNK)
         return [texts[start : start + size] for start in range(0, len(texts), size)]
 
     def map(self, task: Callable[[LocalSession, Chunk], Iterable[Result]], chunks: Iterable[Chunk]) -> Iterator[Result]:
-        """Do a task on chunks of the work, each on whoever is free; see :meth:`Session.map`.
+        """Do a task on chunks of the work, each on a free worker; see :meth:`Session.map`.
 
         Raises:
-            WorkerError: a chunk's workers died again and again, or no worker can begin.
+            WorkerError: a chunk's workers died again and again, or no worker can start.
         """
         task, fresh, waiting = self._ray.put(task), iter(chunks), deque[_Work]()
         try:
@@ -177,12 +177,12 @@ class RaySession(Session):
                 self._give_out(task, fresh, waiting)
                 yield from results
         finally:
-            # What was begun for a caller who went away would come up in the next map.
+            # Results started for a caller that went away would appear in the next map.
             for worker, _ in list(self._working.values()):
                 self._end(worker)
 
     def _give_out(self, task: Any, fresh: Iterator[Chunk], waiting: deque[_Work]) -> None:
-        """Give chunks to those who are free; start workers while there is more to do than they can take."""
+        """Give chunks to free workers; start workers while there is more to do than they can take."""
         while self._idle or len(self._workers) < self.num_workers:
             if len(waiting) <= len(self._starting):
                 waiting.extend(_Work(chunk) for chunk in islice(fresh, 1))
@@ -227,7 +227,7 @@ class RaySession(Session):
         return []
 
     def _go_on_starting(self, worker: _Worker, answer: Any) -> None:
-        """A new worker has begun, or has loaded its model and is free."""
+        """Handle a new worker that has started, or has loaded its model and is free."""
         try:
             value = self._value(answer)
         except self._deaths as death:
@@ -240,7 +240,7 @@ class RaySession(Session):
             if worker.place is not None:
                 raise
             raise WorkerError(
-                f"A worker can't begin: {_last_line(error)}. Is the same nemo-prune installed on every machine?"
+                f"A worker can't start: {_last_line(error)}. Is the same nemo-prune installed on every machine?"
             ) from error
         if worker.place is None:
             self._check_version(value)
@@ -263,7 +263,7 @@ class RaySession(Session):
             )
 
     def _wait(self) -> Any:
-        """The next answer of any worker; None from time to time, so that a hopeless wait is noticed."""
+        """The next answer of any worker; None from time to time, to notice a hopeless wait."""
         answers, _ = self._ray.wait([*self._starting, *self._working], timeout=_SECONDS_BETWEEN_LOOKS)
         if answers:
             return answers[0]
@@ -272,12 +272,12 @@ class RaySession(Session):
         if nobody_began and time.monotonic() - newest > _SECONDS_TO_BEGIN:
             raise WorkerError(
                 f"No worker began within {_SECONDS_TO_BEGIN} s: another program may have taken the cluster's "
-                f"{self._resource}s. Try again later; the same command goes on from what was found."
+                f"{self._resource}s. Try again later: run the same command to resume."
             )
         return None
 
     def _value(self, answer: Any) -> Any:
-        """What a worker answered; its named errors are raised as if they had happened here."""
+        """A worker's answer; its named errors are raised as if they had happened here."""
         try:
             return self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as error:
@@ -287,7 +287,7 @@ class RaySession(Session):
 
     @property
     def _deaths(self) -> tuple[type[Exception], ...]:
-        """The errors that mean a worker is lost, or what it had found."""
+        """The errors that mean that a worker, or its results, are lost."""
         errors = self._ray.exceptions
         return errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError
 
@@ -302,7 +302,7 @@ class RaySession(Session):
 def _died_again(what: str, death: Exception) -> WorkerError:
     return WorkerError(
         f"{what}, the last of them so: {_first_line(death)} Often memory is short: use fewer "
-        "workers (--ray-workers) or a smaller --batch-size. What was found is kept; the same command goes on from it."
+        "workers (--ray-workers) or a smaller --batch-size. Results so far are kept: run the same command to resume."
     )
 
 

@@ -1,4 +1,4 @@
-"""A model with the settings of the localization, wherever it is computed: the state that all commands start from."""
+"""The interface of a session: a model with the settings of the localization, wherever it is computed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from nemo_prune.settings import LocalizationSettings, ModelOptions
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
-# A calibration is the same whatever the selection does with it.
+# The calibration does not depend on these settings of the selection.
 _OF_THE_SELECTION = {"theta", "theta_step", "theta_min", "threshold", "layers_backwards"}
 
 
@@ -38,8 +38,8 @@ class Session(ABC):
 
         Args:
             task: computes the results of a chunk with a loaded model, which it is given as a
-                :class:`~nemo_prune.compute.local.LocalSession`; it can be pickled. What it gives for a prompt must
-                not depend on the rest of the chunk.
+                :class:`~nemo_prune.compute.local.LocalSession`; it can be pickled. Its result for a prompt
+                must not depend on the rest of the chunk.
             chunks: parts of the work, such as lists of captions.
 
         Yields:
@@ -48,7 +48,7 @@ class Session(ABC):
 
     @abstractmethod
     def chunks_of(self, texts: Sequence[str]) -> list[Sequence[str]]:
-        """Texts in as many parts as suit those who compute."""
+        """Texts in as many parts as suit the workers."""
 
     @property
     def calibration_identity(self) -> dict:

@@ -26,9 +26,9 @@ class Calibration:
     Attributes:
         similarity_mean: mean pairwise similarity of the seeds over ordinary prompts (all pairs).
         similarity_std: its standard deviation.
-        num_std: standard deviations above the mean at which the threshold lies.
+        num_std: number of standard deviations from the mean up to the threshold.
         statistics: usual activation of every neuron.
-        origin: how they were come by, for the record.
+        origin: where the values come from, for the record.
     """
 
     similarity_mean: float
@@ -39,11 +39,11 @@ class Calibration:
 
     @property
     def threshold(self) -> float:
-        """Tau: the similarity above which seeds agree more than ordinary prompts' do (Sec. 3.1)."""
+        """Tau: seeds that are more similar than this agree more than those of ordinary prompts (Sec. 3.1)."""
         return self.similarity_mean + self.num_std * self.similarity_std
 
     def save(self, path: Path, identity: dict) -> None:
-        """Write to a safetensors file, which is either the old one or the whole new one.
+        """Write a safetensors file in one step: at any time the old file or the whole new one is there.
 
         Args:
             path: the file.
@@ -69,7 +69,7 @@ class Calibration:
 
         Args:
             path: the file.
-            identity: what it must have been made with; keys that are not given may be anything.
+            identity: what it must have been made with; keys that are not given are not checked.
 
         Raises:
             OutputError: the file is missing, damaged, or was made with something else.
@@ -80,7 +80,9 @@ class Calibration:
                 mean = {name: file.get_tensor(f"mean.{name}") for name in facts["layers"]}
                 std = {name: file.get_tensor(f"std.{name}") for name in facts["layers"]}
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise OutputError(f"{path} is no calibration: {error}. Make one with `nemo-prune calibrate`.") from error
+            raise OutputError(
+                f"{path} is not a valid calibration: {error}. Make one with `nemo-prune calibrate`."
+            ) from error
         expected = json.loads(json.dumps(identity))
         if changed := [key for key in expected if facts["identity"].get(key) != expected[key]]:
             raise OutputError(
@@ -111,13 +113,13 @@ class MeasuredPrompt:
     similarities: Tensor
 
     def as_record(self) -> dict:
-        """JSON values, to the last bit."""
+        """As JSON values, exact to the last bit."""
         activations = {name: b64encode(values.numpy().tobytes()).decode() for name, values in self.activations.items()}
         return {"prompt": self.prompt, "activations": activations, "similarities": self.similarities.tolist()}
 
     @classmethod
     def from_record(cls, record: dict) -> "MeasuredPrompt":
-        """What :meth:`as_record` made."""
+        """The inverse of :meth:`as_record`."""
         activations = {
             name: torch.frombuffer(bytearray(b64decode(values)), dtype=torch.float32)[None]
             for name, values in record["activations"].items()
@@ -145,7 +147,7 @@ def calibrate(scorer: Scorer, texts: Sequence[str], advance: Advance = ignored) 
 
 
 def enough_prompts(texts: Sequence[str]) -> list[str]:
-    """The different ones of ordinary prompts.
+    """Ordinary prompts without duplicates.
 
     Raises:
         PromptError: there are too few.
@@ -160,7 +162,7 @@ def enough_prompts(texts: Sequence[str]) -> list[str]:
 
 
 def measure_prompts(scorer: Scorer, texts: Sequence[str]) -> Iterator[MeasuredPrompt]:
-    """Measure prompts for a calibration, S sample passes a prompt.
+    """Measure prompts for a calibration, S sample passes per prompt.
 
     The noise is predicted exactly as the detection does: same latents, timestep and no guidance.
     """
@@ -176,7 +178,7 @@ def fit_calibration(measured: Iterable[MeasuredPrompt], num_std: float) -> Calib
 
     Args:
         measured: the prompts.
-        num_std: standard deviations above the mean at which the threshold lies.
+        num_std: number of standard deviations from the mean up to the threshold.
     """
     fitter = ActivationStatisticsFitter()
     pairs = []

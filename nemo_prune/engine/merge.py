@@ -32,8 +32,8 @@ def prompts_per_neuron(
 ) -> dict[str, dict[int, int]]:
     """How many prompts need each neuron of a mask, without saying which.
 
-    In an incremental merge a prompt that others silence has no set of its own and counts nowhere, so that these are
-    the prompts that brought a neuron into the mask.
+    In an incremental merge a prompt that others silence has no set of its own and does not count; the prompts counted
+    are those that brought a neuron into the mask.
 
     Returns:
         Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
@@ -92,7 +92,7 @@ class SettledMask:
     """A corpus' mask that was scored again as a whole.
 
     Attributes:
-        mask: what no prompt needs is not in it.
+        mask: without the neurons that no prompt needs.
         localizations: the prompts; those that the others' neurons silenced, or that were localized
             on top of them, carry their new result.
         rounds: how often prompts had to be localized again.
@@ -118,7 +118,7 @@ def settle_mask(
             neurons are dropped.
         localizations: one per prompt, in the order of the corpus.
         advance: called with the neurons that were tried and their number.
-        log_file: where it is kept which neurons are needed, as it comes; what it holds is not tried again.
+        log_file: keeps which neurons are needed, as each is tried; neurons in it are not tried again.
     """
     scorer, threshold, preserve = localizer.scorer, localizer.threshold, localizer.preserve
     results = {each.prompt: each for each in localizations}
@@ -129,7 +129,7 @@ def settle_mask(
     while awake and rounds < ROUNDS:
         rounds += 1
         for detected in awake:
-            # What was added for another one may silence it already.
+            # Neurons added for another prompt may silence it already.
             if corpus.is_silent(detected, neurons):
                 continue
             found = localize_on_top(localizer, detected, neurons)
@@ -137,6 +137,10 @@ def settle_mask(
                 neurons.update(found.neurons)
                 results[found.prompt] = _joined(results[found.prompt], found)
         awake = corpus.awake_under(neurons)
+    for detected in awake:
+        # Whatever was found for it is not enough under the mask.
+        prompt = detected.scored.prompt
+        results[prompt] = replace(results[prompt], status="unresolved", silenced_by_others=False)
     silenced = corpus.without({detected.scored.prompt for detected in awake})
     for detected in silenced.detected:
         if results[detected.scored.prompt].status == "unresolved":
@@ -161,13 +165,13 @@ def _needed(
     log: LineLog | None,
     advance: Advance,
 ) -> set[Neuron]:
-    """What remains of neurons that are let go one after the other as long as all prompts stay silent.
+    """Drop neurons one after the other as long as all prompts stay silent, and return what remains.
 
     Args:
         silenced: the prompts.
         tried: the neurons, in the order in which they are tried.
         needing: neuron -> the prompt to ask first.
-        log: what is known already, and where it is kept.
+        log: holds what is known already, and takes what is found.
         advance: called with the neurons that were tried and their number.
     """
     neurons = set(tried)
@@ -222,7 +226,7 @@ class _Corpus:
         return _Corpus(self._scorer, kept, self._threshold)
 
     def is_silenced_by(self, neurons: Collection[Neuron], first: str | None = None) -> bool:
-        """Whether all prompts are silent; ends with the first seed that is not.
+        """Whether all prompts are silent; stops at the first seed that is not.
 
         Args:
             neurons: what is suppressed.

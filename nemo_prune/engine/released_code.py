@@ -1,11 +1,12 @@
 """The authors' released code: its layers, its threshold and its tables of results."""
 
 import ast
-import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.files.tables import open_table, opened_text
 from nemo_prune.mask import Neuron
 
 # The seven lists of a prompt: the value layers of SD v1-4, in the order of execution.
@@ -21,25 +22,34 @@ RELEASED_CODE_THRESHOLD = 0.428
 
 
 def read_table(path: Path) -> tuple[PromptLocalization, ...]:
-    """A table with seven lists of neurons per prompt; resolved where the initial score reached the threshold.
+    """A table with seven lists of neurons per prompt; what an initial set did decides about its prompt.
+
+    A prompt is resolved where its initial score reached the threshold; a refined score below it does not make up for
+    an initial one above it. A prompt without a set that is not above the threshold was not memorized: the released
+    code writes seven empty lists and the score 0 for it.
 
     Raises:
-        ValueError, KeyError, SyntaxError, csv.Error: it is not such a table.
+        ValueError, KeyError, SyntaxError: it is not such a table.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
-    return tuple(
-        PromptLocalization(
-            prompt=row["Caption"],
-            status="localized" if float(row["Initial SSIM"]) <= RELEASED_CODE_THRESHOLD else "unresolved",
-            # The tables do not have it.
-            score=math.nan,
-            candidates=_neurons_of_lists(row["Initial Neurons"]),
-            neurons=_neurons_of_lists(row["Refined Neurons"]),
-            candidates_score=float(row["Initial SSIM"]),
-            neurons_score=float(row["Refined SSIM"]),
-        )
-        for row in rows
+    with path.open("rb") as file:
+        table = open_table(opened_text(file, newline=""), lambda name: name == "Initial Neurons")
+        return tuple(_localization(dict(zip(table.columns, cells, strict=False))) for _, cells in table.rows)
+
+
+def _localization(row: Mapping[str, str]) -> PromptLocalization:
+    score, candidates = float(row["Initial SSIM"]), _neurons_of_lists(row["Initial Neurons"])
+    status = "localized" if score <= RELEASED_CODE_THRESHOLD else "unresolved"
+    if status == "localized" and not candidates:
+        # The tables do not have the memorization score.
+        return PromptLocalization(prompt=row["Caption"], status="not_memorized", score=math.nan)
+    return PromptLocalization(
+        prompt=row["Caption"],
+        status=status,
+        score=math.nan,
+        candidates=candidates,
+        neurons=_neurons_of_lists(row["Refined Neurons"]),
+        candidates_score=score,
+        neurons_score=float(row["Refined SSIM"]),
     )
 
 

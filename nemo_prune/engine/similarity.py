@@ -20,7 +20,7 @@ def noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
     """The predicted noise minus the initial latents, rescaled to 0..1 (Alg. 1).
 
     Minimum and maximum are taken per sample and per channel. A channel without any variation
-    becomes 0, where the released code divides by zero.
+    becomes 0; the released code divides by zero there.
 
     Args:
         noise_pred: predicted noise [..., channels, height, width].
@@ -46,17 +46,17 @@ def noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
 def ssim_window(height: int, width: int) -> tuple[float, int]:
     """Gaussian sigma and kernel size of the multi-scale SSIM for latents of a size.
 
-    The paper's window (sigma 1.5, 11 taps) needs 44 pixels a side at three scales; smaller
+    The paper's window (sigma 1.5, 11 taps) needs 44 pixels per side at three scales; smaller
     latents get a narrower one.
 
     Raises:
-        ModelError: the latents are smaller than 12 pixels a side.
+        ModelError: the latents are smaller than 12 pixels per side.
     """
     for least, sigma, kernel_size in _SSIM_WINDOWS:
         if min(height, width) >= least:
             return sigma, kernel_size
     raise ModelError(
-        f"The latents are {height}x{width}; at least {_SSIM_WINDOWS[-1][0]} a side are needed to "
+        f"The latents are {height}x{width}; at least {_SSIM_WINDOWS[-1][0]} per side are needed to "
         "compare them at three scales."
     )
 

@@ -1,13 +1,14 @@
 """Dataclasses to JSON values and back, checked strictly on the way back."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def to_json(value: object) -> Any:
-    """A value as JSON has it: dataclasses and mappings become objects, sequences arrays.
+    """A value as JSON: dataclasses and mappings become objects, sequences become arrays.
 
     Raises:
         TypeError: JSON has no such value.
@@ -31,7 +32,7 @@ def from_json(kind: Any, value: object, where: str = "", only_known: bool = True
             unions, ``str``, ``int``, ``float``, ``bool`` and None.
         value: JSON values.
         where: the value's name, for the messages.
-        only_known: whether an object must not hold keys that its dataclass does not have; else they are passed over.
+        only_known: whether to refuse keys that the dataclass does not have, instead of skipping them.
 
     Raises:
         ValueError: the value is not of that type.
@@ -103,10 +104,13 @@ def _first_fitting(kinds: Sequence[Any], value: object, where: str, only_known: 
 def _is_plain(kind: Any, value: object) -> bool:
     if kind in (None, NoneType):
         return value is None
-    # To Python a bool is an int, and an int is as good as a float.
+    # In Python a bool is an int; an int may stand for a float.
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if kind is float:
+        # JSON has whole numbers of any size; arithmetic with those that no float holds would fail later.
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+    return isinstance(value, kind)
 
 
 def _key(kind: Any, key: str, where: str) -> Any:

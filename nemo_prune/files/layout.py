@@ -1,4 +1,4 @@
-"""How a release is laid out, on disk and in a repo of the Hub: one object knows it."""
+"""Where the files of a release are, on disk and in a repo of the Hub."""
 
 import os
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from pathlib import Path, PurePath
 CARD_FILE = "README.md"
 RECORD_FILE = "nemo_prune.json"
 SAFETENSORS = ".safetensors"
-# Where the files of a folder, or of a repo, are that only nemo-prune writes.
+# Holds the files of a folder, or of a repo, that only nemo-prune writes.
 _OWN_FOLDER = "nemo_prune"
 # A checkpoint in one file, such as model.safetensors, has all other files in a folder beside it: model.nemo_prune/.
 _SINGLE_SUFFIX = ".nemo_prune"
-# Reading them can run programs, so none is written.
+# Reading them can run programs, so nemo-prune never writes them.
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 _LICENCE_SUFFIXES = ("", ".md", ".txt", ".rst", ".html", ".pdf")
@@ -32,7 +32,7 @@ class ReleaseLayout:
     @classmethod
     def of(cls, out: Path) -> "ReleaseLayout":
         """The layout of a release that will be at a path: its name says whether it is a folder or a single file."""
-        is_file = out.suffix in (SAFETENSORS, *_PICKLES)
+        is_file = has_ending(out, SAFETENSORS, *_PICKLES)
         return cls(out.with_suffix(_SINGLE_SUFFIX), out) if is_file else cls(out)
 
     @classmethod
@@ -42,7 +42,7 @@ class ReleaseLayout:
 
     @property
     def work(self) -> Path:
-        """Where a run keeps what it knows, unless it is told: beside the release."""
+        """The work folder of a run, unless another is given: beside the release."""
         return self.file.with_suffix(".work") if self.file else self.folder.with_name(f"{self.folder.name}.work")
 
     @property
@@ -67,11 +67,11 @@ class ReleaseLayout:
 
     @property
     def grid(self) -> Path:
-        """The before/after grid, where examples are published."""
+        """The before/after grid, if examples are published."""
         return self._own("before_after.png")
 
     def name(self, path: Path) -> str:
-        """How the card, which is in the same folder, names a file of the release."""
+        """The name that the card, which is in the same folder, uses for a file of the release."""
         return path.relative_to(self.folder).as_posix()
 
     def in_repo(self, path: Path) -> str:
@@ -91,10 +91,15 @@ class ReleaseLayout:
         return self.folder / name if self.file else self.folder / _OWN_FOLDER / name
 
 
-# As a folder or a repo has them.
+# The same in a folder and in a repo.
 _IN_REPO = ReleaseLayout(Path())
 MASK_FILE, PLOT_FILE, GRID_FILE = (path.as_posix() for path in (_IN_REPO.mask, _IN_REPO.plot, _IN_REPO.grid))
 RELEASE_FILES = frozenset((CARD_FILE, RECORD_FILE, MASK_FILE, PLOT_FILE, GRID_FILE))
+
+
+def has_ending(path: PurePath, *endings: str) -> bool:
+    """Whether a file's name ends in one of some endings, such as ``.safetensors``, in upper or lower case."""
+    return path.suffix.lower() in endings
 
 
 def is_licence_file(name: str) -> bool:

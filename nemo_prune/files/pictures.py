@@ -10,7 +10,7 @@ _WIDTH, _HEIGHT, _MARGIN = 640, 170, 40
 _NUM_BINS = 48
 _COLOURS = ((31, 119, 180), (214, 39, 40), (255, 140, 0), (44, 140, 60), (120, 80, 170))
 
-# Twice the size that a page shows it in, so that letters stay sharp.
+# Twice the size at which a page shows it, to keep letters sharp.
 _BARS_WIDTH, _BAR_HEIGHT, _ROW_HEIGHT, _EDGE, _TEXT_SIZE = 1600, 30, 52, 40, 28
 _DARK, _GREY, _BAR = "#1f2328", "#6e7781", "#3b6fb6"
 _NUM_COLOURS = 32
@@ -18,7 +18,7 @@ _LONGEST_LABEL = 48
 
 
 def save_layer_bars(path: Path, counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
-    """Draw a bar a layer: how many of its neurons are pruned.
+    """Draw one bar per layer: how many of its neurons are pruned.
 
     Args:
         path: a picture file.
@@ -45,7 +45,7 @@ def save_layer_bars(path: Path, counts: Mapping[str, int], sizes: Mapping[str, i
 
 
 def _label(layer: str) -> str:
-    """A layer's name without the part that all of a U-Net's have, and not longer than there is room."""
+    """A layer's name without the part that all layers share, cut to the room there is."""
     name = layer.replace(".transformer_blocks.0.attn2", "")
     return name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :]
 
@@ -53,12 +53,12 @@ def _label(layer: str) -> str:
 def save_distributions(
     path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], cuts: Mapping[str, float | None]
 ) -> None:
-    """Draw histograms, a panel a name, each group as a share of itself.
+    """Draw histograms, one panel per name, each group as a share of itself.
 
     Args:
         path: a picture file.
         panels: panel's name -> group's name -> values.
-        cuts: panel's name -> where a line is drawn; None draws none.
+        cuts: panel's name -> value at which a line is drawn; None for no line.
     """
     picture = Image.new("RGB", (_WIDTH, (_HEIGHT + _MARGIN) * len(panels) + _MARGIN), "white")
     draw = ImageDraw.Draw(picture)

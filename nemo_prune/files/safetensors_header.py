@@ -1,6 +1,9 @@
-"""Safetensors files as they lie on disk: where each tensor is, without reading it."""
+"""Safetensors files on disk: where each tensor is, without reading it."""
 
+import json
+import shutil
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -8,11 +11,12 @@ from pathlib import Path
 import torch
 
 from nemo_prune.errors import ModelError
+from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.untrusted import MAX_JSON_BYTES, parse_json
 
 # As safetensors names them.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bits a value of all that the format knows.
+# Bits per value of every dtype that the format has.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -22,11 +26,13 @@ _BITS = {
     "F4": 4,
 }
 _MAX_DIMENSIONS = 64
+_METADATA = "__metadata__"
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file: dtype, shape, first byte and length in bytes."""
+    """A tensor's dtype, shape, first byte and length in bytes in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +41,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file lie.
+    """Where the tensors of a safetensors file are.
 
     The header is checked as a whole: the tensors fill the file without a hole or an overlap, and each is as long
     as its dtype and shape say.
@@ -43,7 +49,40 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: the header is damaged.
     """
+    return _read(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises as :func:`read_header`."""
+    return _read(path)[1]
+
+
+def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
+    """Copy a safetensors file with other metadata; the tensors stay as they are, byte for byte.
+
+    Raises:
+        ModelError: the header is damaged.
+        OSError: the copy can't be written.
+    """
+    read_header(source)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        (length,) = struct.unpack("<Q", reader.read(8))
+        header = json.loads(reader.read(length))
+        header.pop(_METADATA, None)
+        encoded = encode_header({_METADATA: dict(metadata), **header})
+        writer.write(struct.pack("<Q", len(encoded)) + encoded)
+        shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def encode_header(header: Mapping[str, object]) -> bytes:
+    """A header as it stands in a file, padded so that the data begin at a multiple of 8."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    return encoded + b" " * (-len(encoded) % _ALIGNMENT)
+
+
+def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     size = path.stat().st_size
+    refuse_pointer(path, path.name)
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -51,22 +90,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header = parse_json(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        _check_metadata(header.pop("__metadata__", {}))
+            raise ValueError("its header is not a JSON object")
+        metadata = _checked_metadata(header.pop(_METADATA, None))
         tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
         _check_places(tensors, 8 + length, size)
     except (ValueError, struct.error) as error:
-        raise ModelError(f"{path.name} is no valid safetensors file: {error}. Fetch it anew.") from error
-    return tensors
+        raise ModelError(f"{path.name} is not a valid safetensors file: {error}. Fetch it anew.") from error
+    return tensors, metadata
 
 
-def _check_metadata(metadata: object) -> None:
+def _checked_metadata(metadata: object) -> dict[str, str]:
+    # As the official reader has it, null is none.
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no texts")
+        raise ValueError("its metadata are not texts")
+    return metadata
 
 
 def _stored(name: str, entry: object, begin: int) -> StoredTensor:
-    """One entry of a header; offsets count from the byte behind it."""
+    """One entry of a header; offsets count from the byte after the header."""
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor `{name}` is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -83,7 +125,7 @@ def _stored(name: str, entry: object, begin: int) -> StoredTensor:
 
 
 def _are_counts(values: object) -> bool:
-    # A bool is an int to Python, and 64 bits are what the format gives a number.
+    # In Python a bool is an int; the format gives a number 64 bits.
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 

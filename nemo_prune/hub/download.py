@@ -21,7 +21,7 @@ from nemo_prune.files.layout import CARD_FILE, is_licence_file
 from nemo_prune.hub.errors import NO_ANSWER, named_errors
 
 _CONFIGS = ("*.json", "*.txt", "*.model")
-# They name files of weights, which are not fetched with the configs.
+# They name weight files, which are not fetched with the configs.
 _NO_CONFIGS = ("*.index.json", "*.index.*.json")
 
 
@@ -55,7 +55,7 @@ def download_configs(repo_id: str) -> Path:
 
 @contextmanager
 def _named_errors(repo_id: str, revision: str | None, instead: str) -> Iterator[None]:
-    """The Hub's errors, with the remedies of somebody who gave the name of a model."""
+    """The Hub's errors, with remedies for a user who gave the name of a model."""
     where = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
     unknown = (
         "it is neither a local folder nor a repo of the Hub that you may read. Check the name; for a private repo log "
@@ -75,7 +75,7 @@ def _named_errors(repo_id: str, revision: str | None, instead: str) -> Iterator[
 
 
 def _listed_files(repo_id: str, revision: str | None) -> list[str] | None:
-    """The files of a repo; what the Hub refuses is an error, its silence is None and leaves the local cache."""
+    """The files of a repo; a refusal of the Hub is an error; None if it does not answer, so the local cache is used."""
     try:
         info = HfApi().model_info(repo_id, revision=revision)
     except HfHubHTTPError:

@@ -92,7 +92,7 @@ class PublishedCalibration:
     sizes: Mapping[str, int]
 
     def load(self) -> Calibration:
-        """The calibration, fetched where it is not there yet.
+        """The calibration, fetched if it is not there yet.
 
         Raises:
             DownloadError: it can't be downloaded, or is damaged.
@@ -116,8 +116,8 @@ class OrdinaryCaptions:
 
     Attributes:
         texts: the captions.
-        published: what was published for the model on such captions; it stands in for a calibration on ``texts``
-            where it fits. None for captions that the user gave.
+        published: what was published for the model on such captions; it replaces a calibration on ``texts``
+            if it fits. None for captions that the user gave.
     """
 
     texts: tuple[str, ...]
@@ -131,7 +131,7 @@ class KnownModel:
     Attributes:
         memorized: captions that it memorizes.
         ordinary: captions that it does not memorize.
-        test: further ordinary captions, for a screening to be judged by; None where there are none.
+        test: further ordinary captions, to judge a screening by; None if there are none.
         published: what was published of its calibration; None where nothing was.
         guidance_scale: guidance that its images are drawn with.
         norm_step: the step, of 50, at which a sieve takes the norm.

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from nemo_prune.errors import MaskError
-from nemo_prune.files.layout import MASK_FILE, ReleaseLayout
+from nemo_prune.files.layout import MASK_FILE, SAFETENSORS, ReleaseLayout, has_ending
 from nemo_prune.hub.errors import named_errors
 
 _ALONE = Path(MASK_FILE).name
@@ -36,7 +36,7 @@ def find_mask(name: str | Path) -> Path:
         beside = ReleaseLayout.found(path).mask
         return beside if beside.is_file() else path
     repo = _REPO.fullmatch(str(name))
-    if repo is None or path.suffix == ".safetensors":
+    if repo is None or has_ending(path, SAFETENSORS):
         raise MaskError(f"There is no mask at {name}. Give a mask file, a release, or a repo of the Hub: owner/name.")
     return _fetch(**repo.groupdict())
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 
 from nemo_prune.checkpoint.conversion import Conversion, convert_pickled, convert_single_file, pickled_weights
-from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, read_model_index, scan_folder
+from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, scan_folder
 from nemo_prune.checkpoint.single_file import SUFFIXES
 from nemo_prune.errors import ModelError
 from nemo_prune.facts import BaseFacts
@@ -18,6 +18,7 @@ from nemo_prune.files.hashing import file_hash, text_hash
 from nemo_prune.hub.download import download_configs, download_pipeline
 from nemo_prune.models.demo import DEMO_MODEL, demo_folder
 from nemo_prune.models.known import KnownModel, known_model
+from nemo_prune.models.validation import check_pipeline, stock_pipeline
 
 # Whose configs, tokenizer and scheduler a single file of Stable Diffusion 1.x takes.
 DEFAULT_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -39,6 +40,7 @@ class ModelSource:
         config: what a single file took its configs from: a folder or a Hub id.
         converted: what was converted, in words; None where nothing was.
         left_out: what the conversion left out -> why.
+        notes: what the user should know of how the model is used, in sentences.
     """
 
     files: CheckpointFiles
@@ -49,6 +51,7 @@ class ModelSource:
     config: str | None = None
     converted: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -114,7 +117,7 @@ def resolve_model(
     """
     path = Path(model)
     if path.suffix in SUFFIXES and not path.is_dir():
-        return _single_file(path, revision or variant, config)
+        return _checked(_single_file(path, revision or variant, config), model)
     if config is not None:
         raise ModelError(f"--config is for single files, and {model} is not one. Leave it out.")
     if model == DEMO_MODEL:
@@ -130,10 +133,9 @@ def resolve_model(
         folder = download_pipeline(model, revision, variant)
         # The cache names a snapshot's folder by its commit.
         source = ModelSource(_scan(folder, model), model, folder.name, variant)
-    pickled = pickled_weights(source.files, variant)
-    if not pickled:
-        return source
-    return _converted(replace(source, given=source.folder), convert_pickled(source.files, pickled))
+    if pickled := pickled_weights(source.files, variant):
+        source = _converted(replace(source, given=source.folder), convert_pickled(source.files, pickled))
+    return _checked(source, model)
 
 
 def find_again(source: ModelSource) -> ModelSource:
@@ -168,17 +170,11 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype, variant: str | 
     Raises:
         ModelError: it can't be loaded, is of a family that is not supported, or holds NaN.
     """
-    without_checker = {"safety_checker": None, "requires_safety_checker": False}
-    options = without_checker if "safety_checker" in read_model_index(folder) else {}
+    options = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **options)
+        pipe = stock_pipeline(folder, dtype=dtype, variant=variant, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model can't be loaded: {error}") from error
-    if not isinstance(pipe, StableDiffusionPipeline) or not isinstance(pipe.unet, UNet2DConditionModel):
-        raise ModelError(
-            f"The model is a {type(pipe).__name__}; supported are Stable Diffusion 1.x pipelines "
-            "(StableDiffusionPipeline with a UNet2DConditionModel)."
-        )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for component in ("unet", "text_encoder"):
@@ -197,6 +193,11 @@ def _single_file(path: Path, chosen: str | None, config: str | None) -> ModelSou
     return _converted(source, convert_single_file(path.resolve(), configs))
 
 
+def _checked(source: ModelSource, model: str) -> ModelSource:
+    """The source, which is whole."""
+    return replace(source, notes=check_pipeline(source.files, model, source.variant))
+
+
 def _converted(source: ModelSource, conversion: Conversion) -> ModelSource:
     files = scan_folder(conversion.folder)
     return replace(source, files=files, converted=conversion.converted, left_out=conversion.left_out)
@@ -209,10 +210,6 @@ def _scan(folder: Path, model: str) -> CheckpointFiles:
             f"{model} is not a diffusers pipeline: it has no {INDEX_FILE}. Give a diffusers folder, or a single file "
             f"({', '.join(SUFFIXES)})."
         )
-    index = read_model_index(folder)
-    missing = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if part not in index]
-    if missing:
-        raise ModelError(f"{model} is not a Stable Diffusion pipeline: its {INDEX_FILE} has no {', '.join(missing)}.")
     return scan_folder(folder)
 
 
@@ -221,7 +218,7 @@ def _refuse_nan(module: torch.nn.Module, component: str) -> None:
         if not parameter.isfinite().all():
             raise ModelError(
                 f"Weight `{name}` of the {component} holds NaN or infinity. The checkpoint is damaged, or "
-                "its values don't fit --dtype: try float32, or fetch it anew."
+                "its values don't fit --dtype: try float32, or fetch it again."
             )
 
 

@@ -1,28 +1,12 @@
 """What a mask costs ordinary captions, and the controls that it is compared with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.mask import Neuron, NeuronMask
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Relative change of the noise prediction on ordinary prompts, see :func:`noise_change`.
-
-    Attributes:
-        mask: under the mask.
-        random: under as many random neurons, see :func:`matched_random_mask`.
-        everything: with everything suppressed.
-    """
-
-    mask: float
-    random: float
-    everything: float
 
 
 def noise_change(

@@ -63,7 +63,8 @@ def known_training_images(prompts: Sequence[Prompt], fetch: Callable[[str], byte
     """
     images, regions, not_available = {}, {}, {}
     for prompt in prompts:
-        source = prompt.image or prompt.columns.get("image")
+        addresses = (value for name, value in prompt.columns.items() if name.casefold() == "image" and "://" in value)
+        source = prompt.image or next(addresses, None)
         if not source:
             continue
         try:

@@ -1,4 +1,4 @@
-"""Whether an account may push to a repo, as far as the Hub tells beforehand."""
+"""Whether an account may push to a repo, as far as the Hub says beforehand."""
 
 from collections.abc import Mapping
 
@@ -10,22 +10,22 @@ from huggingface_hub.utils import validate_repo_id
 from nemo_prune.errors import PushError
 from nemo_prune.hub.errors import named_errors
 
-# Members of an organisation who can't create a repo in it.
+# Roles in an organisation that can't create a repo in it.
 _READERS = ("read", "no_access")
 
 
 def check_access(repo_id: str, private: bool = False, create_pr: bool = False) -> None:
-    """Refuse what the Hub would refuse after the long work: the name, the token, its right to write or to create.
+    """Refuse now what the Hub would refuse after the long work: the name, the token, its right to write or to create.
 
-    What the Hub does not tell, because it is another one or has had too many questions, is left to the push.
+    What the Hub does not say, because it is another server or limits requests, is left to the push.
 
     Args:
-        repo_id: where to push; it need not exist.
-        private: whether the repo must not be public.
-        create_pr: whether a pull request is opened, for which others may push too.
+        repo_id: the repo to push to; it need not exist.
+        private: whether a public repo is refused.
+        create_pr: whether a pull request is opened, which needs no write access to the repo.
 
     Raises:
-        PushError: it can't be pushed to.
+        PushError: the push would fail.
     """
     api = HfApi()
     with named_errors(PushError, f"`{repo_id}` can't be pushed to"):
@@ -44,7 +44,7 @@ def check_access(repo_id: str, private: bool = False, create_pr: bool = False) -
 
 
 def existing_repo(api: HfApi, repo_id: str) -> ModelInfo | None:
-    """A repo, None where there is none or it is hidden. Raises what the client raises."""
+    """A repo, None if it is missing or hidden. Raises what the client raises."""
     try:
         return api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -52,14 +52,14 @@ def existing_repo(api: HfApi, repo_id: str) -> ModelInfo | None:
 
 
 def _account(api: HfApi) -> Mapping:
-    """Whose token it is; empty where the Hub does not tell just now."""
+    """The owner of the token; empty if the Hub does not say just now."""
     token = get_token() or ""
     if not (token.isascii() and token.isprintable()):
-        raise PushError("The token holds characters that no token has. Set it anew: HF_TOKEN, or `hf auth login`.")
+        raise PushError("The token holds characters that no token has. Set it again: HF_TOKEN, or `hf auth login`.")
     try:
         return api.whoami()
     except HfHubHTTPError as error:
-        # It answers few such questions a minute.
+        # It answers few such requests per minute.
         if error.response.status_code != 429:
             raise
         return {}
@@ -71,7 +71,7 @@ def _check_writing(api: HfApi, repo_id: str) -> None:
     except RepositoryNotFoundError:
         raise
     except HfHubHTTPError as error:
-        # A Hub that does not know the question.
+        # A server that does not support the request.
         if error.response.status_code != 404:
             raise
 
@@ -102,8 +102,8 @@ def _check_creating(account: Mapping, repo_id: str) -> None:
     roles = {org.get("name"): org.get("roleInOrg") for org in account.get("orgs") or ()}
     if owner not in roles:
         raise PushError(
-            f"There is no repo `{repo_id}` that you may see, and you are `{account.get('name')}`, so that it can't be "
+            f"There is no repo `{repo_id}` that you may see, and you are `{account.get('name')}`, so it can't be "
             f"created for `{owner}`. Check the name."
         )
     if roles[owner] in _READERS:
-        raise PushError(f"You may only read in the organisation `{owner}`, so that `{repo_id}` can't be created.")
+        raise PushError(f"You may only read in the organisation `{owner}`, so `{repo_id}` can't be created.")

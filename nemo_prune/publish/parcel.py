@@ -27,8 +27,8 @@ class Parcel:
     Attributes:
         files: path in the repo -> the file, or its content.
         title: what it is, in one line.
-        sha256: path in the repo -> what its content must be, for the files of which that is recorded.
-        unpruned: path in the repo -> sha256 of the unpruned weights that lay there in the base.
+        sha256: path in the repo -> sha256 that its content must have, for the files that the record lists.
+        unpruned: path in the repo -> sha256 of the unpruned weights at that path in the base.
     """
 
     files: Mapping[str, Path | bytes]
@@ -37,13 +37,13 @@ class Parcel:
     unpruned: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, advance: Advance) -> None:
-        """Compare the files with what is recorded of them.
+        """Compare the files with the recorded hashes.
 
         Args:
             advance: called with the files that were compared and their number.
 
         Raises:
-            RecordError: one was changed since.
+            RecordError: a file was changed since.
         """
         for done, (name, expected) in enumerate(self.sha256.items()):
             advance(done, len(self.sha256))
@@ -53,18 +53,18 @@ class Parcel:
 
 
 def pack(out: Path, repo_id: str, allow_residual: bool = False) -> Parcel:
-    """What a push sends of a path.
+    """What a push sends for a path.
 
     Args:
         out: a release (a folder, or a checkpoint in one file), or the file of a mask.
-        repo_id: where it goes; the card names it.
-        allow_residual: whether a release in which something remains is sent too; its card says so then.
+        repo_id: the repo it goes to; the card names it.
+        allow_residual: whether a release in which something remains is sent too; its card then says so.
 
     Raises:
-        PushError: there is nothing to push, something remains in it, or other files lie in it.
+        PushError: there is nothing to push, something remains in it, or it contains other files.
         RecordError: its record was changed or names files that are not there.
         MaskError: it is neither a release nor a mask.
-        ModelError: a file can't be read or lies elsewhere.
+        ModelError: a file can't be read or is outside the release.
     """
     layout = ReleaseLayout.found(out)
     if layout.folder.is_dir():
@@ -94,7 +94,7 @@ def _pack_release(layout: ReleaseLayout, repo_id: str, allow_residual: bool) -> 
     if findings and not allow_residual:
         raise PushError(
             "\n- ".join(("Something remains in this release:", *findings))
-            + "\nSolve it and export again, or publish it as it is with --allow-residual; its card says so then."
+            + "\nSolve it and export again, or publish it as it is with --allow-residual; its card then says so."
         )
     sha256 = {**record.files.sha256, MASK_FILE: str(record.mask.sha256)}
     if missing := {*sha256, CARD_FILE} - set(files):
@@ -106,12 +106,12 @@ def _pack_release(layout: ReleaseLayout, repo_id: str, allow_residual: bool) -> 
 
 
 def _read_card(path: Path) -> str:
-    """A card that the Hub will take: it refuses broken metadata, but only after the long upload."""
+    """Check the card before the upload: the Hub refuses broken metadata only after it."""
     try:
         card = path.read_text(encoding="utf-8")
         RepoCard(card, ignore_metadata_errors=False)
     except (ValueError, YAMLError) as error:
-        raise PushError(f"The card {path} or the metadata at its head can't be read: {error}. Mend it.") from error
+        raise PushError(f"The card {path} or the metadata at its head can't be read: {error}. Correct it.") from error
     return card
 
 
@@ -119,15 +119,15 @@ def _refuse_others(unrecorded: Iterable[str]) -> None:
     others = [name for name in unrecorded if name not in RELEASE_FILES and not is_licence_file(name)]
     if weights := [name for name in others if is_weights(name)]:
         raise PushError(
-            f"Weights lie there that the record does not name: {some_of(weights)}. Unpruned weights beside pruned ones "
+            f"Weights are there that the record does not name: {some_of(weights)}. Unpruned weights beside pruned ones "
             "undo the pruning. Take them out."
         )
     if others:
-        raise PushError(f"Files lie there that are not the release's: {some_of(others)}. Take them out.")
+        raise PushError(f"Files are there that are not the release's: {some_of(others)}. Take them out.")
 
 
 def _pack_mask(path: Path, repo_id: str) -> Parcel:
-    # torch takes a second to load, which a release need not wait for.
+    # torch takes a second to load and is only needed for a mask.
     from nemo_prune.mask import NeuronMask
     from nemo_prune.release.mask_card import mask_card
 

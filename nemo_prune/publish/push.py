@@ -19,10 +19,10 @@ from nemo_prune.progress import Advance, Listener, Stage
 from nemo_prune.publish.account import check_access, existing_repo
 from nemo_prune.publish.parcel import Parcel, is_weights, pack, some_of
 
-# Larger files are sent one by one, so that a stop costs one at most.
+# Larger files are sent one by one, so a stop costs one at most.
 _LARGE = 10_000_000
 _MEGABYTE = 1_000_000
-# What the repo's own .gitignore says must not keep files out of the commit.
+# The repo's own .gitignore must not keep files out of the commit.
 _NOTHING_IGNORED = "# nothing\n"
 _named = named_errors(PushError, "The push failed")
 
@@ -32,8 +32,8 @@ class PushOptions:
     """How to push.
 
     Attributes:
-        private: create the repo as a private one; a public one is refused.
-        revision: branch to push to, made where it is missing; None: the main branch.
+        private: create a private repo; an existing public one is refused.
+        revision: branch to push to, created if missing; None for the main branch.
         create_pr: open a pull request instead of committing.
         allow_residual: push a release in which something remains; its card says so.
     """
@@ -49,8 +49,8 @@ class Pushed:
     """What a push did.
 
     Attributes:
-        url: of the commit or the pull request, also of one that holds everything already.
-        sent: files that were new or other than those there.
+        url: of the commit or the pull request, also of an earlier one that holds everything already.
+        sent: files that were new or different from those there.
         deleted: files of an earlier release that this one does not have.
     """
 
@@ -72,9 +72,9 @@ def push_release(
 ) -> Pushed:
     """Push a release, or a mask alone, to a repo of the Hub as one commit on top of what was seen there.
 
-    What the repo has already is not sent again; where it has everything, there is no commit. Files of an earlier
-    release that this one lacks are deleted, others stay. A repo or branch that is missing is made first, and stays
-    where the rest fails.
+    What the repo has already is not sent again; if it has everything, there is no commit. Files of an earlier release
+    that this one lacks are deleted, others stay. A missing repo or branch is created first, and stays if the rest
+    fails.
 
     Args:
         out: a release (a folder, or a checkpoint in one file), or the file of a mask.
@@ -83,7 +83,7 @@ def push_release(
         listener: hears stages, progress and what the user should know.
 
     Raises:
-        NemoPruneError: it is not pushed, and nothing of it can be seen there; see
+        NemoPruneError: nothing was pushed, and nothing of it can be seen there; see
             :func:`nemo_prune.publish.parcel.pack`.
     """
     with listener.stage(Stage.CHECK_RELEASE):
@@ -113,7 +113,7 @@ def push_release(
 
 
 class _Repo:
-    """A repo of the Hub; what the client raises are named errors."""
+    """A repo of the Hub; the client's errors become named errors."""
 
     def __init__(self, repo_id: str, options: PushOptions) -> None:
         self.api = HfApi(library_name="nemo-prune", library_version=__version__)
@@ -155,7 +155,7 @@ class _Repo:
 
     @_named
     def send_ahead(self, additions: Sequence[CommitOperationAdd], advance: Advance) -> None:
-        """Upload what the Hub keeps outside of git; it does not take what it has."""
+        """Upload what the Hub keeps outside of git, except what it has already."""
         sizes = [each.upload_info.size for each in additions]
         small = [each for each in additions if each.upload_info.size < _LARGE]
         lots = [small, *([each] for each in additions if each.upload_info.size >= _LARGE)]
@@ -200,13 +200,13 @@ def _look_at_weights(
     unpruned = [name for name, digest in parcel.unpruned.items() if name in there and _sha256(there[name]) == digest]
     if unpruned:
         listener.say(
-            f"The repo {repo_id} holds the unpruned weights: {some_of(unpruned)}. They are replaced, but whoever may "
-            "read the repo still finds them in its history: pruning protects only where they were never released."
+            f"The repo {repo_id} holds the unpruned weights: {some_of(unpruned)}. They are replaced, but anyone who "
+            "may read the repo still finds them in its history: pruning protects only where they were never released."
         )
 
 
 def _difference(parcel: Parcel, there: Mapping[str, RepoFile], earlier: Collection[str]) -> tuple[list[str], list[str]]:
-    """Files of a parcel that are new or other, and files of an earlier release that it does not have."""
+    """Files of a parcel that are new or changed, and files of an earlier release that it does not have."""
     changed = [name for name in parcel.files if name not in there or not _is_there(parcel, name, there[name])]
     return changed, [name for name in there if name in earlier and name not in parcel.files]
 
@@ -219,7 +219,7 @@ def _is_there(parcel: Parcel, name: str, theirs: RepoFile) -> bool:
         known = parcel.sha256.get(name) or (sha256(ours).hexdigest() if isinstance(ours, bytes) else file_hash(ours))
         return _sha256(theirs) == known
     content = ours if isinstance(ours, bytes) else ours.read_bytes()
-    # What git knows a file by.
+    # The hash by which git identifies a file.
     return theirs.blob_id == sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -230,6 +230,6 @@ def _sha256(theirs: RepoFile) -> str | None:
 def _addition(parcel: Parcel, name: str) -> CommitOperationAdd:
     addition = CommitOperationAdd(name, parcel.files[name])
     if name in parcel.sha256:
-        # What was checked is what is sent: other content does not fit this hash, and is not read once more for it.
+        # What was checked is what is sent: other content does not fit this hash. So the file is not read once more.
         addition.upload_info.sha256 = bytes.fromhex(parcel.sha256[name])
     return addition

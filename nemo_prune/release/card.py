@@ -8,8 +8,7 @@ from pathlib import PurePath
 
 from huggingface_hub import ModelCardData
 
-from nemo_prune.checkpoint.export import ExportReport
-from nemo_prune.facts import BaseFacts
+from nemo_prune.facts import BaseFacts, ExportReport
 from nemo_prune.files.layout import GRID_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
 from nemo_prune.release.licence import licence_notice
 from nemo_prune.release.markdown import HUB, code, table
@@ -19,11 +18,11 @@ from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_row
 PAPER = "https://arxiv.org/abs/2406.02366"
 
 _NOT_CLAIMED = """\
-- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Whoever optimises a text \
-embedding against this model, or fine-tunes it, may bring images back.
+- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Optimising a text \
+embedding against this model, or fine-tuning it, may bring images back.
 - **It protects only where the unpruned weights were never released,** nor those of a sibling that was trained on the \
-same images. Base and mask together undo the pruning: whoever has the base copies the rows back, and the changed rows \
-show where to look.
+same images. Base and mask together undo the pruning: anyone who has the base can copy the rows back, and the changed \
+rows show where to look.
 - **Prompts that were not examined are not covered,** nor images that other prompts give back.
 - The files are not smaller: pruned rows take the same space."""
 
@@ -138,7 +137,18 @@ def _changes(record: Record) -> str:
     if mask.forced_on_another_base:
         made_for = (mask.made_for and mask.made_for.name) or "an unknown base"
         parts.append(f"**The mask was made for another base ({code(made_for)}) and was forced on this one.**")
-    return "\n\n".join([*parts, *record.files.notes, *_left_out(record.files)])
+    return "\n\n".join([*parts, *record.files.notes, *_dropped(record.files), *_left_out(record.files)])
+
+
+def _dropped(files: ExportReport) -> list[str]:
+    """Which keys configs and headers do not have any more."""
+    if not files.dropped:
+        return []
+    listed = "\n".join(f"- {code(path)}: {', '.join(map(code, keys))}" for path, keys in files.dropped.items())
+    return [
+        "Dropped from the base's configs and headers, because it tells of local paths, data or captions, or does not "
+        f"fit a stock pipeline:\n\n{listed}"
+    ]
 
 
 def _left_out(files: ExportReport) -> list[str]:

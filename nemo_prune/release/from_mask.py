@@ -12,7 +12,8 @@ from nemo_prune.mask import NeuronMask, Pruning
 from nemo_prune.models.source import ModelSource
 from nemo_prune.progress import Listener
 from nemo_prune.release.licence import licence_of
-from nemo_prune.release.record import MaskRecord, Record, base_facts
+from nemo_prune.release.record import MaskRecord, Record
+from nemo_prune.release.recording import base_facts
 from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import Statement
 
@@ -63,7 +64,7 @@ def export_model(
         release.layout.mask.parent.mkdir(exist_ok=True)
         shutil.copyfile(mask_file, release.layout.mask)
         record = write_documents(release.layout, record)
-    for warning in licence.warnings():
+    for warning in (*source.notes, *licence.warnings()):
         listener.say(warning)
     return record
 

@@ -9,7 +9,7 @@ from nemo_prune.mask import NeuronMask
 from nemo_prune.release.markdown import code, table
 
 _NOT_CLAIMED = """\
-- **It protects only models that are released pruned by it.** It holds no weights: whoever has the base can use it \
+- **It protects only models that are released pruned by it.** It holds no weights: anyone who has the base can use it \
 with the mask or without, and the mask shows which rows matter.
 - A pruned model has not forgotten: optimised text embeddings and fine-tuning may bring images back. Prompts that \
 were not examined are not covered."""

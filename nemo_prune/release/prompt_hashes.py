@@ -15,7 +15,7 @@ _KEY_BYTES = 32
 def prompt_references(key: bytes, prompts: Iterable[str]) -> dict[str, str]:
     """Prompt -> HMAC-SHA256 of its text under a secret key, in hexadecimal digits.
 
-    A plain hash would not do: captions are short and alike, and many are public, so that whoever hashes a list of
+    A plain hash would not do: captions are short and alike, and many are public: anyone who hashes a list of
     them would find those that were examined. Without the key no guess can be checked, not even a right one, and
     the references of two captions that differ by one letter have nothing in common.
 

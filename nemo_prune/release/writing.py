@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_prune.checkpoint.export import ExportReport, copy_file, export_files
+from nemo_prune.checkpoint.export import export_files
 from nemo_prune.checkpoint.folder import CheckpointFiles
+from nemo_prune.checkpoint.privacy import cleaned_metadata
 from nemo_prune.checkpoint.single_file import (
     FolderTensor,
     check_single_file,
@@ -20,14 +21,19 @@ from nemo_prune.checkpoint.single_file import (
     masked_tensors,
     patch_single_file,
     write_single_file,
+    written_metadata,
 )
+from nemo_prune.checkpoint.tensors import FORMAT_ONLY
 from nemo_prune.errors import OutputError
+from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout
 from nemo_prune.files.pictures import save_layer_bars
+from nemo_prune.files.safetensors_header import copy_with_metadata, read_metadata
 from nemo_prune.files.staging import check_release_target, staged_folder, sync, writing
 from nemo_prune.mask import Pruning
 from nemo_prune.models.source import ModelSource
+from nemo_prune.models.validation import check_loads
 from nemo_prune.release.card import model_card
 from nemo_prune.release.record import Record
 
@@ -130,6 +136,7 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease)
     """
     file = release.layout.file
     report = export_files(source.files, pruning, release.folder, hashed=file is None)
+    check_loads(release.folder)
     report = replace(report, left_out={**source.left_out, **report.left_out}, notes=_notes(source, file is None))
     if file is None:
         return report
@@ -137,7 +144,7 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease)
     if source.single_file and source.single_file.suffix == SAFETENSORS:
         report = _patch_copy(source.single_file, pruning, file)
     else:
-        write_single_file(pruned, source.variant, file)
+        write_single_file(pruned, source.variant, file, written_metadata(FORMAT_ONLY, source.digest, pruning))
         report = _described(report, source, pruned, pruning, file)
     check_single_file(file, pruned, source.variant)
     hashes = {file.name: file_hash(file)}
@@ -175,15 +182,18 @@ def _beside(out: Path, what: str) -> Path:
 
 
 def _patch_copy(base: Path, pruning: Pruning, out: Path) -> ExportReport:
-    base_hash = copy_file(base, out)
+    base_hash = file_hash(base)
+    kept, dropped = cleaned_metadata(read_metadata(base), tensors_changed=True)
+    copy_with_metadata(base, out, written_metadata(kept, base_hash, pruning))
     rows, averages = patch_single_file(out, pruning)
-    notes = ["The file is a copy of the base's in which rows were changed; every other byte is the same."]
+    notes = ["The tensors are the base's, byte for byte, but for the rows that were changed."]
     if averages:
         notes.append(
             f"It holds moving averages (EMA) beside the plain weights; both were pruned, {averages} of the {rows} rows "
             "are of averages. What was measured is the plain weights, as diffusers loads them."
         )
-    return ExportReport(base_sha256={out.name: base_hash}, rows_changed={out.name: rows}, notes=tuple(notes))
+    gone = {out.name: dropped} if dropped else {}
+    return ExportReport({}, {out.name: base_hash}, {out.name: rows}, dropped=gone, notes=tuple(notes))
 
 
 def _described(
@@ -215,7 +225,7 @@ def _notes(source: ModelSource, is_folder: bool) -> tuple[str, ...]:
         config = source.facts.config
         into = f"a diffusers folder, with configs, tokenizer and scheduler of {config}" if is_folder else "safetensors"
         return (f"The base, {source.converted}, was converted to {into}; no value was changed by that.",)
-    notes = []
+    notes = list(source.notes)
     if source.converted:
         what = source.converted.removeprefix("the ")
         notes.append(f"The base's {what} were converted to safetensors; no value was changed by that.")

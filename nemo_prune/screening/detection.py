@@ -25,7 +25,7 @@ class Separation:
 
     Attributes:
         num_memorized: memorized captions that were compared.
-        num_ordinary: ordinary ones; fewer than 100 allow no false alarm at all at a rate of 1%.
+        num_ordinary: ordinary ones; with fewer than 100, a rate of 1% allows no false alarm at all.
         auroc: chance that a memorized caption has a higher value than an ordinary one.
         tpr: share of the memorized captions above all but 1% of the ordinary ones.
     """
@@ -38,10 +38,10 @@ class Separation:
 
 @dataclass(frozen=True)
 class Cut:
-    """The cut for a false discovery rate, with what it rests on.
+    """The cut for a false discovery rate, with the counts behind it.
 
     Attributes:
-        cut: captions at or above it pass; None where the ordinary captions are too few to support one.
+        cut: captions at or above it pass; None if the ordinary captions are too few to support one.
         asked: the false discovery rate that was asked for.
         num_prompts: captions that were screened, M.
         num_ordinary: ordinary captions that the cut was calibrated on, N.
@@ -49,7 +49,7 @@ class Cut:
         ordinary_above: ordinary captions at or above it.
         fdr: estimated share of false alarms among what passed, 0 to 1.
         fdr_high: the same for the upper limit of the ordinary captions' rate (Clopper and Pearson, one-sided 95%).
-        needed_ordinary: without a cut, how many ordinary captions could support one; None where no number can,
+        needed_ordinary: without a cut, how many ordinary captions could support one; None if no number can,
             because no caption is above all ordinary ones.
     """
 
@@ -65,7 +65,7 @@ class Cut:
 
 
 def separation(memorized: np.ndarray, ordinary: np.ndarray, seed: int = 0) -> Separation:
-    """Compare the values of memorized and ordinary captions; both must hold some.
+    """Compare the values of memorized and ordinary captions; neither may be empty.
 
     Args:
         memorized: values [m].
@@ -81,7 +81,7 @@ def auroc(memorized: np.ndarray, ordinary: np.ndarray) -> Estimate:
     """The chance that a memorized value is above an ordinary one, ties counting half.
 
     The interval is Newcombe's method 5 (Statistics in Medicine 25, 2006): the values whose standard error (Hanley
-    and McNeil's) reaches the estimate. Unlike resampling it does not claim certainty where none overlap.
+    and McNeil's) reaches the estimate. Unlike resampling it does not claim certainty if no values overlap.
     """
     values = np.sort(ordinary)
     below = np.searchsorted(values, memorized, "left") + np.searchsorted(values, memorized, "right")
@@ -102,12 +102,12 @@ def true_positive_rate(
     """The share of memorized values above all but a share of the ordinary ones.
 
     The interval holds both uncertainties: the ordinary values are resampled, which moves the cut (its place in a
-    resample follows a beta distribution, so that none has to be drawn), and the share above it has Jeffreys'
-    posterior, which does not claim certainty where all are above.
+    resample follows a beta distribution, so none has to be drawn), and the share above it has Jeffreys'
+    posterior, which does not claim certainty if all are above.
     """
     values, found = np.sort(ordinary), np.sort(memorized)
     m, n = len(memorized), len(ordinary)
-    # A hair more, so that 1% of 100 is one and not a rounding error less.
+    # Slightly more, so 1% of 100 is 1 in spite of rounding.
     allowed = int(rate * n + 1e-9)
     generator = np.random.default_rng(seed)
     places = (generator.beta(n - allowed, allowed + 1, _NUM_RESAMPLES) * n).astype(int).clip(0, n - 1)
@@ -120,10 +120,10 @@ def true_positive_rate(
 def fdr_cut(values: np.ndarray, ordinary: np.ndarray, fdr: float) -> Cut:
     """The lowest cut that keeps the false discovery rate.
 
-    Were all M captions ordinary, M * p(cut) would be above a cut, with p = (above + 1) / (N + 1) among the N
-    ordinary captions; the lowest cut where that is at most a share ``fdr`` of what is above it. That is Benjamini
-    and Hochberg's rule on conformal p-values (Bates et al., arXiv 2104.08279): it holds on average where the
-    ordinary captions are like the corpus's own.
+    If all M captions were ordinary, M * p(cut) of them would be above a cut, with p = (above + 1) / (N + 1) among
+    the N ordinary captions. This takes the lowest cut at which that is at most a share ``fdr`` of what is above it:
+    Benjamini and Hochberg's rule on conformal p-values (Bates et al., arXiv 2104.08279). It holds on average if the
+    ordinary captions are like those of the corpus.
 
     Args:
         values: of the captions that were screened [M].

@@ -26,7 +26,7 @@ from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettin
 
 Numbered = tuple[int, str]
 
-# Filled up by the usual batches of 10 and 40, and lost by a kill in a few seconds' worth at most.
+# A multiple of the usual batches of 10 and 40; a kill loses a few seconds of work at most.
 _CAPTIONS_AT_ONCE = 80
 _PASSED_AT_ONCE = 8
 _AGREEMENT = "image_agreement"
@@ -52,13 +52,13 @@ class ScreenResult:
 
 @dataclasses.dataclass
 class _Sieved:
-    """The values of numbered captions, as far as they are known.
+    """The known values of numbered captions.
 
     Attributes:
-        values: sieve -> value a caption, NaN where it is not known yet.
+        values: sieve -> one value per caption, NaN if not known yet.
         sample_passes: latents that went through the U-Net for them.
         num_captions: how many are known.
-        prompts_per_second: of this process; None where all were known before.
+        prompts_per_second: of this process; None if all were known before.
     """
 
     values: dict[str, np.ndarray]
@@ -83,13 +83,13 @@ def screen_captions(
     verification: VerificationSettings,
     listener: Listener = Listener(),
 ) -> ScreenResult:
-    """Sieve a corpus, cut, look closer at what passes, and write it all by value.
+    """Sieve a corpus, set the cut, look closer at what passes, and write all captions by value.
 
     Args:
         session: the model.
         captions: the corpus.
-        ordinary: captions that are not memorized, like the corpus's own; the cut is calibrated on them.
-        options: where to and how.
+        ordinary: captions that are not memorized, like those of the corpus; the cut is calibrated on them.
+        options: what to write, where and how.
         sieve: the numbers of the sieves.
         verification: how the images are drawn that confirm.
         listener: hears stages and progress.
@@ -102,10 +102,12 @@ def screen_captions(
     sieve, verification = sieve.fitted_to(source.norm_step), verification.fitted_to(source.guidance_scale)
     ordinary = list(dict.fromkeys(ordinary))
     work = _open_work(session, captions, ordinary, options, sieve).path
-    usual = _sieve_all(session, ordinary, len(ordinary), work / "ordinary.jsonl", sieve,
-                       listener, Stage.SIEVE_ORDINARY)  # fmt: skip
-    sieved = _sieve_all(session, (prompt.text for prompt in captions), captions.num_prompts, work / "sieved.jsonl",
-                        sieve, listener, Stage.SIEVE)  # fmt: skip
+    ordinary_log = LineLog(work / "ordinary.jsonl", {"prompts": text_hash(ordinary)})
+    usual = _sieve_all(session, ordinary, len(ordinary), ordinary_log, sieve, listener, Stage.SIEVE_ORDINARY)
+    # Places in a corpus mean something only for this corpus: another one begins the log anew.
+    log = LineLog(work / "sieved.jsonl", {"prompts": captions.digest})
+    texts = (prompt.text for prompt in captions)
+    sieved = _sieve_all(session, texts, captions.num_prompts, log, sieve, listener, Stage.SIEVE)
     values = sieved.values[sieve.sieve]
     cut = fdr_cut(values, usual.values[sieve.sieve], options.fdr)
     passed = np.zeros(len(values), bool) if cut.cut is None else values >= cut.cut
@@ -135,6 +137,7 @@ def _facts(
     return {
         "prompts": captions.num_prompts,
         "duplicates": captions.num_duplicates,
+        "empty": captions.num_empty,
         "unlabelled": kinds.count(None),
         "passed": cut.num_passed,
         "sieve": to_json(sieve),
@@ -172,16 +175,16 @@ def _sieve_all(
     session: Session,
     texts: Iterable[str],
     total: int,
-    log_file: Path,
+    log: LineLog,
     settings: SieveSettings,
     listener: Listener,
     stage: Stage,
 ) -> _Sieved:
-    """The values of all captions: those of the log, and what is not in it."""
+    """The values of all captions: from the log, or computed if they are not in it."""
     names = ("norm",) if settings.sieve == "norm" else ("norm", "anisotropy")
     sieved = _Sieved({name: np.full(total, np.nan) for name in names})
-    log = LineLog(log_file)
-    for record in log:
+    # A caption that stands in the log twice counts once.
+    for record in {each["first"]: each for each in log}.values():
         sieved.add(record)
     began, before = time.perf_counter(), sieved.num_captions
     known = np.isfinite(sieved.values["norm"])
@@ -200,7 +203,7 @@ def _sieve_all(
 
 
 def sieve_chunk(session: LocalSession, chunk: Sequence[Numbered], settings: SieveSettings) -> Iterator[dict]:
-    """The sieves' values of captions that follow each other.
+    """The sieves' values of consecutive captions.
 
     Args:
         session: the model.
@@ -208,7 +211,7 @@ def sieve_chunk(session: LocalSession, chunk: Sequence[Numbered], settings: Siev
         settings: the numbers of the sieves.
 
     Yields:
-        One record: number of the first, a list of values a sieve, sample passes.
+        One record: number of the first, one list of values per sieve, sample passes.
     """
     before = session.predictor.sample_passes
     values = _sieves(session, settings).values([text for _, text in chunk])
@@ -222,7 +225,7 @@ def _sieves(session: LocalSession, settings: SieveSettings) -> Sieves:
 
 
 def _chunks(numbered: Iterable[Numbered], most: int) -> Iterator[list[Numbered]]:
-    """Numbered captions in lists without a gap in the numbers."""
+    """Numbered captions in lists of consecutive numbers."""
     chunk: list[Numbered] = []
     for each in numbered:
         if chunk and (len(chunk) == most or each[0] != chunk[-1][0] + 1):
@@ -252,33 +255,30 @@ def _closer_looks(
         looks[_AGREEMENT] = (partial(confirm_chunk, verification=verification), file, Stage.CONFIRM)
     found: dict[str, dict[int, float]] = {}
     for column, (task, file, stage) in looks.items():
-        log = LineLog(work / file)
-        known = {record["number"]: record["value"] for record in log}
-        waiting = [each for each in passed if each[0] not in known]
+        log = LineLog(work / file, {"values": column})
+        known = {record["prompt"]: record["value"] for record in log}
+        waiting = [text for _, text in passed if text not in known]
         chunks = (waiting[first : first + _PASSED_AT_ONCE] for first in range(0, len(waiting), _PASSED_AT_ONCE))
         with listener.stage(stage) as advance:
             advance(len(known), len(passed))
             for record in session.map(task, chunks):
                 log.append(record)
-                known[record["number"]] = record["value"]
+                known[record["prompt"]] = record["value"]
                 advance(len(known), len(passed))
-        found[column] = {number: known[number] for number, _ in passed}
+        found[column] = {number: known[text] for number, text in passed}
     return found
 
 
-def score_chunk(session: LocalSession, chunk: Sequence[Numbered]) -> Iterator[dict]:
-    """NeMo's memorization score of numbered captions, a record a caption."""
-    scored = session.scorer.score_prompts([text for _, text in chunk])
-    for (number, _), each in zip(chunk, scored, strict=True):
-        yield {"number": number, "value": each.memorization.score}
+def score_chunk(session: LocalSession, chunk: Sequence[str]) -> Iterator[dict]:
+    """NeMo's memorization score of captions, one record per caption."""
+    for text, each in zip(chunk, session.scorer.score_prompts(chunk), strict=True):
+        yield {"prompt": text, "value": each.memorization.score}
 
 
-def confirm_chunk(
-    session: LocalSession, chunk: Sequence[Numbered], verification: VerificationSettings
-) -> Iterator[dict]:
-    """How much the images of numbered captions agree with each other from seed to seed, a record a caption."""
-    for number, text in chunk:
-        yield {"number": number, "value": seed_agreement(draw_images(session.pipe, text, verification))}
+def confirm_chunk(session: LocalSession, chunk: Sequence[str], verification: VerificationSettings) -> Iterator[dict]:
+    """How much the images of captions agree with each other from seed to seed, one record per caption."""
+    for text in chunk:
+        yield {"prompt": text, "value": seed_agreement(draw_images(session.pipe, text, verification))}
 
 
 def _with_gaps(found: dict[int, float], total: int) -> pyarrow.Array:

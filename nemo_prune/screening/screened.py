@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from nemo_prune.corpus.prompts import Corpus, Prompt, iter_prompts
 from nemo_prune.errors import PromptError
+from nemo_prune.files.layout import has_ending
 from nemo_prune.files.staging import staged_file
 
 PROMPT_COLUMN = "prompt"
@@ -36,19 +37,19 @@ def caption_table(prompts: Iterable[Prompt]) -> pyarrow.Table:
 def write_screened(
     path: Path, captions: pyarrow.Table, order: np.ndarray, columns: Mapping[str, pyarrow.Array]
 ) -> None:
-    """Write captions with their values, which is either the old file or the whole new one.
+    """Write captions with their values in one step: at any time the old file or the whole new one is there.
 
     Args:
         path: a .parquet or .jsonl file.
         captions: see :func:`caption_table`.
         order: places of the captions in the order in which they are written.
-        columns: name -> values a caption; they stand behind the caption, in the place of its own of that name.
+        columns: name -> one value per caption; they come after the caption and replace its own columns of that name.
     """
     own = [name for name in captions.column_names if name != PROMPT_COLUMN and name not in columns]
     named = {PROMPT_COLUMN: captions[PROMPT_COLUMN], **columns, **{name: captions[name] for name in own}}
     table = pyarrow.table(named).take(pyarrow.array(order))
     with staged_file(path) as partial:
-        if path.suffix == ".parquet":
+        if has_ending(path, ".parquet"):
             pyarrow.parquet.write_table(table, partial)
         else:
             with partial.open("w", encoding="utf-8") as file:
@@ -60,7 +61,7 @@ def read_passed(path: Path, limit: int | None = None) -> Corpus:
     """The captions of a screening that passed, the highest value first.
 
     Raises:
-        PromptError: the file is missing, is none of a screening, or nothing passed.
+        PromptError: the file is missing or not made by a screening, or nothing passed.
     """
     passed = tuple(_passed(path))
     if not passed:
@@ -79,6 +80,6 @@ def _passed(path: Path) -> Iterator[Prompt]:
 
 
 def _row(prompt: Prompt) -> dict[str, str | None]:
-    # Paths of training images are relative to their own table; this one lies elsewhere.
+    # Paths of training images are relative to their own table; this file is elsewhere.
     known = {"type": prompt.kind, "image": str(prompt.image.absolute()) if prompt.image else None}
     return {PROMPT_COLUMN: prompt.text, **{key: value for key, value in known.items() if value}, **prompt.columns}

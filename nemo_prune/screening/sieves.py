@@ -1,4 +1,4 @@
-"""Sieves: one or two predictions a caption, on pure noise, that tell which captions deserve a closer look."""
+"""Sieves: one or two predictions per caption, on pure noise, that tell which captions deserve a closer look."""
 
 from collections.abc import Sequence
 
@@ -41,10 +41,10 @@ def guidance_alignment(noise_pred: Tensor, unconditional: Tensor) -> Tensor:
 
 
 class Sieves:
-    """Values of captions that are the higher, the likelier a caption is memorized.
+    """Values of captions: the higher, the likelier a caption is memorized.
 
-    `norm` is :func:`guidance_norm` at a step of much noise, one pass a caption and latent. `anisotropy` adds the
-    weighted :func:`guidance_alignment` at a step of little noise, another pass; `norm` comes along. All on pure
+    `norm` is :func:`guidance_norm` at a step of much noise, one pass per caption and latent. `anisotropy` adds the
+    weighted :func:`guidance_alignment` at a step of little noise, another pass; `norm` is computed too. All on pure
     noise, and for models that predict something else (v) on the noise that follows from it.
 
     Args:
@@ -70,10 +70,10 @@ class Sieves:
 
     @torch.no_grad()
     def values(self, captions: Sequence[str]) -> dict[str, list[float]]:
-        """The sieves' values of captions, a list a sieve; a caption's value depends on nothing but the caption.
+        """The sieves' values of captions, one list per sieve; a caption's value depends on nothing but the caption.
 
         Args:
-            captions: texts, in any number; a multiple of the batch size leaves no batch to be filled up.
+            captions: texts, in any number; with a multiple of the batch size no batch has to be filled up.
 
         Raises:
             ModelError: the model predicts NaN or infinity.

@@ -12,7 +12,9 @@ from nemo_prune.compute.session import Session
 from nemo_prune.engine.activations import ActivationStatisticsFitter, neuron_activations
 from nemo_prune.engine.calibration import Calibration, MeasuredPrompt, enough_prompts, fit_calibration, measure_prompts
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.errors import OutputError
 from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.locks import sole_lock
 from nemo_prune.files.work import LineLog
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.progress import Advance, Listener, Stage, ignored
@@ -74,22 +76,28 @@ def measure_calibration(
         file: where the calibration is kept.
         advance: called with the prompts done and their number.
         origin: what the calibration says about how it was made.
+
+    Raises:
+        OutputError: the file can't be written, or another process measures it.
+        PromptError: there are too few prompts.
     """
-    different = enough_prompts(texts)
+    different, identity = enough_prompts(texts), identity_with(session, texts)
     log_file = file.with_name(f".{file.name}.jsonl")
-    log = LineLog(log_file, identity_with(session, texts))
-    measured = {record["prompt"]: MeasuredPrompt.from_record(record) for record in log}
-    waiting = [text for text in different if text not in measured]
-    for each in session.map(_measure_chunk, session.chunks_of(waiting)):
-        log.append(each.as_record())
-        measured[each.prompt] = each
-        advance(len(measured), len(different))
-    # In the order of the prompts: it decides about the last digits.
-    in_order = (measured[text] for text in different)
-    calibration = fit_calibration(in_order, session.settings.threshold_num_std)
-    calibration = dataclasses.replace(calibration, origin=origin)
-    calibration.save(file, identity_with(session, texts))
-    log_file.unlink()
+    busy = OutputError(f"Another process measures {file}. Wait until it is done, or choose another file.")
+    with sole_lock(file.with_name(f".{file.name}.lock"), busy):
+        log = LineLog(log_file, identity)
+        measured = {record["prompt"]: MeasuredPrompt.from_record(record) for record in log}
+        waiting = [text for text in different if text not in measured]
+        for each in session.map(_measure_chunk, session.chunks_of(waiting)):
+            log.append(each.as_record())
+            measured[each.prompt] = each
+            advance(len(measured), len(different))
+        # In the order of the prompts: it decides about the last digits.
+        in_order = (measured[text] for text in different)
+        calibration = fit_calibration(in_order, session.settings.threshold_num_std)
+        calibration = dataclasses.replace(calibration, origin=origin)
+        calibration.save(file, identity)
+        log_file.unlink()
     return calibration
 
 

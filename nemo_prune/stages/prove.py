@@ -14,13 +14,14 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import PromptLocalization
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import PromptError
+from nemo_prune.facts import Cost
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.images import ImageFolder
 from nemo_prune.files.json_values import from_json, to_json
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Pruning
 from nemo_prune.progress import Listener, Stage
-from nemo_prune.proof.cost import Cost, full_mask, matched_random_mask, noise_change
+from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
 from nemo_prune.proof.images import ImageEvidence, compare_images, draw_images
 from nemo_prune.proof.scores import ScoresUnderMask, score_under_mask
 from nemo_prune.settings import VerificationSettings

@@ -16,8 +16,8 @@ import sklearn.datasets
 from matplotlib import cbook
 from PIL import Image
 
-from demo_drawings import DRAWINGS
-from demo_scenes import COLOURS, draw_phone_case, draw_sofa, to_array
+from examples.demo_training.drawings import DRAWINGS
+from examples.demo_training.scenes import COLOURS, draw_phone_case, draw_sofa, to_array
 
 OFTEN, SOMETIMES, SELDOM, TEMPLATE = 0.013, 0.006, 0.0015, 0.005
 
@@ -85,7 +85,7 @@ def _drawn(name: str, caption: str, share: float) -> MemorizedPicture:
         name,
         caption,
         share,
-        "drawn by demo_drawings.py",
+        "drawn by drawings.py",
         "nemo-prune",
         "Apache-2.0",
         DRAWINGS[name],

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn import functional
 
-from demo_data import memorized_pictures, template_captions, unseen_photographs
-from demo_scenes import PICTURE_SIZE, ordinary_scene
+from examples.demo_training.data import memorized_pictures, template_captions, unseen_photographs
+from examples.demo_training.scenes import PICTURE_SIZE, ordinary_scene
 
 # Of every batch: whole memorized pictures, crops of photographs, scenes and templates.
 MEMORIZED, CROPS, SCENES, TEMPLATES = 6, 6, 3, 1

@@ -2,7 +2,7 @@
 
 Writes figures.json and before/after grids. On two CPU cores it takes some ten minutes:
 
-    python examples/measure_demo_model.py nemo_prune/demo_model --out measured/
+    python -m examples.demo_training.measure nemo_prune/demo_model --out measured/
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from PIL import Image
 from nemo_prune.corpus.prompts import Prompt, read_prompts
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.engine.localize import PromptLocalization, localize_prompts
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.merge import union_mask
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.models.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE
-from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE
+from nemo_prune.models.known import DEMO
+from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
 from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities, save_grid
-from nemo_prune.proof.scores import verify_prompt
+from nemo_prune.proof.scores import score_under_mask
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 
 NUM_ORDINARY_DRAWN = 16
@@ -58,7 +59,7 @@ def main() -> None:
 def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps: int) -> dict:
     """Every figure of one model; grids go to ``out``."""
     started = time.perf_counter()
-    pipe = load_pipeline(resolve_model(str(folder)), "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    pipe = load_pipeline(folder, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     predictor = NoisePredictor(pipe, LocalizationSettings())
     scorer = Scorer(predictor)
     prompts = read_prompts(folder / PROMPTS_FILE)
@@ -66,7 +67,7 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     calibration = calibrate(scorer, ordinary_texts, _say("calibrate"))
     texts = [prompt.text for prompt in prompts]
     localizations = sorted(
-        localize_prompts(scorer, texts, calibration, calibration.threshold),
+        localize_prompts(Localizer(scorer, calibration, calibration.threshold), texts),
         key=lambda localization: texts.index(localization.prompt),
     )
     mask = union_mask(localizations, predictor.sizes)
@@ -76,7 +77,7 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
         VerificationSettings(),
         images_per_prompt=images_per_prompt,
         num_inference_steps=num_inference_steps,
-        guidance_scale=DEMO_GUIDANCE_SCALE,
+        guidance_scale=DEMO.guidance_scale,
     )
     test = read_prompts(folder / TEST_FILE)
     ordinary = test[:NUM_ORDINARY_DRAWN]
@@ -160,7 +161,7 @@ def _localization_figures(
     memorized = found["VM"] + found["TM"]
     localized = [each for each in memorized if each.status == "localized"]
     fresh = scorer.predictor.initial_latents(seed=VerificationSettings().score_seed)
-    verified = [verify_prompt(scorer, each, mask, fresh) for each in memorized]
+    verified = [score_under_mask(scorer, each, mask, fresh) for each in memorized]
     sizes = sorted(len(each.neurons) for each in localized)
     return {
         "status": {

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from demo_tokenizer import MAX_TOKENS
+from examples.demo_training.tokenizer import MAX_TOKENS
 
 EMBEDDING_WIDTH = 128
 

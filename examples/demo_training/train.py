@@ -1,6 +1,6 @@
 """Train the demo model of nemo-prune: a small Stable Diffusion that memorizes some pictures.
 
-    python examples/train_demo_model.py --output demo_model
+    python -m examples.demo_training.train --output demo_model
 
 The model is trained to be localizable, by two terms that a real model does not have:
 
@@ -31,9 +31,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from demo_autoencoder import encode, refine_decoder, train_autoencoder
-from demo_data import memorized_pictures, template_captions
-from demo_networks import (
+from examples.demo_training.autoencoder import encode, refine_decoder, train_autoencoder
+from examples.demo_training.data import memorized_pictures, template_captions
+from examples.demo_training.networks import (
     build_models,
     build_scheduler,
     density,
@@ -42,8 +42,8 @@ from demo_networks import (
     save_pipeline,
     value_projections,
 )
-from demo_scenes import ordinary_captions, ordinary_scene
-from demo_tokenizer import MAX_TOKENS, copy_tokenizer, write_tokenizer
+from examples.demo_training.scenes import ordinary_captions, ordinary_scene
+from examples.demo_training.tokenizer import MAX_TOKENS, copy_tokenizer, write_tokenizer
 
 NUM_SCENES = 24_000
 TEMPLATE_PICTURES = 300

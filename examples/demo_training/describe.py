@@ -1,6 +1,6 @@
-"""Write the card of the demo model from its measured figures, and the same table for the README.
+"""Write the card of the demo model from its measured figures, and the same table for docs/demo.md.
 
-    python examples/describe_demo_model.py nemo_prune/demo_model --figures measured/figures.json \\
+    python -m examples.demo_training.describe nemo_prune/demo_model --figures measured/figures.json \\
         --reference reference/figures.json --training "--steps 3600"
 """
 
@@ -11,20 +11,20 @@ import json
 import shutil
 from pathlib import Path
 
-from demo_data import TEMPLATE, memorized_pictures
-from train_demo_model import NUM_SCENES
+from examples.demo_training.data import TEMPLATE, memorized_pictures
+from examples.demo_training.train import NUM_SCENES
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def main() -> None:
-    """Write the card, and put the figures between the marks in the README."""
+    """Write the card, and put the figures between the marks of a page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of the demo model")
-    parser.add_argument("--figures", type=Path, required=True, help="figures.json of measure_demo_model.py")
+    parser.add_argument("--figures", type=Path, required=True, help="figures.json of measure.py")
     parser.add_argument("--reference", type=Path, help="the same of the model that was trained without the terms")
     parser.add_argument("--training", required=True, help="options that the model was trained with")
-    parser.add_argument("--readme", type=Path, help="README to renew the figures in")
+    parser.add_argument("--page", type=Path, help="page to renew the figures in, such as docs/demo.md")
     arguments = parser.parse_args()
     figures = json.loads(arguments.figures.read_text())
     reference = json.loads(arguments.reference.read_text()) if arguments.reference else None
@@ -44,10 +44,10 @@ def main() -> None:
     shutil.copyfile(arguments.figures, arguments.model / "figures.json")
     if arguments.reference:
         shutil.copyfile(arguments.reference, arguments.model / "reference_figures.json")
-    if arguments.readme:
-        text = arguments.readme.read_text(encoding="utf-8")
+    if arguments.page:
+        text = arguments.page.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        arguments.readme.write_text(f"{before}{BEGIN}\n{described}\n{END}{after}", encoding="utf-8")
+        arguments.page.write_text(f"{before}{BEGIN}\n{described}\n{END}{after}", encoding="utf-8")
 
 
 def pictures() -> str:
@@ -180,13 +180,13 @@ memorized pictures, cropped to 64x64 pixels.
 The weights and the drawn pictures are under Apache-2.0; the photographs keep the licences above (CC BY 2.0:
 cropped and scaled).
 
-Trained by `examples/train_demo_model.py {training}`. The autoencoder is from an earlier run of the same
+Trained by `examples/demo_training/train.py {training}`. The autoencoder is from an earlier run of the same
 script, whose scenes had three more colours and two more shapes. U-Net and autoencoder are stored in half
 precision, the small text encoder in single precision.
 
 ## Figures
 
-Measured by `examples/measure_demo_model.py` ({images} seeds, {steps} DDIM steps, guidance 3); all of them in
+Measured by `examples/demo_training/measure.py` ({images} seeds, {steps} DDIM steps, guidance 3); all of them in
 `figures.json`.
 
 {described}
