@@ -13,7 +13,7 @@ from nemo_prune.engine.results import read_results
 from nemo_prune.errors import OutputError, PromptError, RecordError
 from nemo_prune.files.json_values import from_json
 from nemo_prune.files.layout import ReleaseLayout
-from nemo_prune.files.work import LineLog
+from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import Neuron
 from nemo_prune.models.source import ModelSource, load_pipeline, resolve_model
 from nemo_prune.progress import Listener, Stage
@@ -88,6 +88,7 @@ def verify_models(
     listener: Listener = Listener(),
     limits: Limits = Limits(),
     known: RunResults = RunResults(),
+    overwrite: bool = False,
 ) -> VerifyResult:
     """Judge a candidate beside its base and write the report.
 
@@ -102,11 +103,13 @@ def verify_models(
         listener: hears stages and progress.
         limits: what the candidate must keep.
         known: what a run found out about the prompts.
+        overwrite: discard a folder of other models.
 
     Raises:
         NemoPruneError: something can't be done as asked.
     """
     _refuse_a_release(folder, candidate)
+    WorkFolder(folder, {"base": base.digest, "candidate": candidate.digest}, overwrite)
     with listener.stage(Stage.LOAD):
         device, dtype = choose_device(options.device), choose_dtype(options.dtype)
         pipes = [load_pipeline(each.folder, device, dtype, each.variant) for each in (base, candidate)]

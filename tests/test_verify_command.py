@@ -91,6 +91,19 @@ def test_what_is_wrong_is_named(models, changes, words):
     assert words in " ".join(result.stderr.split())
 
 
+def test_a_work_folder_of_other_models_and_a_folder_of_something_else_are_refused(models, model_folder, tmp_path):
+    work, same = tmp_path / "work", {**models, "--candidate": model_folder}
+    assert verify(*spread(models), *FEW, "--work", work).exit_code == 0
+    refused = verify(*spread(same), *FEW, "--work", work)
+    assert refused.exit_code == 1 and "changed since: candidate" in refused.stderr
+    assert verify(*spread(same), *FEW, "--work", work, "--overwrite").exit_code == 0
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    (tmp_path / "photos" / "images" / "mine.png").write_text("mine")
+    refused = verify(*spread(models), *FEW, "--work", tmp_path / "photos")
+    assert refused.exit_code == 1 and "not a work folder" in refused.stderr
+    assert (tmp_path / "photos" / "images" / "mine.png").read_text() == "mine"
+
+
 def test_the_work_folder_must_not_be_in_what_can_be_published(models):
     result = verify(*spread(models), *FEW, "--work", models["--candidate"] / "work")
     assert result.exit_code == 1 and "must not be in the candidate's" in result.stderr

@@ -130,6 +130,7 @@ def verify(
             min=0,
         ),
     ] = None,
+    overwrite: Annotated[bool, option(RELEASE, "Discard a work folder of other models.", "--overwrite")] = False,
     config: ConfigOption = None,
     variant: VariantOption = None,
     device: DeviceOption = MODEL_DEFAULTS.device,
@@ -138,7 +139,7 @@ def verify(
 ) -> None:
     """Measure what a candidate still gives back and what it still can do; exit code 1 where a stated limit is broken.
 
-    Example: [bold]nemo-prune verify --base demo --candidate pruned/[/]
+    Example: `nemo-prune verify --base demo --candidate pruned/`
     """
     with errors_reported(), console_listener(quiet=as_json) as listener:
         passes, minutes = _budget(budget)
@@ -179,6 +180,7 @@ def verify(
             listener,
             Limits(max_replication, max_utility_loss),
             known,
+            overwrite,
         )
     if as_json:
         from nemo_prune.verify import evidence_values

@@ -250,7 +250,9 @@ def _prompts_of_row(
     others = {
         name.strip(): text
         for name in roles.others
-        if name != image_column and (name != roles.region or region is None) and (text := plain_text(cells[name])) is not None
+        if name != image_column
+        and (name != roles.region or region is None)
+        and (text := plain_text(cells[name])) is not None
     }
     kind = plain_text(cells[roles.kind]) if roles.kind is not None else None
     for text in captions_of(cells[roles.caption] if roles.caption is not None else None):
@@ -261,10 +263,9 @@ def _image(cells: Mapping[str, object], columns: Sequence[str], folder: Path | N
     """The column that names the training image, and its file; neither where there is none on this machine."""
     for name in columns:
         path = _named_file(cells[name], folder)
-        if path is not None:
-            # `image` is this program's own column; a `file_name` may be that of a picture which is elsewhere.
-            if folded(name) == _IMAGE_COLUMNS[0] or path.is_file():
-                return name, path
+        # `image` is this program's own column; a `file_name` may be that of a picture which is elsewhere.
+        if path is not None and (folded(name) == _IMAGE_COLUMNS[0] or path.is_file()):
+            return name, path
     return None, None
 
 
