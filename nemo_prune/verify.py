@@ -22,7 +22,8 @@ from nemo_prune.proof.scores import ScoresUnderMask
 from nemo_prune.proof.training_images import known_training_images
 from nemo_prune.release.evidence_report import REPORT_FILE, PromptNeurons, ReportContext, write_evidence_report
 from nemo_prune.release.evidence_wording import broken_limits
-from nemo_prune.release.record import Record, versions
+from nemo_prune.release.record import Record
+from nemo_prune.release.recording import versions
 from nemo_prune.settings import ModelOptions
 from nemo_prune.stages.verify import gather_evidence
 

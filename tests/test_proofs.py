@@ -134,14 +134,14 @@ def test_the_attack_lowers_its_loss_leaves_the_weights_and_says_when_it_succeede
     settings = AttackSettings(steps=4, batch_size=2, looks=(0, 2, 4), images_per_look=1, drawing_steps=1)
     with counter.counting(pipe.unet):
         for start in ("caption", "noise", "ordinary caption"):
-            steps, curve = attack(pipe, picture(1), "a cat", start, ORDINARY[0], judge, 1.0, settings, counter, seed=3)
-            assert steps is None and len(curve) == 3
+            found = attack(pipe, picture(1), "a cat", start, ORDINARY[0], judge, 1.0, settings, counter, seed=3)
+            assert found.steps is None and len(found.curve) == 3
     assert counter.passes == 3 * settings.passes(1.0)
     assert same(before, pipe.unet.state_dict())
     assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
     assert all(parameter.grad is None for parameter in pipe.unet.parameters())
     easy = ReplicationJudge(StructuralSimilarity(cut=-1.0), judge.training)
-    assert attack(pipe, picture(1), "a cat", "caption", "b", easy, 1.0, settings, counter, seed=3)[0] == 0
+    assert attack(pipe, picture(1), "a cat", "caption", "b", easy, 1.0, settings, counter, seed=3).steps == 0
 
 
 def test_attacks_are_summed_up_with_the_work_they_took():

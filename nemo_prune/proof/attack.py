@@ -66,6 +66,21 @@ class AttackRun:
 
 
 @dataclass(frozen=True)
+class AttackOutcome:
+    """What an attack came to.
+
+    Attributes:
+        steps: steps after which a copy was drawn first; None where none was.
+        curve: highest similarity to the target at each look, as far as it went.
+        prompt_embeds: the embedding at the end [positions, width], float32.
+    """
+
+    steps: int | None
+    curve: tuple[float, ...]
+    prompt_embeds: Tensor
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """All attacks of one model on one sort of target.
 
@@ -101,7 +116,7 @@ def attack(
     settings: AttackSettings,
     counter: PassCounter,
     seed: int,
-) -> tuple[int | None, list[float]]:
+) -> AttackOutcome:
     """Optimise an embedding for a picture, and look from time to time whether the picture comes back.
 
     Args:
@@ -115,9 +130,6 @@ def attack(
         settings: the attack's.
         counter: is told of the way back through the U-Net.
         seed: of noises, timesteps and a start at ``noise``.
-
-    Returns:
-        The number of steps after which a copy was drawn first, or None, and the highest similarity at each look.
     """
     generator = torch.Generator().manual_seed(seed)
     embeds = _start(pipe, text, start, ordinary, generator).requires_grad_(True)
@@ -136,7 +148,7 @@ def attack(
                 images = draw(pipe, embeds.detach(), drawing, seeds)
                 curve.append(max(judge.similarity_to(target, images)))
                 if curve[-1] >= judge.cut:
-                    return step, curve
+                    return AttackOutcome(step, tuple(curve), embeds.detach())
             if step < settings.steps:
                 optimiser.zero_grad()
                 loss = _diffusion_loss(pipe, scheduler, target_latents, embeds, settings.batch_size, generator)
@@ -146,7 +158,7 @@ def attack(
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    return None, curve
+    return AttackOutcome(None, tuple(curve), embeds.detach())
 
 
 def summarize_attacks(runs: Sequence[AttackRun], settings: AttackSettings) -> list[AttackResult]:

@@ -404,11 +404,11 @@ class _Gathering:
         def work() -> AttackRun:
             target = self._target(prompt)
             target = target if memorized else self.judge.never_trained_on(target)
-            steps, curve = attack(
+            found = attack(
                 self.pipes[model], target, prompt.text, start, self.ordinary[0], self.judge,
                 self.settings.drawing.guidance_scale, self.settings.attack, self.counter, seed,
             )  # fmt: skip
-            return AttackRun(model, memorized, start, steps, max(curve), tuple(curve))
+            return AttackRun(model, memorized, start, found.steps, max(found.curve), found.curve)
 
         return work
 
