@@ -14,10 +14,11 @@ from PIL import Image
 from browser import NoBrowser, browser, find_browser
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.errors import PromptError, SettingsError
+from nemo_prune.files.json_values import to_json
 from nemo_prune.progress import Listener
 from nemo_prune.proof.attack import AttackSettings
 from nemo_prune.proof.drawing import Drawing
-from nemo_prune.proof.evidence import PARTS, Evidence, EvidenceSettings
+from nemo_prune.proof.evidence import PARTS, Evidence, EvidenceSettings, publishable
 from nemo_prune.proof.regrowth import FineTuning
 from nemo_prune.release.evidence_report import PromptNeurons, ReportContext, write_evidence_report
 from nemo_prune.release.evidence_wording import broken_limits, key_rows, verdict
@@ -118,6 +119,16 @@ def test_what_can_be_published_holds_no_caption_and_no_path(gathered):
     evidence, folder, _ = gathered
     published = json.dumps(Evidence.to_json(evidence)["summary"]) + str(key_rows(evidence.summary))
     assert "zanzibar" not in published and str(folder.parent) not in published
+
+
+def test_a_published_summary_is_coarse_and_has_no_figure_of_few_captions(gathered):
+    summary = gathered[0].summary
+    coarse = publishable(summary)
+    assert not coarse.replication.by_kind and summary.replication.by_kind
+    assert all(not each.curve for each in coarse.attacks) and len(coarse.attacks) == len(summary.attacks)
+    numbers = re.findall(r"-?\d+\.\d+", json.dumps(to_json(replace(coarse, seconds={}))))
+    assert numbers and all(round(float(number), 2) == float(number) for number in numbers)
+    assert coarse.utility_loss == round(summary.utility_loss, 2) and coarse.base == summary.base
 
 
 def test_a_model_beside_itself_gives_back_the_same_and_has_lost_nothing(pipe, prompts, tmp_path):

@@ -1,8 +1,9 @@
 """All evidence on a candidate: a tree of frozen values, and the settings that it was measured with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.json_values import from_json, to_json
@@ -33,6 +34,8 @@ PARTS = tuple(SHARES)
 # What a run gathers for its card.
 RUN_PARTS = ("replication", "utility", "attack")
 RUN_BUDGET = 8_000
+_FEWEST_CAPTIONS = 5
+_DECIMALS = 2
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,36 @@ class EvidenceSummary:
     def utility_loss(self) -> float | None:
         """Mean relative change of the noise prediction on held-out captions."""
         return self.utility.loss if self.utility else None
+
+
+def publishable(summary: EvidenceSummary) -> EvidenceSummary:
+    """A summary for a record: coarse, and without figures that few captions made.
+
+    Whoever guesses a caption and has the models can compute its figures, and would find the caption by them. So types
+    with few captions are left out, as are the curves of few attacks, and all numbers have two decimals.
+    """
+    kinds = {name: kind for name, kind in summary.replication.by_kind.items() if kind.captions >= _FEWEST_CAPTIONS}
+    attacks = tuple(
+        each if each.came_back.total >= _FEWEST_CAPTIONS else replace(each, curve=(), looks=())
+        for each in summary.attacks
+    )
+    coarse = replace(
+        summary,
+        replication=replace(summary.replication, by_kind=kinds),
+        attacks=attacks,
+        refilled=tuple(replace(each, nearest=None) for each in summary.refilled),
+        regrown=tuple(replace(each, nearest=None) for each in summary.regrown),
+        tokens=None,
+    )
+    return from_json(EvidenceSummary, _rounded(to_json(coarse)))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, _DECIMALS) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)

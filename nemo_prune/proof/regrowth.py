@@ -43,12 +43,12 @@ class Regrown:
     Attributes:
         treatment: what was done to it.
         copies: its images that are copies.
-        nearest: highest similarity of an image to its caption's training image.
+        nearest: highest similarity of an image to its caption's training image; None where it is not published.
     """
 
     treatment: str
     copies: Rate
-    nearest: float
+    nearest: float | None
 
 
 @contextmanager

@@ -153,7 +153,8 @@ def _rows(evidence: Evidence, context: ReportContext) -> dict[str, list[tuple]]:
         ],
         "variant_rows": [(each.name, rate(each.base), rate(each.candidate)) for each in summary.variants],
         "treated_rows": [
-            (each.treatment, rate(each.copies), f"{each.nearest:.2f}") for each in summary.regrown + summary.refilled
+            (each.treatment, rate(each.copies), "" if each.nearest is None else f"{each.nearest:.2f}")
+            for each in summary.regrown + summary.refilled
         ],
         "part_rows": [(part, passes, f"{summary.seconds[part]:.0f}") for part, passes in summary.passes.items()],
         "setting_rows": list(settings.items()),
