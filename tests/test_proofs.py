@@ -295,6 +295,8 @@ def test_fine_tuning_lowers_its_loss_and_regrows_zeroed_rows(pipe, candidate):
     with treated(other):
         tuner = Tuner(other, pipe, ORDINARY, FineTuning(learning_rate=1e-2, batch_size=4, images=2), counter, seed=1)
         losses = [tuner.step() for _ in range(30)]
+        assert same(before, other.unet.state_dict())
+        tuner.copy_weights_to(other.unet)
         name, index = next(iter(chosen))
         assert other.unet.get_submodule(name).weight[index].any()
     assert sum(losses[-8:]) < sum(losses[:8])

@@ -95,10 +95,10 @@ def round_weights(unet: nn.Module, precision: str) -> None:
 
 
 class Tuner:
-    """Fine-tunes a U-Net step by step.
+    """Fine-tunes a copy of a U-Net step by step, in float32: in half precision, steps this small would be lost.
 
     Args:
-        pipe: its U-Net is changed.
+        pipe: the model; it stays as it is.
         base: draws the images of the ordinary captions.
         ordinary: the captions.
         settings: of the fine-tuning.
@@ -116,12 +116,12 @@ class Tuner:
         seed: int,
     ) -> None:
         texts = list(ordinary[: settings.images])
-        self._pipe, self._settings, self._counter = pipe, settings, counter
+        self._unet, self._settings, self._counter = copy.deepcopy(pipe.unet).float(), settings, counter
         self._latents = torch.cat([quick_latents(base, text, [seed + place]) for place, text in enumerate(texts)])
         self._embeds = torch.stack([encode(pipe, text) for text in texts])
         self._generator = torch.Generator().manual_seed(seed)
         self._scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        self._optimiser = torch.optim.AdamW(pipe.unet.parameters(), lr=settings.learning_rate)
+        self._optimiser = torch.optim.AdamW(self._unet.parameters(), lr=settings.learning_rate)
 
     def step(self) -> float:
         """One step; returns its loss."""
@@ -137,8 +137,12 @@ class Tuner:
         loss.backward()
         self._counter.passes += 2 * size
         self._optimiser.step()
-        return loss.item()
+        return loss.detach().item()
+
+    @torch.no_grad()
+    def copy_weights_to(self, unet: nn.Module) -> None:
+        """Give a U-Net the present weights, in its own precision."""
+        unet.load_state_dict(self._unet.state_dict())
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        dtype = self._pipe.unet.dtype
-        return self._pipe.unet(noisy.to(dtype), timesteps, encoder_hidden_states=embeds.to(dtype)).sample.float()
+        return self._unet(noisy, timesteps, encoder_hidden_states=embeds).sample

@@ -188,6 +188,10 @@ class ReplicationJudge:
         values, places = self.similarity.compare(self.similarity.describe(images), self._known).max(dim=1)
         return values.tolist(), places.tolist()
 
+    def parts(self, images: Sequence[Image.Image]) -> list[float]:
+        """Similarity of the most alike tiles of each image and any training image; empty where none is known."""
+        return self._tiled(images).amax(dim=1).tolist() if len(self._known) else []
+
     def never_trained_on(self, image: Image.Image) -> Image.Image:
         """A control: an altered training image, the one that is least like it and all other known ones."""
         altered = altered_pictures(image)
@@ -229,7 +233,7 @@ class ReplicationJudge:
             own=tuple(self.own(text, images)),
             nearest=tuple(nearest),
             nearest_of=tuple(nearest_of),
-            parts=tuple(self._tiled(images).amax(dim=1).tolist()) if nearest else (),
+            parts=tuple(self.parts(images)),
             to_base=tuple(to_base.diagonal().tolist()),
             to_base_seeds=tuple(_of_other_seeds(to_base)),
             between_seeds=tuple(between[tuple(torch.triu_indices(*between.shape, offset=1))].tolist()),

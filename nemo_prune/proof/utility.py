@@ -8,7 +8,6 @@ from statistics import mean
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from nemo_prune.engine.activations import neuron_activations
@@ -16,10 +15,10 @@ from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.layers import find_text_projections
 from nemo_prune.mask import NeuronMask
 from nemo_prune.proof.changed_rows import ChangedRows
-from nemo_prune.proof.copies import ImageSimilarity
 from nemo_prune.proof.cost import matched_random_mask
 from nemo_prune.proof.drawing import BASE, CANDIDATE, Gallery, encode, quick_latents
 from nemo_prune.proof.intervals import Equivalence, Spread
+from nemo_prune.proof.replication import ReplicationJudge
 from nemo_prune.settings import LocalizationSettings
 
 PRECISION, RANDOM, SEEDS = "another precision", "as many random neurons", "two seeds"
@@ -219,20 +218,18 @@ def random_rows(base: StableDiffusionPipeline, rows: ChangedRows, ordinary: Sequ
 
 
 def caption_images(
-    gallery: Gallery, base: StableDiffusionPipeline, random: NeuronMask | None, similarity: ImageSimilarity, text: str,
-    parts, nearest,
-) -> CaptionImages:  # fmt: skip
+    gallery: Gallery, base: StableDiffusionPipeline, random: NeuronMask | None, judge: ReplicationJudge, text: str
+) -> CaptionImages:
     """Compare one ordinary caption's images.
 
     Args:
         gallery: draws and keeps them.
         base: the base.
         random: as many random rows, to compare with; None where there is no mask to match.
-        similarity: the yardstick.
+        judge: has the yardstick and the training images.
         text: the caption.
-        parts: similarity of the most alike tiles of images and any training image.
-        nearest: similarity of images to the nearest training image.
     """
+    similarity = judge.similarity
     ours, theirs = gallery.images(BASE, text), gallery.images(CANDIDATE, text)
     described = similarity.describe(ours)
     to_base = similarity.compare(similarity.describe(theirs), described).diagonal()
@@ -246,8 +243,8 @@ def caption_images(
         tuple(to_base.tolist()),
         random_to_base,
         tuple(between[tuple(torch.triu_indices(*between.shape, offset=1))].tolist()),
-        tuple(parts(ours)),
-        tuple(nearest(ours)),
+        tuple(judge.parts(ours)),
+        tuple(judge.nearest(ours)[0]),
     )
 
 
@@ -296,6 +293,3 @@ def _means(found: Sequence[Mapping[str, tuple[float, ...]]]) -> dict[str, tuple[
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.casefold()))
-
-
-Images = Sequence[Image.Image]

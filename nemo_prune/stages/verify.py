@@ -21,7 +21,7 @@ from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, Listener, Stage
 from nemo_prune.proof.attack import AttackRun, attack, summarize_attacks, work_ratio
 from nemo_prune.proof.changed_rows import ChangedRows, changed_rows
-from nemo_prune.proof.copies import CopyDetector, ImageSimilarity, StructuralSimilarity, TiledSimilarity
+from nemo_prune.proof.copies import CopyDetector, ImageSimilarity, StructuralSimilarity
 from nemo_prune.proof.drawing import BASE, CANDIDATE, Gallery, draw
 from nemo_prune.proof.evidence import (
     SHARES,
@@ -310,22 +310,13 @@ class _Gathering:
             images = []
             self.gallery.lend(RANDOM, self.base)
             for text in drawn:
-                images.append(ledger.once(f"images: {text}", CaptionImages, self._caption_images(text, noise)))
+
+                def work(text: str = text) -> CaptionImages:
+                    return caption_images(self.gallery, self.base, noise.random, self.judge, text)
+
+                images.append(ledger.once(f"images: {text}", CaptionImages, work))
                 advance(len(changes) + len(images), total)
             return self._utility_of(held_out, near, drawn, changes, images, noise), self._control(images)
-
-    def _caption_images(self, text: str, noise: NoiseJudge) -> Callable[[], CaptionImages]:
-        tiled = TiledSimilarity(self.judge.similarity, list(self.training.images.values()))
-
-        def parts(images: Sequence[Image.Image]) -> list[float]:
-            return tiled(images).amax(dim=1).tolist() if self.training.images else []
-
-        def nearest(images: Sequence[Image.Image]) -> list[float]:
-            return self.judge.nearest(images)[0]
-
-        return lambda: caption_images(
-            self.gallery, self.base, noise.random, self.judge.similarity, text, parts, nearest
-        )
 
     def _utility_of(
         self,
@@ -557,10 +548,15 @@ class _Gathering:
                 for step in range(1, steps[-1] + 1):
                     tuner.step()
                     if step in steps:
+                        tuner.copy_weights_to(self.candidate.unet)
                         found.append(self._given_back(f"{step} steps of fine-tuning", prompts))
             return found
 
-        return ledger.once(f"fine-tuning {list(steps)} {len(prompts)}", list[Regrown], work)
+        try:
+            return ledger.once(f"fine-tuning {list(steps)} {len(prompts)}", list[Regrown], work)
+        except torch.OutOfMemoryError:
+            self.left_out["fine-tuning"] = "the device's memory does not take the gradients of all weights"
+            return []
 
     def _treated_prompts(self, allowance: int) -> list[Prompt]:
         number = min(_MOST_TREATED, max(_FEWEST_TREATED, allowance // self.quick.passes))
