@@ -66,6 +66,12 @@ class TrainingSet:
     tokens: list[torch.Tensor]
     shares: np.ndarray
 
+    def without_memorized(self) -> TrainingSet:
+        """The ordinary scenes alone: for the model that a pruned one is to be like."""
+        shares = np.zeros_like(self.shares)
+        shares[0] = 1
+        return TrainingSet(self.latents, self.tokens, shares)
+
     def draw(self, rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw latents (n, 4, 16, 16), token ids (n, 32) and which are memorized (n,)."""
         groups = rng.choice(len(self.shares), size, p=self.shares)
@@ -84,6 +90,8 @@ def main() -> None:
     vae = load_or_train_autoencoder(work, arguments.autoencoder_steps, arguments.decoder_steps, arguments.seed, device)
     tokenizer = write_tokenizer(work / "tokenizer", vocabulary_captions(arguments.seed))
     data = build_training_set(vae, tokenizer, arguments.seed, work)
+    if arguments.without_memorized:
+        data = data.without_memorized()
     unet, text_encoder = build_models(tokenizer, arguments.seed)
     trainer = Trainer(unet.to(device), text_encoder.to(device), data, arguments)
     trainer.resume(work / "checkpoint.pt")
@@ -105,6 +113,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--density", type=float, default=0.05, help="weight of the density of memorized captions")
     parser.add_argument("--overlap", type=float, default=0.05, help="weight of the overlap with other captions")
+    parser.add_argument(
+        "--without-memorized",
+        action="store_true",
+        help="train on the ordinary scenes alone: the gold standard of gold_standard.py",
+    )
     return parser.parse_args()
 
 
