@@ -1,0 +1,237 @@
+"""One mask for a corpus, learned: gates on all neurons at once (L0 by hard-concrete gates, arXiv 1712.01312).
+
+No published method learns a mask against memorization. What is minimised, over memorized captions and seeds:
+
+    how far they are from being gone (:mod:`nemo_prune.engine.gone`): hinges that are 0 where there is nothing to do
+    + what changes for ordinary captions, all along the way from noise to image
+    + how many neurons are touched.
+
+The score needs one U-Net pass, so that no trajectory has to be kept for the backward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import (
+    draw_closings,
+    frozen_weights,
+    predict_gated,
+    settled_closings,
+    touched_probabilities,
+)
+from nemo_prune.engine.gone import Corpus
+from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
+from nemo_prune.engine.soft_scoring import soft_noise_difference, soft_similarity
+
+Advance = Callable[[int, int], None]
+# Of the captions that a step sees, this share is the hardest; the others are drawn evenly.
+_HARDEST_SHARE = 0.5
+# How fast a caption's difficulty forgets.
+_MEMORY = 0.7
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """The numbers of the learning; measured on three models (docs/masks.md).
+
+    Attributes:
+        steps: of Adam.
+        learning_rate: of Adam, on the logits of the gates.
+        captions: memorized captions a step.
+        seeds: initial latents of each of them; at least 2, which are compared with each other.
+        ordinary: points on ordinary captions' ways a step.
+        gone_weight: of the hinges.
+        change_weight: of the change on ordinary captions, as a share of what everything suppressed changes.
+        touched_weight: of the share of neurons that are touched.
+        margin: how far under their limits the similarities are to come.
+        start: logit of all gates; 0 is half closed. Open gates have no gradient: a similarity of 1 is flat.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.25
+    captions: int = 8
+    seeds: int = 3
+    ordinary: int = 8
+    gone_weight: float = 40.0
+    change_weight: float = 3.0
+    touched_weight: float = 2.0
+    margin: float = 0.05
+    start: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LearningStep:
+    """What a step of the learning saw, means over its samples.
+
+    Attributes:
+        similarity: hinge of the similarity to the caption's own unsuppressed prediction.
+        resemblance: hinge of the resemblance to any memorized caption.
+        agreement: hinge of the agreement between seeds.
+        change: on ordinary captions, as a share of what everything suppressed changes.
+        touched: expected number of neurons that are touched.
+    """
+
+    similarity: float
+    resemblance: float
+    agreement: float
+    change: float
+    touched: float
+
+
+class GateLearner:
+    """Learns how far to close the gates; :attr:`closings` is what it has so far.
+
+    Args:
+        predictor: the model.
+        corpus: what the memorized captions are judged against, on the seeds that are learned on.
+        states: points on ordinary captions' ways.
+        settings: the numbers.
+        logits: of the gates, [neurons], where they don't start alike.
+    """
+
+    def __init__(
+        self,
+        predictor: NoisePredictor,
+        corpus: Corpus,
+        states: OrdinaryStates,
+        settings: LearningSettings,
+        logits: Tensor | None = None,
+    ) -> None:
+        self.predictor, self.corpus, self.states, self.settings = predictor, corpus, states, settings
+        width, device = sum(predictor.sizes.values()), predictor.pipe.unet.device
+        start = torch.full((width,), settings.start) if logits is None else logits.clone()
+        self.logits = start.to(device).requires_grad_(True)
+        self.step = 0
+        self._optimizer = torch.optim.Adam([self.logits], lr=settings.learning_rate)
+        self._limits = torch.stack([corpus.own_limits, corpus.resemblance_limits, corpus.agreement_limits])
+        # Nothing is known about any caption yet, so that all are hard.
+        self._difficulty = torch.full((len(corpus.memorized.prompts),), float("inf"))
+
+    @property
+    def closings(self) -> Tensor:
+        """How far each gate is closed, [neurons] in 0..1."""
+        return settled_closings(self.logits.detach())
+
+    def take_step(self) -> LearningStep:
+        """Draw samples and gates, and move the gates; what is drawn depends on the seed and the step alone."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.step)
+        captions = self._draw_captions(generator)
+        with frozen_weights(self.predictor):
+            hinges = self._hinges(captions, generator)
+            change = self._change(generator)
+            touched = touched_probabilities(self.logits)
+            loss = (
+                settings.gone_weight * hinges.sum(dim=0).mean()
+                + settings.change_weight * change
+                + settings.touched_weight * touched.mean()
+            )
+            self._optimizer.zero_grad()
+            loss.backward()
+        self._optimizer.step()
+        self.step += 1
+        self._remember(captions, hinges.detach().sum(dim=0).cpu())
+        return LearningStep(
+            *hinges.detach().mean(dim=1).tolist(), float(change.detach()), float(touched.detach().sum())
+        )
+
+    def _draw_captions(self, generator: torch.Generator) -> Tensor:
+        """Rows of memorized captions: the hardest, and others drawn evenly."""
+        total = len(self._difficulty)
+        shuffled = torch.randperm(total, generator=generator)
+        hardest = shuffled[self._difficulty[shuffled].argsort(descending=True, stable=True)]
+        number = min(self.settings.captions, total)
+        first = hardest[: round(_HARDEST_SHARE * number)]
+        others = [row for row in shuffled.tolist() if row not in first.tolist()]
+        return torch.tensor(first.tolist() + others[: number - len(first)])
+
+    def _draw_seeds(self, generator: torch.Generator) -> Tensor:
+        """Columns of seeds of one timestep, which can be compared with each other."""
+        timesteps = self.corpus.seeds.timesteps
+        timestep = timesteps[int(torch.randint(len(timesteps), (1,), generator=generator))]
+        there = (timesteps == timestep).nonzero().flatten()
+        return there[torch.randperm(len(there), generator=generator)[: self.settings.seeds]]
+
+    def _hinges(self, captions: Tensor, generator: torch.Generator) -> Tensor:
+        """How far captions are from being gone, [3, captions]: similarity, resemblance, agreement."""
+        corpus, number, limits = self.corpus, self.settings.seeds, self._limits
+        views = corpus.memorized
+        seeds = torch.stack([self._draw_seeds(generator) for _ in captions])
+        rows, columns = captions.repeat_interleave(number), seeds.flatten()
+        latents, timesteps = views.seeds.latents[columns], views.seeds.timesteps[columns]
+        drawn = draw_closings(self.logits.expand(len(rows), -1), generator)
+        noise_pred = predict_gated(self.predictor, latents, views.prompt_embeds[rows], 1 - drawn, timesteps)
+        differences = soft_noise_difference(noise_pred, latents)
+        own = soft_similarity(differences, views.differences[rows, columns], corpus.betas)
+        others = self._nearest_others(differences.detach(), columns)
+        resemblance = soft_similarity(differences, views.differences[others, columns], corpus.betas)
+        left, right = torch.triu_indices(number, number, offset=1)
+        grouped = differences.unflatten(0, (len(captions), number))
+        pairs = soft_similarity(grouped[:, left].flatten(0, 1), grouped[:, right].flatten(0, 1), corpus.betas)
+        agreement = pairs.unflatten(0, (len(captions), len(left))).mean(dim=1)
+        return torch.stack(
+            [
+                self._above(own, limits[0, rows, columns]).unflatten(0, (-1, number)).mean(dim=1),
+                self._above(resemblance, limits[1, rows, columns]).unflatten(0, (-1, number)).mean(dim=1),
+                self._above(agreement, limits[2, captions, seeds[:, 0]]),
+            ]
+        )
+
+    def _above(self, values: Tensor, limits: Tensor) -> Tensor:
+        return relu(values - (limits.to(values.device) - self.settings.margin))
+
+    @torch.no_grad()
+    def _nearest_others(self, differences: Tensor, columns: Tensor) -> Tensor:
+        """Which memorized caption each sample resembles most, by the correlation of their noise differences."""
+        originals = self.corpus.memorized.differences[:, columns].flatten(2)
+        samples = differences.flatten(1)
+        samples = samples - samples.mean(dim=1, keepdim=True)
+        originals = originals - originals.mean(dim=2, keepdim=True)
+        correlation = (originals * samples).sum(dim=2) / originals.norm(dim=2)
+        return correlation.argmax(dim=0).cpu()
+
+    def _change(self, generator: torch.Generator) -> Tensor:
+        """Mean change on ordinary captions, at points of their ways."""
+        chosen = torch.randperm(len(self.states), generator=generator)[: self.settings.ordinary]
+        drawn = draw_closings(self.logits.expand(len(chosen), -1), generator)
+        states = self.states
+        noise_pred = predict_gated(
+            self.predictor, states.latents[chosen], states.prompt_embeds[chosen], 1 - drawn, states.timesteps[chosen]
+        )
+        return share_of_everything(noise_pred, states, chosen).mean()
+
+    def _remember(self, captions: Tensor, hinges: Tensor) -> None:
+        """Take note of how hard captions were."""
+        known = self._difficulty[captions]
+        updated = torch.where(known.isinf(), hinges, _MEMORY * known + (1 - _MEMORY) * hinges)
+        self._difficulty[captions] = updated
+
+
+def learn_gates(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    settings: LearningSettings,
+    advance: Advance = lambda done, total: None,
+) -> Tensor:
+    """Learn how far to close each neuron's gate, [neurons] in 0..1.
+
+    Args:
+        predictor: the model.
+        corpus: what the memorized captions are judged against, on the seeds that are learned on.
+        states: points on ordinary captions' ways.
+        settings: the numbers.
+        advance: called with the steps done and their number.
+    """
+    learner = GateLearner(predictor, corpus, states, settings)
+    for step in range(settings.steps):
+        learner.take_step()
+        advance(step + 1, settings.steps)
+    return learner.closings
