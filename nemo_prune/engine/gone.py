@@ -15,6 +15,8 @@ from nemo_prune.mask import Neuron
 FRESH_SEED = 3001
 # By how many of the seeds' standard deviations their mean must stay under tau.
 SPREADS = 2.0
+# How much more than with everything suppressed is not told from it.
+_ROOM = 0.02
 # Pairs of noise differences that are compared in one go.
 _AT_ONCE = 512
 
@@ -55,10 +57,21 @@ class Seeds:
         return Seeds(torch.cat([self.latents, other.latents]), torch.cat([self.timesteps, other.timesteps]))
 
     @classmethod
-    def draw(cls, predictor: NoisePredictor, seed: int | None = None, num: int | None = None, timestep: int = 0):
+    def of(cls, latents: Tensor, timestep: int) -> "Seeds":
+        """Latents that share a timestep."""
+        return cls(latents, torch.full((len(latents),), timestep))
+
+    @classmethod
+    def draw(
+        cls,
+        predictor: NoisePredictor,
+        seed: int | None = None,
+        num: int | None = None,
+        timestep: int | None = None,
+    ) -> "Seeds":
         """Draw latents on the CPU; seed, number and timestep are the predictor's own unless given."""
-        latents = predictor.initial_latents(seed, num)
-        return cls(latents, torch.full((len(latents),), timestep or predictor.timestep))
+        timestep = predictor.timestep if timestep is None else timestep
+        return cls.of(predictor.initial_latents(seed, num), timestep)
 
 
 @dataclass(frozen=True)
@@ -115,15 +128,28 @@ class Corpus:
     @property
     def usual_resemblance(self) -> Tensor:
         """What ordinary captions resemble a memorized one by, at most, before anything is suppressed, [1, S]."""
-        highest = torch.stack(
-            [self._of_timestep(self.usual.resemblance, seed).max() for seed in range(len(self.seeds))]
-        )
-        return highest[None]
+        found = self.usual.resemblance
+        return torch.stack([found[:, self.seeds.timesteps == each].max() for each in self.seeds.timesteps])[None]
 
     @property
     def resemblance_limits(self) -> Tensor:
-        """Up to what a memorized caption may resemble one, [P, S]: as with everything suppressed, or as is usual."""
-        return torch.maximum(self.emptied.resemblance, self.usual_resemblance) - self.strictness[:, None]
+        """Up to what a memorized caption may resemble one, [P, S]: as with everything suppressed, or as is usual.
+
+        By a standard deviation over seeds more, so that a mask that is as good as everything suppressed passes.
+        """
+        emptied = self.emptied.resemblance
+        floor = emptied + emptied.std(dim=1, keepdim=True)
+        return torch.maximum(floor, self.usual_resemblance) - self.strictness[:, None]
+
+    @property
+    def spread_limits(self) -> Tensor:
+        """Up to what the mean of a caption's seeds plus deviations may be similar to itself before, [P, S].
+
+        Tau, or what everything suppressed leaves where that is higher: no mask can be asked for more.
+        """
+        timesteps, emptied = self.seeds.timesteps, self.emptied.own
+        floor = torch.stack([spread(emptied[:, timesteps == each]) for each in timesteps], dim=1)
+        return torch.maximum(self.own_limits, floor + _ROOM)
 
     @property
     def ordinary_limits(self) -> Tensor:
@@ -347,7 +373,7 @@ def verdict(position: int, measures: Measures, corpus: Corpus, row: int = 0) -> 
         prompt=corpus.memorized.prompts[position],
         similarity=float(own.max()),
         is_silent=bool((own <= corpus.thresholds).all()),
-        similarity_margin=_similarity_margin(own, corpus.own_limits[position], corpus.seeds.timesteps),
+        similarity_margin=_similarity_margin(own, corpus, position),
         resemblance=float(measures.resemblance[row, seed]),
         nearest=corpus.memorized.prompts[int(measures.nearest[row, seed])],
         resemblance_margin=float(margins[seed]),
@@ -356,14 +382,21 @@ def verdict(position: int, measures: Measures, corpus: Corpus, row: int = 0) -> 
     )
 
 
-def _similarity_margin(own: Tensor, limits: Tensor, timesteps: Tensor) -> float:
-    """How far every seed, and the mean of a timestep's seeds plus two deviations, is under its limit."""
-    smallest = [float((limits - own).min())]
+def spread(own: Tensor) -> Tensor:
+    """What a seed that was not looked at may reach: the seeds' mean plus two standard deviations, [P] of [P, S]."""
+    if own.shape[1] < 2:
+        return own.mean(dim=1)
+    return own.mean(dim=1) + SPREADS * own.std(dim=1)
+
+
+def _similarity_margin(own: Tensor, corpus: Corpus, position: int) -> float:
+    """How far every seed, and what those of its timestep may reach, is under its limit."""
+    timesteps = corpus.seeds.timesteps
+    margins = [(corpus.own_limits[position] - own).min()]
     for timestep in timesteps.unique():
         there = timesteps == timestep
-        if int(there.sum()) > 1:
-            smallest.append(float(limits[there][0] - own[there].mean() - SPREADS * own[there].std()))
-    return min(smallest)
+        margins.append((corpus.spread_limits[position, there] - spread(own[None, there])).min())
+    return float(torch.stack(margins).min())
 
 
 def _agreement(views: Views, betas: Sequence[float]) -> Tensor:

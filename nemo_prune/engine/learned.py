@@ -9,8 +9,9 @@ No published method learns a mask against memorization. What is minimised, over 
 The score needs one U-Net pass, so that no trajectory has to be kept for the backward pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from nemo_prune.engine.gates import (
 from nemo_prune.engine.gone import Corpus
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_scoring import soft_noise_difference, soft_similarity
+from nemo_prune.files.staging import staged_file
 
-Advance = Callable[[int, int], None]
 # Of the captions that a step sees, this share is the hardest; the others are drawn evenly.
 _HARDEST_SHARE = 0.5
 # How fast a caption's difficulty forgets.
@@ -142,6 +143,37 @@ class GateLearner:
             *hinges.detach().mean(dim=1).tolist(), float(change.detach()), float(touched.detach().sum())
         )
 
+    def save(self, file: Path) -> None:
+        """Keep where the learning stands, with what it began with; the file is the old one or the new one."""
+        state = {
+            "logits": self.logits.detach(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self.step,
+            "difficulty": self._difficulty,
+            "began_with": self._began_with(),
+        }
+        with staged_file(file) as partial:
+            torch.save(state, partial)
+
+    def resume(self, file: Path) -> None:
+        """Go on from where a file that :meth:`save` wrote stands, if it began with the same; else begin anew."""
+        if not file.is_file():
+            return
+        state = torch.load(file, weights_only=True, map_location=self.logits.device)
+        if state["began_with"] == self._began_with():
+            self.logits.data.copy_(state["logits"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.step, self._difficulty = state["step"], state["difficulty"].cpu()
+
+    def _began_with(self) -> str:
+        """A digest of all that the learning depends on."""
+        corpus = self.corpus
+        parts = [corpus.memorized.differences, self._limits, self.states.latents, self.states.noise_pred]
+        digest = sha256(repr(self.settings).encode())
+        for part in parts:
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def _draw_captions(self, generator: torch.Generator) -> Tensor:
         """Rows of memorized captions: the hardest, and others drawn evenly."""
         total = len(self._difficulty)
@@ -212,26 +244,3 @@ class GateLearner:
         known = self._difficulty[captions]
         updated = torch.where(known.isinf(), hinges, _MEMORY * known + (1 - _MEMORY) * hinges)
         self._difficulty[captions] = updated
-
-
-def learn_gates(
-    predictor: NoisePredictor,
-    corpus: Corpus,
-    states: OrdinaryStates,
-    settings: LearningSettings,
-    advance: Advance = lambda done, total: None,
-) -> Tensor:
-    """Learn how far to close each neuron's gate, [neurons] in 0..1.
-
-    Args:
-        predictor: the model.
-        corpus: what the memorized captions are judged against, on the seeds that are learned on.
-        states: points on ordinary captions' ways.
-        settings: the numbers.
-        advance: called with the steps done and their number.
-    """
-    learner = GateLearner(predictor, corpus, states, settings)
-    for step in range(settings.steps):
-        learner.take_step()
-        advance(step + 1, settings.steps)
-    return learner.closings

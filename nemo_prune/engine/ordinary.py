@@ -1,6 +1,6 @@
 """What a mask changes for ordinary captions, all along the way from noise to image."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.gates import predict_gated
+from nemo_prune.engine.gates import closed_gates, predict_gated
+from nemo_prune.mask import Neuron
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,10 @@ def change_by_timestep(
         timestep: float(joined[(states.timesteps == timestep).to(joined.device)].mean())
         for timestep in sorted(set(states.timesteps.tolist()), reverse=True)
     }
+
+
+def mean_change(predictor: NoisePredictor, states: OrdinaryStates, neurons: Collection[Neuron]) -> float:
+    """Change under a mask, as a share of everything's, the mean over the timesteps; one sample pass a point."""
+    factors = closed_gates(list(neurons), predictor.sizes).to(predictor.pipe.unet.device)
+    changes = change_by_timestep(predictor, states, factors)
+    return sum(changes.values()) / len(changes)
