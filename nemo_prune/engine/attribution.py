@@ -58,7 +58,7 @@ def benefits(
             soft_noise_difference(noise_pred, latents), memorized.differences[position], betas
         ).mean()
 
-    return _integrate(predictor, similarity_under, points, closed)
+    return _integrate(predictor, similarity_under, points, closed=closed)
 
 
 def costs(
@@ -66,7 +66,7 @@ def costs(
     states: OrdinaryStates,
     chosen: Sequence[int],
     points: int = POINTS,
-    closed: Tensor | None = None,
+    held_open: Tensor | None = None,
 ) -> Attribution:
     """How much of the change on ordinary captions each neuron brings about; the values are at least 0.
 
@@ -75,7 +75,7 @@ def costs(
         states: points on the ways of ordinary captions.
         chosen: which of them, three sample passes each and point.
         points: gradients that are averaged.
-        closed: 1 for neurons that are suppressed already, [neurons].
+        held_open: 1 for neurons that act all the way, [neurons]; the others are closed together.
     """
     rows = torch.tensor(list(chosen))
 
@@ -89,24 +89,29 @@ def costs(
             total = total + share_of_everything(noise_pred, states, part).sum()
         return total / len(rows)
 
-    attribution = _integrate(predictor, change_under, points, closed)
+    attribution = _integrate(predictor, change_under, points, held_open=held_open)
     return Attribution((-attribution.values).clamp_min(0), -attribution.total)
 
 
 def _integrate(
-    predictor: NoisePredictor, measure: Callable[[Tensor], Tensor], points: int, closed: Tensor | None
+    predictor: NoisePredictor,
+    measure: Callable[[Tensor], Tensor],
+    points: int,
+    closed: Tensor | None = None,
+    held_open: Tensor | None = None,
 ) -> Attribution:
     """Divide what a measure falls by among the gates, on the straight way from open to closed."""
     device = predictor.pipe.unet.device
     start = torch.ones(sum(predictor.sizes.values()), device=device)
     if closed is not None:
         start = start - closed.to(device)
+    end = torch.zeros_like(start) if held_open is None else held_open.to(device)
     values = torch.zeros_like(start)
     with frozen_weights(predictor):
         for point in range(points):
-            factors = (start * (1 - (point + 0.5) / points))[None].requires_grad_(True)
+            factors = torch.lerp(start, end, (point + 0.5) / points)[None].requires_grad_(True)
             (gradient,) = torch.autograd.grad(measure(factors), factors)
-            values += gradient[0] * start / points
+            values += gradient[0] * (start - end) / points
         with torch.no_grad():
-            total = float(measure(start[None]) - measure(0 * start[None]))
+            total = float(measure(start[None]) - measure(end[None]))
     return Attribution(values, total)

@@ -1,7 +1,7 @@
 """When a memorized caption is gone, and not only silent; and when an ordinary one is called up."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from nemo_prune.mask import Neuron
 FRESH_SEED = 3001
 # By how many of the seeds' standard deviations their mean must stay under tau.
 SPREADS = 2.0
+# Memorized captions that a prediction is compared with: those that it correlates with most.
+_LIKELY = 3
 # How much more than with everything suppressed is not told from it.
 _ROOM = 0.02
 # Pairs of noise differences that are compared in one go.
@@ -295,17 +297,17 @@ def measure(views: Views, memorized: Views, betas: Sequence[float]) -> Measures:
         memorized: the memorized captions on the same seeds, nothing suppressed.
         betas: exponents of the multi-scale SSIM.
     """
-    compared = torch.stack(
-        [
-            _compare(views.differences, original.expand_as(views.differences), betas)
-            for original in memorized.differences
-        ]
-    )
-    nearest = compared.max(dim=0)
+    nearest = [_nearest(differences, memorized, betas) for differences in views.differences]
     own = views.differences.new_zeros(0, len(views.seeds))
     if views.prompts == memorized.prompts:
-        own = compared.diagonal(dim1=0, dim2=1).T
-    return Measures(own, nearest.values, nearest.indices, _agreement(views, betas))
+        own = _compare(views.differences.flatten(0, 1), memorized.differences.flatten(0, 1), betas)
+        own = own.unflatten(0, views.differences.shape[:2])
+    return Measures(
+        own=own,
+        resemblance=torch.stack([each[0] for each in nearest]),
+        nearest=torch.stack([each[1] for each in nearest]),
+        agreement=_agreement(views, betas),
+    )
 
 
 def measure_one(position: int, differences: Tensor, corpus: Corpus) -> Measures:
@@ -316,15 +318,12 @@ def measure_one(position: int, differences: Tensor, corpus: Corpus) -> Measures:
         differences: its noise differences under the mask [S, channels, height, width].
         corpus: what it is judged against.
     """
-    memorized = corpus.memorized
-    views = Views(
-        memorized.prompts[position : position + 1], memorized.prompt_embeds[:0], corpus.seeds, differences[None]
-    )
-    compared = _compare(differences.expand_as(memorized.differences), memorized.differences, corpus.betas)
-    nearest = compared.max(dim=0)
-    return Measures(
-        compared[position][None], nearest.values[None], nearest.indices[None], _agreement(views, corpus.betas)
-    )
+    memorized, here = corpus.memorized, slice(position, position + 1)
+    part = Views(memorized.prompts[here], memorized.prompt_embeds[here], memorized.seeds, memorized.differences[here])
+    own = _compare(differences, part.differences[0], corpus.betas)
+    resemblance, nearest = _nearest(differences, memorized, corpus.betas)
+    agreement = _agreement(replace(part, differences=differences[None]), corpus.betas)
+    return Measures(own[None], resemblance[None], nearest[None], agreement)
 
 
 def judge(predictor: NoisePredictor, corpus: Corpus, neurons: Collection[Neuron]) -> list[Verdict]:
@@ -411,11 +410,30 @@ def _agreement(views: Views, betas: Sequence[float]) -> Tensor:
     return found
 
 
+def _nearest(differences: Tensor, memorized: Views, betas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The highest similarity to any memorized caption on the same seed, and which one that is, both [S].
+
+    Similarities are taken with those alone whose noise differences correlate most: a corpus of 500 would else cost
+    500 of them a seed.
+    """
+    likely = correlation(differences, memorized.differences).topk(min(_LIKELY, len(memorized.prompts)), dim=0).indices
+    columns = torch.arange(len(differences), device=differences.device)
+    compared = torch.stack([_compare(differences, memorized.differences[row, columns], betas) for row in likely])
+    highest = compared.max(dim=0)
+    return highest.values, likely.cpu()[highest.indices, torch.arange(len(differences))]
+
+
+def correlation(differences: Tensor, originals: Tensor) -> Tensor:
+    """Correlation of noise differences [S, ...] with those of captions on the same seeds [P, S, ...], [P, S]."""
+    a, b = differences.flatten(1), originals.flatten(2)
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=2, keepdim=True)
+    return (a * b).sum(dim=2) / (a.norm(dim=1) * b.norm(dim=2)).clamp_min(1e-12)
+
+
 def _compare(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
-    """Similarity of noise differences [P, S, ...] with as many others, [P, S]."""
-    left, right = a.flatten(0, 1), b.flatten(0, 1)
+    """Similarity of noise differences [batch, ...] with as many others, [batch], on the CPU."""
     parts = [
-        similarity(left[start : start + _AT_ONCE], right[start : start + _AT_ONCE], betas)
-        for start in range(0, len(left), _AT_ONCE)
+        similarity(a[start : start + _AT_ONCE], b[start : start + _AT_ONCE], betas)
+        for start in range(0, len(a), _AT_ONCE)
     ]
-    return torch.cat(parts).unflatten(0, a.shape[:2]).cpu()
+    return torch.cat(parts).cpu()

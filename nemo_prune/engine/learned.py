@@ -25,7 +25,7 @@ from nemo_prune.engine.gates import (
     settled_closings,
     touched_probabilities,
 )
-from nemo_prune.engine.gone import Corpus
+from nemo_prune.engine.gone import Corpus, correlation
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_scoring import soft_noise_difference, soft_similarity
 from nemo_prune.files.staging import staged_file
@@ -222,12 +222,7 @@ class GateLearner:
     @torch.no_grad()
     def _nearest_others(self, differences: Tensor, columns: Tensor) -> Tensor:
         """Which memorized caption each sample resembles most, by the correlation of their noise differences."""
-        originals = self.corpus.memorized.differences[:, columns].flatten(2)
-        samples = differences.flatten(1)
-        samples = samples - samples.mean(dim=1, keepdim=True)
-        originals = originals - originals.mean(dim=2, keepdim=True)
-        correlation = (originals * samples).sum(dim=2) / originals.norm(dim=2)
-        return correlation.argmax(dim=0).cpu()
+        return correlation(differences, self.corpus.memorized.differences[:, columns]).argmax(dim=0).cpu()
 
     def _change(self, generator: torch.Generator) -> Tensor:
         """Mean change on ordinary captions, at points of their ways."""
