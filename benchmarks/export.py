@@ -1,6 +1,6 @@
 """What an export costs at full size, beside a plain copy of the same files, and how much memory it takes.
 
-    python benchmarks/export.py --folder /somewhere/with/12/GB
+    python -m benchmarks.export --folder /somewhere/with/12/GB
 
 The U-Net of SD v1-4's size is a random file of 3.4 GB in float32; 221 neurons are pruned, as many as a public
 rerun of NeMo found. Everything ends on disk (fsync) before a clock stops.
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from full_size import full_size_unet
+from benchmarks.full_size import full_size_unet
 from nemo_prune.checkpoint.diff import diff_folders
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.engine.layers import layer_sizes
-from nemo_prune.engine.results import SD_V1_LAYERS
+from nemo_prune.engine.released_code import SD_V1_LAYERS
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.staging import staged_folder
 from nemo_prune.mask import Neuron, NeuronMask
@@ -53,7 +53,7 @@ def measure(folder: Path) -> dict:
     base = folder / "base"
     write_base(base)
     copied = seconds(lambda: (run("cp", "-r", "--reflink=never", base, folder / "copy"), run("sync")))
-    command = [sys.executable, __file__, "--export", str(base), str(folder / "out")]
+    command = [sys.executable, "-m", "benchmarks.export", "--export", str(base), str(folder / "out")]
     exported = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     hashing = seconds(lambda: (file_hash(base / WEIGHTS), file_hash(folder / "out" / WEIGHTS)))
     compared = seconds(lambda: list(diff_folders(base, folder / "out", mask())))

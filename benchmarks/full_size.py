@@ -1,6 +1,6 @@
 """What a U-Net pass costs at the full size of SD v1-4, with random weights, and the time of a corpus from it.
 
-    python benchmarks/full_size.py --batch-sizes 1 2
+    python -m benchmarks.full_size --batch-sizes 1 2
 
 The decisions of the search come from a stand-in with planted neurons, so that the time of a
 verbatim-like prompt (25 candidates, 4 kept) and of a template-like one (675, 21) is what the search

@@ -1,7 +1,7 @@
 """Kill a run or an export again and again at random moments, and compare what it ends with to an undisturbed one.
 
-    python benchmarks/kills.py --kills 30 -- --model demo --limit 3
-    python benchmarks/kills.py --kills 30 --command export -- --model demo --mask mask.safetensors
+    python -m benchmarks.kills --kills 30 -- --model demo --limit 3
+    python -m benchmarks.kills --kills 30 --command export -- --model demo --mask mask.safetensors
 
 What stands behind `--` are the options of the command. Of a run mask and weights must be the same, byte for byte; of
 an export everything.

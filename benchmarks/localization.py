@@ -1,6 +1,6 @@
 """What the engine costs beside the released code's procedure, and whether it finds the same neurons.
 
-    python benchmarks/localization.py --out localization.json
+    python -m benchmarks.localization --out localization.json
 
 Both run on the same model in the same process, prompt by prompt in turn. On two CPU cores the demo
 model's 25 prompts take about half an hour, nearly all of it the oracle's; --prompts takes fewer.
@@ -19,15 +19,15 @@ from statistics import mean, median
 
 import torch
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
+from benchmarks.oracle import Oracle, agrees, largest_difference, lower_bound
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
-from nemo_prune.engine.calibration import Calibration, calibrate
+from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.localize import PromptLocalization, localize_prompts
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.scorer import Scorer
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline, resolve_model
 from nemo_prune.settings import LocalizationSettings
-from oracle import Oracle, agrees, largest_difference, lower_bound
 
 
 def main() -> None:
@@ -56,13 +56,14 @@ def measure(arguments: argparse.Namespace) -> dict:
     calibration = calibrate(scorer, ordinary)
     calibration_seconds = time.perf_counter() - began
     threshold = calibration.threshold
+    localizer = Localizer(scorer, calibration, threshold)
 
     engine, wall = {}, []
     for _ in range(arguments.repeats):
         began = time.perf_counter()
-        engine = {each.prompt: each for each in localize_prompts(scorer, prompts, calibration, threshold)}
+        engine = {each.prompt: each for each in localize_prompts(localizer, prompts)}
         wall.append(time.perf_counter() - began)
-    inside = _share_inside_the_unet(scorer, prompts, calibration)
+    inside = _share_inside_the_unet(localizer, prompts)
 
     oracle = Oracle(NoisePredictor(predictor.pipe, predictor.settings), calibration.statistics, threshold)
     rows = []
@@ -87,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 def _load(arguments: argparse.Namespace) -> tuple[Path, NoisePredictor, list[str], list[str]]:
     source = resolve_model(arguments.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    predictor = NoisePredictor(load_pipeline(source, device, torch.float32), LocalizationSettings())
+    predictor = NoisePredictor(load_pipeline(source.folder, device, torch.float32), LocalizationSettings())
     folder = demo_folder() if arguments.model == "demo" else source.folder
     prompts = [prompt.text for prompt in read_prompts(folder / PROMPTS_FILE)][: arguments.prompts]
     return folder, predictor, prompts, [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
@@ -130,9 +131,9 @@ def _summary(rows: list[dict], wall: list[float]) -> dict:
     }
 
 
-def _share_inside_the_unet(scorer: Scorer, prompts: list[str], calibration: Calibration) -> float:
+def _share_inside_the_unet(localizer: Localizer, prompts: list[str]) -> float:
     """The share of a run's wall time that its U-Net passes take."""
-    unet, seconds, began = scorer.predictor.pipe.unet, [0.0], [0.0]
+    unet, seconds, began = localizer.scorer.predictor.pipe.unet, [0.0], [0.0]
 
     def before(*_: object) -> None:
         began[0] = time.perf_counter()
@@ -145,7 +146,7 @@ def _share_inside_the_unet(scorer: Scorer, prompts: list[str], calibration: Cali
     handles = [unet.register_forward_pre_hook(before), unet.register_forward_hook(after)]
     try:
         start = time.perf_counter()
-        for _ in localize_prompts(scorer, prompts[:8], calibration, calibration.threshold):
+        for _ in localize_prompts(localizer, prompts[:8]):
             pass
         return seconds[0] / (time.perf_counter() - start)
     finally:
@@ -155,7 +156,7 @@ def _share_inside_the_unet(scorer: Scorer, prompts: list[str], calibration: Cali
 
 def _peak_memory(arguments: argparse.Namespace, name: str) -> float:
     """Peak memory of a process of its own that localizes one prompt, in MB."""
-    command = [sys.executable, __file__, "--model", arguments.model, "--memory-of", name]
+    command = [sys.executable, "-m", "benchmarks.localization", "--model", arguments.model, "--memory-of", name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -164,7 +165,7 @@ def _peak_memory_alone(arguments: argparse.Namespace) -> float:
     scorer = Scorer(predictor)
     calibration = calibrate(scorer, ordinary[:50])
     if arguments.memory_of == "engine":
-        next(localize_prompts(scorer, prompts[:1], calibration, calibration.threshold))
+        next(localize_prompts(Localizer(scorer, calibration, calibration.threshold), prompts[:1]))
     else:
         Oracle(predictor, calibration.statistics, calibration.threshold).localize(prompts[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

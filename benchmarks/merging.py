@@ -1,6 +1,6 @@
 """One mask for a corpus, by union, incrementally, and with ordinary captions preserved, side by side.
 
-    python benchmarks/merging.py --out merging.json
+    python -m benchmarks.merging --out merging.json
 
 For each way: neurons, sample passes, prompts silenced, and the change of the noise prediction on
 ordinary captions; and the curve of both as the mask grows with the corpus.
@@ -18,18 +18,18 @@ from pathlib import Path
 
 import torch
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder
 from nemo_prune.engine.calibration import Calibration, calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.localize import PromptLocalization, localize_prompts
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.proof.cost import full_mask, noise_change
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.verify import full_mask, noise_change
 
 CURVE_POINTS = 5
 
@@ -56,7 +56,7 @@ class Comparison:
         source = resolve_model(arguments.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = demo_folder() if arguments.model == "demo" else source.folder
-        predictor = NoisePredictor(load_pipeline(source, device, torch.float32), LocalizationSettings())
+        predictor = NoisePredictor(load_pipeline(source.folder, device, torch.float32), LocalizationSettings())
         self.arguments, self.scorer, self.predictor = arguments, Scorer(predictor), predictor
         self.prompts = [prompt.text for prompt in read_prompts(folder / PROMPTS_FILE)][: arguments.prompts]
         self.ordinary = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
@@ -93,14 +93,14 @@ class Comparison:
     def measure(self, merge: str, preserve: Preserve | None, prompts: Sequence[str]) -> tuple[dict, NeuronMask]:
         """One way of merging."""
         began, passes_before = time.perf_counter(), self.predictor.sample_passes
-        given = (self.scorer, prompts, self.calibration, self.threshold)
+        localizer = Localizer(self.scorer, self.calibration, self.threshold, preserve)
         if merge == "union":
-            found = list(localize_prompts(*given, preserve=preserve))
+            found = list(localize_prompts(localizer, prompts))
             found.sort(key=lambda each: prompts.index(each.prompt))
             mask, dropped, rounds = union_mask(found, self.predictor.sizes), 0, 0
         else:
-            found = list(localize_incrementally(*given, preserve=preserve))
-            settled = settle_mask(self.scorer, found, self.calibration, self.threshold, preserve)
+            found = list(localize_incrementally(localizer, prompts))
+            settled = settle_mask(localizer, found)
             mask, dropped, rounds = settled.mask, settled.num_dropped, settled.rounds
         passes, seconds = self.predictor.sample_passes - passes_before, time.perf_counter() - began
         return {

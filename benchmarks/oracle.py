@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_prune.engine.activations import ActivationStatistics, neuron_activations
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import PromptLocalization
-from nemo_prune.engine.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
+from nemo_prune.engine.similarity import MemorizationScore, memorization_scores, noise_difference, similarity
 from nemo_prune.mask import Neuron, NeuronMask
 
 

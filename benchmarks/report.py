@@ -1,6 +1,6 @@
-"""Write the figures of the benchmarks into README.
+"""Write the figures of the benchmarks into docs/figures.md.
 
-python benchmarks/report.py --localization "the demo model=demo.json" "the reference=reference.json" \\
+python -m benchmarks.report --localization "the demo model=demo.json" "the reference=reference.json" \\
     --merging "the reference=merging.json"
 """
 
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def main() -> None:
-    """Renew the tables between the marks of the README."""
+    """Renew the tables between the marks of the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--localization", nargs="+", required=True, metavar="MODEL=FILE")
     parser.add_argument("--merging", nargs="+", default=[], metavar="MODEL=FILE")
@@ -25,10 +25,10 @@ def main() -> None:
         *(_titled("Localization", given, localization_table) for given in arguments.localization),
         *(_titled("One mask for the corpus", given, merging_table) for given in arguments.merging),
     ]
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "figures.md"
+    text = page.read_text(encoding="utf-8")
     tables = "\n\n".join(described)
-    readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{tables}\n{END}{text.split(END)[1]}", encoding="utf-8")
+    page.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{tables}\n{END}{text.split(END)[1]}", encoding="utf-8")
 
 
 def _titled(title: str, given: str, table: Callable[[dict], str]) -> str:
@@ -56,7 +56,7 @@ def localization_table(figures: dict) -> str:
         f"\n\nThe same seeds, initial sets and refined sets for {figures['agreeing']} of {prompts} prompts. One run on "
         f"the CPU, {threads} {'thread' if threads == 1 else 'threads'}; "
         f"{figures['share_of_time_inside_the_unet']:.0%} of the time is spent inside the U-Net. "
-        "`python benchmarks/localization.py` reproduces it."
+        "`python -m benchmarks.localization` reproduces it."
     )
 
 
@@ -69,7 +69,7 @@ def merging_table(figures: dict) -> str:
         lines.append((name, str(way["neurons"]), str(way["sample_passes"]), silenced, f"{change:.1%}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
         "\n\nThe change of the noise prediction is a share of that with everything suppressed; `order` is a shuffled "
-        "corpus. `python benchmarks/merging.py` reproduces it."
+        "corpus. `python -m benchmarks.merging` reproduces it."
     )
 
 

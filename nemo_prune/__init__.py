@@ -1,74 +1,24 @@
-"""nemo-prune: prune memorization neurons from text-to-image diffusion models before release."""
+"""nemo-prune: prune memorization neurons from text-to-image diffusion models before release.
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+Example:
+    A whole run on the demo model that the package carries:
 
-if TYPE_CHECKING:
-    from nemo_prune.checkpoint.export import ExportReport, export_checkpoint
-    from nemo_prune.engine.calibration import Calibration, calibrate
-    from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-    from nemo_prune.engine.localize import PromptLocalization, localize_prompt, localize_prompts
-    from nemo_prune.errors import NemoPruneError
-    from nemo_prune.hub.mask_source import find_mask
-    from nemo_prune.hub.push import Pushed, PushOptions, push_release
-    from nemo_prune.mask import Neuron, NeuronMask
-    from nemo_prune.run import RunResult, prune_model
-    from nemo_prune.settings import LocalizationSettings, RunOptions, VerificationSettings
+    >>> from pathlib import Path
+    >>> from nemo_prune import Plan, VerificationSettings, memorized_captions, ordinary_captions
+    >>> from nemo_prune import prune_model, read_corpus, resolve_model
+    >>> source = resolve_model("demo")
+    >>> corpus = read_corpus(memorized_captions("demo"), limit=1)
+    >>> plan = Plan(out=Path("pruned"), verification=VerificationSettings(images_per_prompt=2))
+    >>> result = prune_model(source, corpus, ordinary_captions("demo"), plan)
+    >>> result.record.prompts.localized
+    1
+    >>> (result.out / "model_index.json").is_file()
+    True
+"""
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Calibration": "engine.calibration",
-    "calibrate": "engine.calibration",
-    "find_mask": "hub.mask_source",
-    "NoisePredictor": "engine.diffusion",
-    "apply_mask": "engine.diffusion",
-    "NemoPruneError": "errors",
-    "ExportReport": "checkpoint.export",
-    "export_checkpoint": "checkpoint.export",
-    "PromptLocalization": "engine.localize",
-    "localize_prompt": "engine.localize",
-    "localize_prompts": "engine.localize",
-    "Scorer": "engine.scorer",
-    "Neuron": "mask",
-    "NeuronMask": "mask",
-    "PushOptions": "hub.push",
-    "Pushed": "hub.push",
-    "push_release": "hub.push",
-    "RunOptions": "settings",
-    "RunResult": "run",
-    "prune_model": "run",
-    "LocalizationSettings": "settings",
-    "VerificationSettings": "settings",
-}
-__all__ = [
-    "Calibration",
-    "ExportReport",
-    "LocalizationSettings",
-    "NemoPruneError",
-    "Neuron",
-    "NeuronMask",
-    "NoisePredictor",
-    "PromptLocalization",
-    "PushOptions",
-    "Pushed",
-    "RunOptions",
-    "RunResult",
-    "Scorer",
-    "VerificationSettings",
-    "apply_mask",
-    "calibrate",
-    "export_checkpoint",
-    "find_mask",
-    "localize_prompt",
-    "localize_prompts",
-    "prune_model",
-    "push_release",
-]
-
-
-def __getattr__(name: str) -> object:
-    """Public names load their module on first use, so that `nemo-prune --help` need not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"nemo_prune.{_HOMES[name]}"), name)
+# Public names load their module on first use; `nemo-prune --help` need not load torch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

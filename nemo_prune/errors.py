@@ -1,8 +1,8 @@
-"""The errors that a user can cause and mend. Everything else stays a traceback."""
+"""The errors that a user can cause and correct. Everything else stays a traceback."""
 
 
 class NemoPruneError(Exception):
-    """An error whose message says what was wrong, what was expected and how to mend it."""
+    """An error whose message says what was wrong, what was expected and how to correct it."""
 
 
 class SettingsError(NemoPruneError):
@@ -14,11 +14,11 @@ class ModelError(NemoPruneError):
 
 
 class DownloadError(NemoPruneError):
-    """A published file can't be had, or is not what was published."""
+    """A published file can't be fetched, or is not what was published."""
 
 
 class PromptError(NemoPruneError):
-    """A prompts file can't be read or holds too little."""
+    """A prompts file can't be read or holds too few prompts."""
 
 
 class MaskError(NemoPruneError):
@@ -26,7 +26,11 @@ class MaskError(NemoPruneError):
 
 
 class RecordError(NemoPruneError):
-    """A release's record is damaged, or does not fit what lies beside it."""
+    """A release's record is damaged, or does not fit the files beside it."""
+
+
+class EffectError(NemoPruneError):
+    """The pruning does nothing that can be measured."""
 
 
 class OutputError(NemoPruneError):

@@ -13,23 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
-from nemo_prune.checkpoint.stored import read_header
 from nemo_prune.errors import MaskError, ModelError
+from nemo_prune.facts import MaskFacts
+from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.files.staging import staged_file
 from nemo_prune.files.untrusted import parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "nemo_prune"
-# A mask of the largest models takes a hundredth of it.
+# A mask of the largest models takes a hundredth of this.
 _MAX_BYTES = 16 << 20
 _LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-# What others rely on in the metadata, where it is there; the rest is only shown.
-_EXPECTED = {
-    "base": dict, "settings": dict, "prompts": dict, "prompts_per_neuron": dict, "base_tensors": dict,
-    "model": str | None, "digest": str,
-}  # fmt: skip
-_BASE = ("name", "repo_id", "commit", "variant", "model")
-_COUNTS = ("total", "localized", "not_memorized", "unresolved", "unresolved_included")
 
 
 class Neuron(NamedTuple):
@@ -50,10 +44,10 @@ class NeuronMask:
 
     Attributes:
         layers: dotted module name -> bool tensor [out_features]. Every layer that was searched is
-            there, also those in which nothing is pruned.
+            there, even if nothing in it is pruned.
 
     Raises:
-        MaskError: a layer's tensor is not a one-dimensional bool tensor, or its name none of a module.
+        MaskError: a layer's tensor is not a one-dimensional bool tensor, or its name is not that of a module.
     """
 
     layers: Mapping[str, BoolTensor]
@@ -61,7 +55,7 @@ class NeuronMask:
     def __post_init__(self) -> None:
         for name, pruned in self.layers.items():
             if not _LAYER_NAME.fullmatch(name):
-                raise MaskError(f"Mask layer {name!r} is no dotted module name, such as `mid_block.attn2.to_v`.")
+                raise MaskError(f"Mask layer {name!r} is not a dotted module name, such as `mid_block.attn2.to_v`.")
             if pruned.dtype != torch.bool or pruned.ndim != 1:
                 raise MaskError(
                     f"Mask layer `{name}` is {pruned.dtype} of shape {list(pruned.shape)}, expected "
@@ -77,7 +71,7 @@ class NeuronMask:
             sizes: dotted module name -> number of neurons, for every layer of the mask.
 
         Raises:
-            MaskError: a neuron lies in no layer of ``sizes`` or past its end.
+            MaskError: a neuron's layer is not in ``sizes``, or its index is too large.
         """
         layers = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
         for neuron in neurons:
@@ -99,7 +93,7 @@ class NeuronMask:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of pruned neurons per layer, also where it is 0."""
+        """Number of pruned neurons per layer, zeros included."""
         return {name: int(pruned.sum()) for name, pruned in self.layers.items()}
 
     @property
@@ -147,12 +141,12 @@ class NeuronMask:
                     "Was the mask made for another model?"
                 )
 
-    def save(self, path: Path, metadata: Mapping[str, object] | None = None) -> None:
+    def save(self, path: Path, facts: MaskFacts = MaskFacts()) -> None:
         """Write the mask to a safetensors file of a few kilobytes.
 
         Args:
             path: the file; an existing one is replaced.
-            metadata: JSON values to keep beside the mask, such as base model and settings.
+            facts: what the file says beside the rows, such as base model and settings.
 
         Raises:
             OutputError: the file can't be written.
@@ -162,7 +156,7 @@ class NeuronMask:
             "format_version": FORMAT_VERSION,
             "true_means": "pruned",
             "layers": list(self.layers),
-            **(metadata or {}),
+            **facts.to_json(),
             "digest": self.digest,
         }
         encoded = json.dumps(described, sort_keys=True)
@@ -174,13 +168,13 @@ class NeuronMask:
         """Read a mask that :meth:`save` wrote.
 
         Raises:
-            MaskError: the file is missing or is no mask of this format.
+            MaskError: the file is missing or not a mask of this format.
         """
-        return cls.load_with_metadata(path)[0]
+        return cls.load_with_facts(path)[0]
 
     @classmethod
-    def load_with_metadata(cls, path: Path) -> tuple["NeuronMask", dict]:
-        """Read a mask and what was saved beside it. Raises as :meth:`load`."""
+    def load_with_facts(cls, path: Path) -> tuple["NeuronMask", MaskFacts]:
+        """Read a mask and what its file says beside it. Raises as :meth:`load`."""
         path = Path(path)
         if not path.is_file():
             raise MaskError(f"There is no mask at {path}.")
@@ -188,13 +182,26 @@ class NeuronMask:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"it has {path.stat().st_size} bytes, a mask has kilobytes")
             metadata, tensors = _read(path)
-            _check_metadata(metadata)
+            facts = MaskFacts.from_json(metadata)
             mask = cls({name: tensors[name] for name in _in_order(metadata, tensors)})
         except (ModelError, SafetensorError, ValueError, OSError) as error:
-            raise MaskError(f"{path} is no mask of nemo-prune, or it was damaged: {error}") from error
+            raise MaskError(f"{path} is not a mask of nemo-prune, or it was damaged: {error}") from error
         if metadata.get("digest", mask.digest) != mask.digest:
-            raise MaskError(f"{path} was damaged: its rows are not those that were saved. Fetch it anew.")
-        return mask, metadata
+            raise MaskError(f"{path} was damaged: its rows are not those that were saved. Fetch it again.")
+        return mask, facts
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is done to a model: the rows of a mask are multiplied by a number.
+
+    Attributes:
+        mask: the neurons.
+        scale: what their rows, or their outputs in a live model, are multiplied by; 0 zeroes them.
+    """
+
+    mask: NeuronMask
+    scale: float = 0.0
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -203,7 +210,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         metadata = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}").encode())
         if not isinstance(metadata, dict):
-            raise ValueError("its metadata are no JSON object")
+            raise ValueError("its metadata are not a JSON object")
         if type(version := metadata.get("format_version")) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"it has format {version!r}, this version reads {FORMAT_VERSION}. Is it a mask, and made by a newer "
@@ -217,28 +224,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _check_metadata(metadata: dict) -> None:
-    for key, kind in _EXPECTED.items():
-        if key in metadata and not isinstance(metadata[key], kind):
-            raise ValueError(f"`{key}` of its metadata is of type {type(metadata[key]).__name__}")
-    base, counts = metadata.get("base", {}), metadata.get("prompts", {})
-    if not all(isinstance(base.get(key), str | None) for key in _BASE):
-        raise ValueError(f"`base` of its metadata holds what is no text as {', '.join(_BASE)}")
-    for digests in metadata.get("base_tensors", {}).values():
-        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
-            raise ValueError("`base_tensors` of its metadata are no digests")
-    for needed in metadata.get("prompts_per_neuron", {}).values():
-        if not isinstance(needed, dict) or not all(type(number) is int for number in needed.values()):
-            raise ValueError("`prompts_per_neuron` of its metadata are no numbers")
-    if counts and not all(isinstance(counts.get(key), int) for key in _COUNTS):
-        raise ValueError(f"`prompts` of its metadata lacks one of the numbers {', '.join(_COUNTS)}")
-
-
 def _in_order(metadata: dict, tensors: Mapping[str, Tensor]) -> list[str]:
     """The layers in the order of execution, which is saved beside them: the header lists them by name."""
     names = metadata.get("layers", sorted(tensors))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("`layers` of its metadata are no names")
+        raise ValueError("`layers` of its metadata are not names")
     if sorted(names) != sorted(tensors):
         raise ValueError("`layers` of its metadata are not those that it holds")
     return names

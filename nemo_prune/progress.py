@@ -1,16 +1,83 @@
-"""How long work tells what it is at: callbacks go in, and by default nobody hears them."""
+"""Progress of long work: one listener hears stages, progress and messages."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
 
-# Called with the stage's name, what is done and how much there is.
-Progress = Callable[[str, int, int], None]
-# Called with what the user should know while the work goes on.
-Notify = Callable[[str], None]
-
-
-def silently(stage: str, done: int, total: int) -> None:
-    """No progress is shown."""
+# Called with the number done and the total.
+Advance = Callable[[int, int], None]
 
 
-def unheard(message: str) -> None:
-    """Nobody listens."""
+def ignored(done: int, total: int) -> None:
+    """The default for progress that nobody asked for."""
+
+
+class Stage(Enum):
+    """A part of the work that takes a while.
+
+    Attributes:
+        key: how records and JSON name it.
+        label: how a terminal names it.
+    """
+
+    LOAD = "load", "Load the model"
+    CALIBRATE = "calibrate", "Calibrate"
+    SIEVE_ORDINARY = "sieve ordinary", "Sieve ordinary captions"
+    SIEVE = "sieve", "Sieve"
+    SCORE_PASSED = "score what passed", "Score what passed"
+    CONFIRM = "confirm on images", "Confirm on images"
+    WEIGH = "weigh neurons", "Weigh the neurons"
+    LOCALIZE = "localize", "Localize"
+    MERGE = "merge", "Merge"
+    SCORE_AGAIN = "score again", "Score under the mask"
+    IMAGES_BEFORE = "images before", "Images before"
+    EXPORT = "export", "Export"
+    IMAGES_AFTER = "images after", "Images after"
+    CHECK_RELEASE = "check release", "Look at the release"
+    CHECK_FILES = "check files", "Check the files"
+    UPLOAD = "upload", "Upload, megabytes"
+
+    def __init__(self, key: str, label: str) -> None:
+        self.key, self.label = key, label
+
+
+class Listener:
+    """Hears how long work goes on. This one ignores everything; a user interface overrides both methods."""
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[Advance]:
+        """A stage begins, and ends with the context.
+
+        Yields:
+            What the stage calls with its progress.
+        """
+        yield ignored
+
+    def say(self, text: str) -> None:
+        """Something that the user should know while the work goes on."""
+
+
+class Timed(Listener):
+    """Passes everything on and notes how long each stage takes.
+
+    Args:
+        listener: the one that hears it.
+
+    Attributes:
+        seconds: wall time per stage, by the stage's key.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[Advance]:
+        began = time.perf_counter()
+        with self._listener.stage(stage) as advance:
+            yield advance
+        self.seconds[stage.key] = round(time.perf_counter() - began, 2)
+
+    def say(self, text: str) -> None:
+        self._listener.say(text)

@@ -1,390 +1,295 @@
 """The whole way, from a model and prompts to a pruned release."""
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-from PIL import Image, UnidentifiedImageError
-
-from nemo_prune.checkpoint.source import ModelSource, load_pipeline
-from nemo_prune.corpus.prompts import Corpus, Prompt
+from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.compute.local import LocalSession
+from nemo_prune.compute.session import Session
+from nemo_prune.corpus.prompts import Corpus
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.localize import PromptLocalization, localize_prompts
-from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
-from nemo_prune.engine.preserve import Preserve, neuron_costs
-from nemo_prune.engine.results import ResultsFile
+from nemo_prune.engine.localize import Localizer, PromptLocalization
+from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.errors import OutputError, PromptError
-from nemo_prune.estimate import estimate_run
-from nemo_prune.files.images import ImageFolder
-from nemo_prune.files.layout import folder_beside
+from nemo_prune.errors import OutputError
+from nemo_prune.facts import ExportReport, MaskFacts
+from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.json_values import to_json
+from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_new_file
-from nemo_prune.files.work import LineLog, WorkFolder
-from nemo_prune.known_models import KNOWN_MODELS, KnownModel
-from nemo_prune.mask import NeuronMask
-from nemo_prune.progress import Notify, Progress, silently, unheard
-from nemo_prune.release.documents import release_run
+from nemo_prune.files.work import WorkFolder, claim_work_folder
+from nemo_prune.mask import Pruning
+from nemo_prune.models.known import OrdinaryCaptions
+from nemo_prune.models.source import ModelSource, load_pipeline
+from nemo_prune.progress import Listener, Stage, Timed
+from nemo_prune.proof.bits import check_pruned_equals_suppressed
 from nemo_prune.release.licence import licence_of
-from nemo_prune.release.pruned import write_weights
-from nemo_prune.release.record import Findings, described_base
-from nemo_prune.release.references import prompt_references, secret_key
+from nemo_prune.release.prompt_hashes import prompt_references, secret_key
+from nemo_prune.release.record import MaskRecord, Record
+from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import save_grids, write_report
-from nemo_prune.release.targets import check_release, staged_release
-from nemo_prune.session import BaseSession, Session, choose_dtype, digest
-from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, VerificationSettings
-from nemo_prune.verify import (
-    PromptVerification,
-    check_pruned_equals_suppressed,
-    compare_images,
-    draw_images,
-    full_mask,
-    matched_random_mask,
-    noise_change,
-    verify_prompt,
-)
-
-_NUM_COST_PROMPTS = 16
-_NUM_WEIGHING_PROMPTS = 5
-_NUM_ORDINARY_IMAGES = 4
+from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
+from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
+from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
+from nemo_prune.stages.estimate import estimate_run
+from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect
+from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
+from nemo_prune.stages.merge import merge_localizations
+from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class RunResult:
     """What a run did.
 
     Attributes:
-        facts: the record, JSON values only, without any caption or path.
+        record: what it found and measured, without any caption or path.
         out: the pruned model, a folder or a single file; None where there was nothing to prune.
         report: the full report in the work folder.
     """
 
-    facts: dict
+    record: Record
     out: Path | None
     report: Path
 
 
-class _Stages:
-    """Wall time per stage, and progress under the stage's name."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        started = time.perf_counter()
-        yield lambda done, total: self._progress(name, done, total)
-        self.seconds[name] = round(time.perf_counter() - started, 2)
-
-
 def prune_model(
-    source: ModelSource,
-    corpus: Corpus,
-    calibration_texts: Sequence[str],
-    options: RunOptions,
-    settings: LocalizationSettings,
-    verification: VerificationSettings,
-    progress: Progress = silently,
-    notify: Notify = unheard,
+    source: ModelSource, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan, listener: Listener = Listener()
 ) -> RunResult:
     """Localize the memorization neurons of a corpus, prune them, prove it and write the release.
 
     Args:
-        source: the model, see :func:`nemo_prune.checkpoint.source.resolve_model`.
+        source: the model, see :func:`nemo_prune.models.source.resolve_model`.
         corpus: what to examine.
-        calibration_texts: ordinary prompts, none of the memorized ones among them.
-        options: where to and how.
-        settings: the numbers of the method.
-        verification: what is measured on images.
-        progress: called with the stage's name, what is done and how much there is.
-        notify: called with what the user should know while the run goes on.
+        ordinary: captions that the model does not memorize.
+        plan: where to write, and how.
+        listener: hears stages, progress and what the user should know.
 
     Raises:
         NemoPruneError: something can't be done as asked; nothing that looks finished is left.
     """
-    _check(source, options)
-    base, licence = described_base(source, options.statement), licence_of(source, options.statement)
-    prompts = corpus.prompts
-    stages = _Stages(progress)
-    with stages.stage("load"):
-        training_images = _open_training_images(prompts)
-        session = Session(source, options.model, settings)
-        pipe, predictor = session.pipe, session.predictor
-        work = _open_work(session, prompts, calibration_texts, options)
-        references = prompt_references(secret_key(work.prompt_key), [prompt.text for prompt in prompts])
-        estimate = estimate_run(predictor, len(prompts), verification)
-        if estimate.is_long:
-            notify(estimate.described(len(prompts)))
-    with stages.stage("calibrate") as report_progress:
-        calibration = _calibration(session, calibration_texts, options, work, report_progress)
-        if _known(session, options):
-            notify(f"The calibration is {calibration.origin}.")
-        for warning in licence.warnings():
-            notify(warning)
-    threshold = settings.threshold or calibration.threshold
-    with stages.stage("weigh neurons") as report_progress:
-        preserve = _preserve(session, calibration_texts, options.preserve, work, report_progress)
-    with stages.stage("localize") as report_progress:
-        results = ResultsFile(work.localizations, session.results_header(threshold))
-        localizations = _localize_all(
-            session, prompts, calibration, threshold, options.merge, preserve, results, report_progress
-        )
-    with stages.stage("merge") as report_progress:
-        if options.merge == "incremental":
-            settled = settle_mask(
-                session.scorer, localizations, calibration, threshold, preserve, report_progress, work.needed
-            )
-            mask, localizations = settled.mask, settled.localizations
-        else:
-            mask = union_mask(localizations, predictor.sizes, options.include_unresolved)
-    with stages.stage("score again") as report_progress:
-        # The search suppresses; what is proven from here on is what the release will hold.
-        scaled = NoisePredictor(pipe, settings, predictor.batch_size, options.scale)
-        scored = {"mask": mask.digest, "scale": options.scale, "threshold": threshold, "seed": verification.score_seed}
-        log = LineLog(work.verified, scored)
-        verified = _verify_all(Scorer(scaled), localizations, mask, verification, log, report_progress)
-        cost = _cost(predictor, scaled, calibration_texts, mask, calibration)
-    findings = Findings(
-        source,
-        options,
-        settings,
-        verification,
-        calibration,
-        threshold,
-        localizations,
-        mask,
-        verified,
-        cost,
-        session.scorer.rechecks,
-        corpus.num_duplicates,
-        base,
-        licence,
-        references,
+    plan, timed = plan.fitted_to(source.guidance_scale), Timed(listener)
+    base, licence = base_facts(source, plan.statement), licence_of(source, plan.statement)
+    _check_places(source, plan)
+    with timed.stage(Stage.LOAD):
+        training_images = open_training_images(corpus.prompts)
+        session = LocalSession(source, plan.model, plan.settings)
+        work = _open_work(session, corpus, ordinary, plan)
+        _tell_a_long_run(session, corpus, plan, timed)
+    localizer = _calibrated(session, ordinary, plan, work, timed)
+    for warning in (*source.notes, *licence.warnings()):
+        timed.say(warning)
+    localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
+    mask, localizations = merge_localizations(localizer, localizations, plan, work.needed, timed)
+
+    # The search suppresses; from here on the pruning is proven as the release will hold it.
+    pruning = Pruning(mask, plan.scale)
+    scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
+    examined = _score_again(scaled, corpus, localizations, pruning, localizer.threshold, plan, work, timed)
+    cost = measure_cost(
+        session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration
+    )
+    record = Record(
+        versions=versions(),
+        base=base,
+        licence=licence,
+        mask=MaskRecord.of(mask, scale=plan.scale, merge=plan.merge, preserve=plan.preserve),
+        prompts=prompt_facts(examined, corpus.num_duplicates, plan.include_unresolved),
+        files=ExportReport(),
+        measured=measured_by_a_run(plan, localizer, examined, [], cost, False, timed.seconds),
     )
     if not mask.num_neurons:
-        facts = findings.facts(stages.seconds)
-        return RunResult(facts, None, write_report(work.path, findings, facts, prompts))
+        return RunResult(record, None, write_report(work.path, record, examined))
 
-    shown = findings.memorized[: verification.max_prompts] + list(calibration_texts[:_NUM_ORDINARY_IMAGES])
-    drawn = {"shown": digest(shown), "mask": mask.digest, "scale": options.scale, **dataclasses.asdict(verification)}
-    images = ImageFolder(work.images, drawn)
-    with stages.stage("images before") as report_progress:
-        before = _draw_all("before", pipe, shown, verification, images, report_progress)
-    with staged_release(options.out, options.overwrite) as release:
-        with stages.stage("export"):
-            exported = write_weights(source, mask, release, options.scale)
-        with stages.stage("images after") as report_progress:
-            pruned_pipe = load_pipeline(
-                dataclasses.replace(source, folder=release.folder), session.device, choose_dtype(options.model.dtype)
-            )
-            check_pruned_equals_suppressed(scaled, pruned_pipe, mask, calibration_texts[:2])
-            after = _draw_all("after", pruned_pipe, shown, verification, images, report_progress)
-        known, cut = list(training_images.values()), verification.replication_cut
-        evidence = [compare_images(text, before[text], after[text], known, cut) for text in shown]
-        findings = dataclasses.replace(findings, evidence=evidence, exported=exported)
-        facts = findings.facts(stages.seconds)
-        grid = save_grids(work.path, findings.memorized, training_images, before, after)
-        report = write_report(work.path, findings, facts, prompts)
-        release_run(release.beside, findings, facts, grid)
-    return RunResult(facts, options.out, report)
+    refuse_no_effect(examined)
+    proof = _image_proof(examined, ordinary, pruning, plan, work, training_images)
+    proof.draw_before(session.pipe, timed)
+    with staged_release(plan.out, plan.overwrite) as release:
+        with timed.stage(Stage.EXPORT):
+            files = write_weights(source, pruning, release)
+            pruned = load_pipeline(release.folder, session.device, session.dtype, source.variant)
+            check_pruned_equals_suppressed(scaled, pruned, pruning, ordinary.texts[:2])
+        proof.draw_after(pruned, timed)
+        examined = proof.added_to(examined)
+        ordinary_images = [proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)]
+        measured = measured_by_a_run(plan, localizer, examined, ordinary_images, cost, True, timed.seconds)
+        record = replace(record, files=files, measured=measured)
+        grid = save_grids(work.path, _memorized(examined), proof)
+        _publish(release.layout, source, record, examined, pruning, plan, grid)
+        report = write_report(work.path, record, examined)
+    return RunResult(record, plan.out, report)
 
 
 def calibrate_model(
     source: ModelSource,
-    texts: Sequence[str],
+    ordinary: OrdinaryCaptions,
     out: Path,
     options: ModelOptions,
     settings: LocalizationSettings,
     overwrite: bool = False,
-    progress: Progress = silently,
+    listener: Listener = Listener(),
 ) -> Calibration:
-    """The first stage alone: measure what is usual and keep it in a file; an old one stands until then.
+    """The first stage alone: measure what is usual and keep it in a file; an old file stays until then.
 
     Raises:
         OutputError: the file is there already.
     """
     check_new_file(out, overwrite)
-    session = Session(source, options, settings)
-    return session.measure_calibration(texts, out, lambda done, total: progress("calibrate", done, total))
+    with listener.stage(Stage.LOAD):
+        session = LocalSession(source, options, settings)
+    with listener.stage(Stage.CALIBRATE) as advance:
+        return measure_calibration(session, ordinary.texts, out, advance)
 
 
 def localize_model(
-    session: BaseSession,
+    session: Session,
     corpus: Corpus,
-    calibration_texts: Sequence[str],
-    options: RunOptions,
-    progress: Progress = silently,
+    ordinary: OrdinaryCaptions,
+    plan: LocalizationPlan,
+    listener: Listener = Listener(),
 ) -> tuple[Path, Sequence[PromptLocalization]]:
     """The stages up to the localization: results for a later merge, in the work folder.
 
     Args:
         session: the model, here or on workers.
         corpus: what to examine.
-        calibration_texts: ordinary prompts; none are needed with a finished calibration.
-        options: where to and how; ``out`` is not used.
-        progress: called with the stage's name, what is done and how much there is.
+        ordinary: captions that the model does not memorize; none are needed with a finished calibration.
+        plan: where to write, and how.
+        listener: hears stages and progress.
 
     Returns:
         The result file and what it holds.
     """
-    stages = _Stages(progress)
-    prompts = corpus.prompts
-    work = _open_work(session, prompts, calibration_texts, options)
-    with stages.stage("calibrate") as report_progress:
-        calibration = _calibration(session, calibration_texts, options, work, report_progress)
-    threshold = session.settings.threshold or calibration.threshold
-    results = ResultsFile(work.localizations, session.results_header(threshold))
-    with stages.stage("localize") as report_progress:
-        localizations = _localize_all(session, prompts, calibration, threshold, "union", None, results, report_progress)
-    return work.localizations, localizations
+    work = WorkFolder(plan.work, _identity(session, corpus, ordinary, plan, "union", 0.0), plan.overwrite)
+    calibration = calibrate_session(session, ordinary, plan, work.calibration, listener)
+    threshold = plan.settings.threshold or calibration.threshold
+    found = localize_corpus(session, corpus.texts, calibration, threshold, work.localizations, listener)
+    return work.localizations, found
 
 
-def _check(source: ModelSource, options: RunOptions) -> None:
-    """What can be known before the long work."""
-    out, work = options.out.absolute(), options.work.absolute()
-    check_release(source, out, options.overwrite)
-    for published in (out, folder_beside(out)):
-        if work == published or published in work.parents:
-            raise OutputError(f"The work folder {work} must not lie in {published}: what lies there can be published.")
+def _check_places(source: ModelSource, plan: Plan) -> None:
+    """What can be known of OUT and the work folder before the long work."""
+    check_release(source, plan.out, plan.overwrite)
+    for published in (plan.out, ReleaseLayout.of(plan.out).folder):
+        if plan.work == published or published in plan.work.parents:
+            raise OutputError(
+                f"The work folder {plan.work} must not be in {published}: what is there can be published."
+            )
+    claim_work_folder(plan.work)
 
 
-def _open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
-    images = {}
-    for prompt in prompts:
-        if prompt.image is not None:
-            try:
-                images[prompt.text] = Image.open(prompt.image).convert("RGB")
-            except (OSError, UnidentifiedImageError) as error:
-                raise PromptError(
-                    f"The training image {prompt.image} can't be read: {error}. Mend the `image` column or drop it."
-                ) from error
-    return images
+def _open_work(session: Session, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan) -> WorkFolder:
+    identity = _identity(session, corpus, ordinary, plan, plan.merge, plan.preserve)
+    return WorkFolder(plan.work, identity, plan.overwrite)
 
 
-def _open_work(
-    session: BaseSession, prompts: Sequence[Prompt], calibration_texts: Sequence[str], options: RunOptions
-) -> WorkFolder:
-    identity = {
-        "model": session.model_digest,
-        "prompts": digest([prompt.text for prompt in prompts]),
-        "calibration prompts": digest(calibration_texts),
-        "settings": dataclasses.asdict(session.settings),
-        "dtype": options.model.dtype,
-        "merge": options.merge,
-        "preserve": options.preserve,
-        "published calibration": _known(session, options) is not None,
-    }
-    return WorkFolder(options.work, identity, options.overwrite)
-
-
-def _calibration(
-    session: BaseSession,
-    texts: Sequence[str],
-    options: RunOptions,
-    work: WorkFolder,
-    progress: Callable[[int, int], None],
-) -> Calibration:
-    """The calibration that was given, or that was published for a known model, or one of the ordinary prompts."""
-    if options.calibration:
-        return Calibration.load(options.calibration, session.calibration_identity)
-    return session.calibrate(texts, work.calibration, _known(session, options), progress)
-
-
-def _known(session: BaseSession, options: RunOptions) -> KnownModel | None:
-    """What was published for the model, if it may be used."""
-    wanted = options.published_calibration and options.calibration is None
-    return KNOWN_MODELS.get(session.source.repo_id) if wanted else None
-
-
-def _preserve(
-    session: Session, texts: Sequence[str], strength: float, work: WorkFolder, progress: Callable[[int, int], None]
-) -> Preserve | None:
-    if not strength:
-        return None
-    texts = texts[:_NUM_WEIGHING_PROMPTS]
-    log = LineLog(work.costs, {"prompts": digest(texts)})
-    return Preserve(neuron_costs(session.predictor, texts, progress, log), strength)
-
-
-def _localize_all(
-    session: BaseSession,
-    prompts: Sequence[Prompt],
-    calibration: Calibration,
-    threshold: float,
+def _identity(
+    session: Session,
+    corpus: Corpus,
+    ordinary: OrdinaryCaptions,
+    plan: Plan | LocalizationPlan,
     merge: str,
-    preserve: Preserve | None,
-    results: ResultsFile,
-    progress: Callable[[int, int], None],
-) -> list[PromptLocalization]:
-    known = {each.prompt: each for each in results.read()}
-    waiting = [prompt.text for prompt in prompts if prompt.text not in known]
-    progress(len(known), len(prompts))
-    if merge == "incremental":
-        so_far = union_mask(list(known.values()), session.sizes).neurons
-        found = localize_incrementally(session.scorer, waiting, calibration, threshold, so_far, preserve)
-    else:
-        task = partial(_localize_chunk, calibration=calibration, threshold=threshold, preserve=preserve)
-        found = session.map(task, session.chunks_of(waiting))
-    for localization in found:
-        results.append(localization)
-        known[localization.prompt] = localization
-        progress(len(known), len(prompts))
-    return [known[prompt.text] for prompt in prompts]
+    preserve: float,
+) -> dict:
+    """What the results in a work folder depend on."""
+    return {
+        "model": session.model_digest,
+        "prompts": text_hash(corpus.texts),
+        "calibration prompts": text_hash(ordinary.texts),
+        "settings": to_json(plan.settings),
+        "dtype": plan.model.dtype,
+        "merge": merge,
+        "preserve": preserve,
+        "published calibration": ordinary.published is not None and plan.calibration is None,
+    }
 
 
-def _localize_chunk(
-    session: Session, prompts: Sequence[str], calibration: Calibration, threshold: float, preserve: Preserve | None
-) -> Iterator[PromptLocalization]:
-    return localize_prompts(session.scorer, prompts, calibration, threshold, preserve)
+def _tell_a_long_run(session: LocalSession, corpus: Corpus, plan: Plan, listener: Listener) -> None:
+    estimate = estimate_run(session.predictor, len(corpus.prompts), plan.verification)
+    if estimate.is_long:
+        listener.say(estimate.described(len(corpus.prompts)))
 
 
-def _verify_all(
-    scorer: Scorer,
-    localizations: Sequence[PromptLocalization],
-    mask: NeuronMask,
-    verification: VerificationSettings,
-    log: LineLog,
-    progress: Callable[[int, int], None],
-) -> list[PromptVerification]:
-    fresh_latents = scorer.predictor.initial_latents(seed=verification.score_seed)
-    verified = [PromptVerification(**record) for record in log]
-    for localization in localizations[len(verified) :]:
-        verified.append(verify_prompt(scorer, localization, mask, fresh_latents))
-        log.append(dataclasses.asdict(verified[-1]))
-        progress(len(verified), len(localizations))
-    return verified
+def _calibrated(
+    session: LocalSession, ordinary: OrdinaryCaptions, plan: Plan, work: WorkFolder, listener: Listener
+) -> Localizer:
+    """What the localization works with: the model, what is usual for it, and what its neurons cost."""
+    calibration = calibrate_session(session, ordinary, plan, work.calibration, listener)
+    if ordinary.published and plan.calibration is None:
+        listener.say(f"The calibration is {calibration.origin}.")
+    threshold = plan.settings.threshold or calibration.threshold
+    preserve = weigh_neurons(session, ordinary.texts, plan.preserve, work.costs, listener)
+    return Localizer(session.scorer, calibration, threshold, preserve)
 
 
-def _cost(
-    predictor: NoisePredictor,
+def _score_again(
     scaled: NoisePredictor,
-    calibration_texts: Sequence[str],
-    mask: NeuronMask,
-    calibration: Calibration,
-) -> dict[str, float]:
-    """Change on ordinary prompts under the mask, beside as many random neurons and everything suppressed."""
-    texts = calibration_texts[:_NUM_COST_PROMPTS]
-    random = matched_random_mask(mask, calibration.statistics.mean, predictor.settings.seed)
-    everything = noise_change(predictor, texts, {"everything": full_mask(predictor.sizes)})
-    return noise_change(scaled, texts, {"mask": mask, "random": random}) | everything
+    corpus: Corpus,
+    localizations: Sequence[PromptLocalization],
+    pruning: Pruning,
+    threshold: float,
+    plan: Plan,
+    work: WorkFolder,
+    listener: Listener,
+) -> list[ExaminedPrompt]:
+    """The prompts with all that is known of them but their images."""
+    under_mask = score_again(
+        Scorer(scaled), localizations, pruning, threshold, plan.verification, work.verified, listener
+    )
+    references = prompt_references(secret_key(work.prompt_key), corpus.texts)
+    return [
+        ExaminedPrompt.scored(prompt, references[prompt.text], localization, scores, threshold)
+        for prompt, localization, scores in zip(corpus.prompts, localizations, under_mask, strict=True)
+    ]
 
 
-def _draw_all(
-    when: str,
-    pipe: StableDiffusionPipeline,
-    texts: Sequence[str],
-    verification: VerificationSettings,
-    images: ImageFolder,
-    progress: Callable[[int, int], None],
-) -> dict[str, list[Image.Image]]:
-    drawn = {}
-    for place, text in enumerate(texts):
-        draw = partial(draw_images, pipe, text, verification)
-        drawn[text] = images.kept_or_drawn(f"{place:03d}_{when}", verification.images_per_prompt, draw)
-        progress(place + 1, len(texts))
-    return drawn
+def _image_proof(
+    examined: Sequence[ExaminedPrompt],
+    ordinary: OrdinaryCaptions,
+    pruning: Pruning,
+    plan: Plan,
+    work: WorkFolder,
+    training_images: dict,
+) -> ImageProof:
+    """The images to compare: memorized captions first, then some ordinary ones."""
+    verification = plan.verification
+    shown = _memorized(examined)[: verification.max_prompts] + list(ordinary.texts[: verification.ordinary_images])
+    return ImageProof(work.images, shown, pruning, verification, training_images)
+
+
+def _memorized(examined: Sequence[ExaminedPrompt]) -> list[str]:
+    return [each.text for each in examined if each.is_memorized]
+
+
+def _publish(
+    layout: ReleaseLayout,
+    source: ModelSource,
+    record: Record,
+    examined: Sequence[ExaminedPrompt],
+    pruning: Pruning,
+    plan: Plan,
+    grid: Path,
+) -> None:
+    """Put mask, record, plot and card beside the weights; captions and the grid only if asked for."""
+    facts = MaskFacts(
+        base=record.base,
+        settings=to_json(plan.settings),
+        prompts=record.prompts,
+        versions=record.versions,
+        scale=pruning.scale,
+        merge=plan.merge,
+        prompts_per_neuron=prompts_per_neuron(
+            [each.localization for each in examined], pruning.mask, plan.include_unresolved
+        ),
+        base_tensors=tensor_digests(source.files, pruning.mask),
+    )
+    layout.mask.parent.mkdir(exist_ok=True)
+    pruning.mask.save(layout.mask, facts)
+    examples: list[str] = []
+    if plan.publish_examples:
+        examples = [each.text for each in examined if each.is_memorized and each.images]
+        shutil.copyfile(grid, layout.grid)
+    write_documents(layout, record, examples)

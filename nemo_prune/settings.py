@@ -1,15 +1,20 @@
 """The numbers of the method, in one place; the command line takes its defaults from here."""
 
+import inspect
 import re
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 
 from nemo_prune.errors import SettingsError
+from nemo_prune.files.layout import ReleaseLayout, has_ending
+from nemo_prune.hub.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
 PROJECTIONS = ("value", "key", "both")
+DTYPES = ("float32", "float16", "bfloat16")
 SIEVES = ("norm", "anisotropy")
 SCREENED_SUFFIXES = (".parquet", ".jsonl")
 
@@ -19,20 +24,20 @@ class LocalizationSettings:
     """The values of the paper's four algorithms (arXiv 2406.02366, Sec. 3 and App. A).
 
     Attributes:
-        num_samples: initial latents S that a prompt is scored on.
-        seed: seed of the CPU generator that draws them.
+        num_samples: number of initial latents S that a prompt is scored on.
+        seed: seed of the CPU generator that draws the initial latents.
         num_inference_steps: DDIM steps of the schedule that the timestep is taken from.
         timestep_index: position in that schedule, 0 being the noisiest. The paper predicts at the
             first timestep; the released code returns in the second turn of its loop, so at 1.
         theta: first cut on |z| of the activations (Alg. 3).
         theta_step: how much the cut falls per turn, while k grows by one.
         theta_min: the last cut that is tried; a prompt that needs a lower one is unresolved.
-        threshold: tau, the similarity above which a prompt counts as memorized; None calibrates
-            it as mean + ``threshold_num_std`` standard deviations over ordinary prompts.
+        threshold: tau, the similarity above which a prompt counts as memorized. (default: measured on ordinary prompts,
+            mean plus one standard deviation)
         threshold_num_std: standard deviations above the mean in that calibration.
         ssim_betas: exponents of the multi-scale SSIM, one per scale.
-        projections: whose neurons are searched: ``value``, ``key`` or ``both``. The paper prunes values; keys
-            damage alignment or quality, because the softmax couples them (App. C.8).
+        projections: projections to search: ``value`` (the paper's), ``key`` or ``both``. Key rows cost more elsewhere,
+            because the softmax couples them (App. C.8).
         layers_backwards: whether the refinement tests the layers from the mid block back to the
             first down block, as the released code does, or in the order of execution.
     """
@@ -84,11 +89,14 @@ class VerificationSettings:
 
     Attributes:
         seed: seed of the latents that images are drawn from; the released code uses 2.
-        score_seed: seed of fresh latents for the memorization score, other than those of detection.
+        score_seed: seed of fresh latents for the memorization score, different from those of detection.
         images_per_prompt: images drawn for a prompt.
         max_prompts: memorized prompts that images are drawn for, the first of the corpus.
+        ordinary_images: ordinary prompts that images are drawn for.
+        cost_prompts: ordinary prompts that the change of the noise prediction is measured on.
         num_inference_steps: DDIM steps per image.
-        guidance_scale: classifier-free guidance of the images.
+        guidance_scale: classifier-free guidance of the images that are compared; detection uses none. (default: what
+            suits the model: 7, the demo 3)
         replication_cut: similarity (the lower of SSIM and correlation at 64 pixels) from which an image
             counts as a copy.
     """
@@ -97,9 +105,15 @@ class VerificationSettings:
     score_seed: int = 1001
     images_per_prompt: int = 4
     max_prompts: int = 32
+    ordinary_images: int = 4
+    cost_prompts: int = 16
     num_inference_steps: int = 25
-    guidance_scale: float = 7.0
+    guidance_scale: float | None = None
     replication_cut: float = 0.5
+
+    def fitted_to(self, guidance_scale: float) -> "VerificationSettings":
+        """The same settings, with the model's own guidance if none is given."""
+        return self if self.guidance_scale is not None else replace(self, guidance_scale=guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -107,10 +121,10 @@ class ModelOptions:
     """How a model is computed.
 
     Attributes:
-        device: torch device, or ``auto``.
-        dtype: weights' dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: latents that go through the U-Net at once; None: those of one prompt, on a GPU of four.
-        margin: distance from tau within which float32 decides, where the dtype is a lower one.
+        device: torch device; ``auto`` takes a GPU if there is one.
+        dtype: precision of the weights.
+        batch_size: number of latents in a U-Net pass. (default: those of one prompt; on a GPU those of four)
+        margin: distance from the threshold within which float32 decides again, for precisions below float32.
     """
 
     device: str = "auto"
@@ -126,11 +140,11 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a publisher states in a card where the files of the base do not say it.
+    """What a publisher states in the card because the files of the base do not say it.
 
     Attributes:
         base_model: Hub id of a base that is given as a local folder.
-        license: identifier as the Hub lists them, ``other`` for one that it does not list.
+        license: identifier as the Hub lists them, in any case; ``other`` for one that it does not list.
         license_name: its name, where it is ``other``.
         license_link: an address where its text stands.
     """
@@ -141,55 +155,75 @@ class Statement:
     license_link: str | None = None
 
     def __post_init__(self) -> None:
+        if self.license is not None:
+            object.__setattr__(self, "license", _stated_licence(self.license))
         stated = {name: value for name, value in vars(self).items() if value is not None}
         for name, value in stated.items():
-            pattern, expected = _STATED[name]
-            _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
+            if name in _STATED:
+                pattern, expected = _STATED[name]
+                _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
         for name in ("license_name", "license_link"):
-            _require(name not in stated or "license" in stated, name, stated.get(name), "none without `license`")
-        named = self.license != "other" or self.license_name is not None
-        _require(named, "license_name", None, "the licence's name, because `license` is `other`")
+            _require(name not in stated or "license" in stated, name, stated.get(name), "none without --license")
+        named = self.license != OTHER or self.license_name is not None
+        _require(named, "license_name", None, "the licence's name, because --license is `other`")
+
+
+def _stated_licence(stated: str) -> str:
+    """The Hub's identifier of a licence that a publisher states.
+
+    Raises:
+        SettingsError: it has none.
+    """
+    known = known_licence(stated)
+    if known is None:
+        alike = get_close_matches(stated.lower(), LICENCE_IDS, n=3)
+        meant = f" Is it {' or '.join(alike)}?" if alike else ""
+        raise SettingsError(
+            f"--license {stated!r} is not a licence that the Hub knows.{meant} Expected is an identifier from "
+            f"https://huggingface.co/docs/hub/repositories-licenses; for any other licence give --license {OTHER} "
+            "--license-name NAME."
+        )
+    return known
 
 
 _STATED = {
     "base_model": (r"\w[\w.-]*(/\w[\w.-]*)?", "a Hub id such as CompVis/stable-diffusion-v1-4"),
-    "license": (
-        r"[a-z0-9][a-z0-9.+-]*",
-        "an identifier from https://huggingface.co/docs/hub/repositories-licenses, or `other`",
-    ),
     "license_name": (r"[\w][\w .+()-]{0,99}", "a name of letters, digits and -_.+()"),
     "license_link": (r"https?://[!-~]{1,500}", "an address that begins with https://"),
 }
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What to do, apart from the numbers of the method.
+class Plan:
+    """What a run is to do.
 
     Attributes:
-        out: folder of the pruned model; it can be published.
-        work: folder of what the run knows; it is not for publication.
+        out: the pruned model, for publication: a folder, or a single file whose name ends in .safetensors.
+        work: folder of all that the run finds out, not for publication. (default: OUT.work)
+        settings: the numbers of the method.
+        verification: what is measured on images.
         model: how the model is computed.
-        merge: ``incremental``: each prompt's neurons on top of those before it; ``union`` of all prompts' neurons,
-            the paper's; None: incremental, but a union where sets of unresolved prompts are to be in it.
-        preserve: 0 to 1: how much the search departs from the paper in favour of ordinary captions.
-        calibration: a finished calibration; None calibrates on ordinary prompts.
-        published_calibration: whether what was published for a known model counts instead, where it fits.
-        scale: what the masked rows are multiplied by; 0 prunes, the paper also tries -1 to 0.75. The search
-            suppresses in any case.
-        include_unresolved: whether sets of unresolved prompts enter the mask.
-        publish_examples: whether captions and a before/after grid go into the card.
+        merge: ``incremental``: each prompt's neurons on top of those before it, then drop what no prompt needs; or
+            ``union`` of all prompts' neurons, as in the paper. (default: incremental; with --include-unresolved union)
+        preserve: 0 (the paper's search) to 1: also search a set that costs ordinary captions less, among more
+            candidates; the cheaper of the two is taken.
+        calibration: a finished calibration, a file of `nemo-prune calibrate`. (default: calibrate on ordinary captions)
+        scale: number that the masked rows are multiplied by; 0 zeroes them, the paper also tries -1 to 0.75. The search
+            suppresses in any case; everything measured afterwards is measured with the scaled rows.
+        include_unresolved: also prune the sets of unresolved prompts.
+        publish_examples: put captions and a before/after grid into the published card.
         statement: what the publisher states about base and licence.
-        overwrite: whether ``out`` may be replaced and another run's ``work`` discarded.
+        overwrite: replace OUT, and discard a work folder of other settings.
     """
 
     out: Path
-    work: Path
+    work: Path | None = None
+    settings: LocalizationSettings = field(default_factory=LocalizationSettings)
+    verification: VerificationSettings = field(default_factory=VerificationSettings)
     model: ModelOptions = field(default_factory=ModelOptions)
     merge: str | None = None
     preserve: float = 0.0
     calibration: Path | None = None
-    published_calibration: bool = False
     scale: float = 0.0
     include_unresolved: bool = False
     publish_examples: bool = False
@@ -197,6 +231,8 @@ class RunOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out).absolute())
+        object.__setattr__(self, "work", Path(self.work or ReleaseLayout.of(self.out).work).absolute())
         if self.merge is None:
             object.__setattr__(self, "merge", "union" if self.include_unresolved else "incremental")
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
@@ -206,30 +242,61 @@ class RunOptions:
         contradict = self.merge == "incremental" and self.include_unresolved
         _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
 
+    def fitted_to(self, guidance_scale: float) -> "Plan":
+        """The same plan, with the model's own guidance if none is given."""
+        return replace(self, verification=self.verification.fitted_to(guidance_scale))
+
+
+@dataclass(frozen=True)
+class LocalizationPlan:
+    """What a localization alone is to do.
+
+    Attributes:
+        work: folder of the results, not for publication.
+        settings: the numbers of the method.
+        model: how the model is computed.
+        calibration: a finished calibration. (default: calibrate on ordinary captions)
+        overwrite: discard a work folder of other settings.
+    """
+
+    work: Path
+    settings: LocalizationSettings = field(default_factory=LocalizationSettings)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    calibration: Path | None = None
+    overwrite: bool = False
+
 
 @dataclass(frozen=True)
 class SieveSettings:
     """The values of the sieves; the defaults are those published for SD v1-4.
 
     Attributes:
-        sieve: ``norm`` (arXiv 2407.21720) or ``anisotropy`` (arXiv 2601.20642), which computes both.
-        num_samples: initial latents that a caption's value is the mean over.
-        norm_step: place in the schedule, 0 being the noisiest, at which the norm is taken.
+        sieve: ``anisotropy`` (arXiv 2601.20642), two passes per caption, computes ``norm`` too; ``norm`` (arXiv
+            2407.21720), one pass.
+        num_samples: number of initial latents whose mean is a caption's value; each costs its passes.
+        norm_step: step of 50 at which the norm is taken, 0 being the noisiest. (default: what suits the model: 0, as
+            published for SD v1-4; the demo 25)
         cosine_step: place at which anisotropy's cosine is taken; the authors' third last of 50.
-        cosine_weight: weight of the cosine beside the norm; published are 2 for SD v1-4 and 0.1 for SD 2.
+        cosine_weight: weight of the cosine that ``anisotropy`` adds at little noise: 2 is published for SD v1-4, 0.1
+            for SD 2.
     """
 
     sieve: str = "anisotropy"
     num_samples: int = 1
-    norm_step: int = 0
+    norm_step: int | None = None
     cosine_step: int = 47
     cosine_weight: float = 2.0
 
     def __post_init__(self) -> None:
         _require(self.sieve in SIEVES, "sieve", self.sieve, " or ".join(SIEVES))
-        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        _require(self.num_samples >= 1, "sieve_samples", self.num_samples, "at least 1")
         for name in ("norm_step", "cosine_step"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            step = getattr(self, name)
+            _require(step is None or step >= 0, name, step, "at least 0")
+
+    def fitted_to(self, norm_step: int) -> "SieveSettings":
+        """The same settings, with the step that suits the model if none is given."""
+        return self if self.norm_step is not None else replace(self, norm_step=norm_step)
 
 
 @dataclass(frozen=True)
@@ -237,29 +304,46 @@ class ScreenOptions:
     """What to do in a screening, apart from the numbers of the sieves.
 
     Attributes:
-        out: the file that is written, .parquet or .jsonl.
-        work: folder of what the screening knows; it is not for publication.
+        out: the file to write, .parquet or .jsonl, the likeliest captions first.
+        work: folder of all that the screening finds out, not for publication. (default: OUT.work)
         model: how the model is computed.
         fdr: accepted share of false alarms among what passes.
-        confirm: whether images are drawn for what passes.
-        overwrite: whether ``out`` may be replaced and another screening's ``work`` discarded.
+        confirm: draw four images of what passes and measure whether they agree.
+        overwrite: replace OUT, and discard a work folder of other settings.
     """
 
     out: Path
-    work: Path
+    work: Path | None = None
     model: ModelOptions = field(default_factory=ModelOptions)
     fdr: float = 0.1
     confirm: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.out.suffix in SCREENED_SUFFIXES, "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}")
+        object.__setattr__(self, "out", Path(self.out).absolute())
+        object.__setattr__(self, "work", Path(self.work or self.out.with_name(f"{self.out.name}.work")).absolute())
+        _require(
+            has_ending(self.out, *SCREENED_SUFFIXES), "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}"
+        )
         _require(0 < self.fdr < 1, "fdr", self.fdr, "between 0 and 1")
+
+
+def description(owner: type, name: str) -> str:
+    """What an attribute's docstring says, as a sentence: the help of the option that sets it."""
+    section = inspect.getdoc(owner).split("Attributes:\n")[1]
+    (text,) = re.findall(rf"^    {name}: (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
+    text = " ".join(text.replace("``", "`").split())
+    return text[0].upper() + text[1:]
+
+
+# What only the library can set; all else has an option of its name.
+_WITHOUT_OPTION = ("num_inference_steps", "timestep_index", "theta_step", "theta_min", "cosine_step")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise SettingsError(f"`{name}` is {value}, expected: {expected}.")
+        called = f"`{name}`" if name in _WITHOUT_OPTION else f"--{name.replace('_', '-')}"
+        raise SettingsError(f"{called} is {'not given' if value is None else value}, expected: {expected}.")
 
 
 PRESETS = {

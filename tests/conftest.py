@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import string
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import nemo_prune.cli
-import nemo_prune.run
 from nemo_prune.settings import VerificationSettings
 
 TEXT_WIDTH = 16
+
+# Tests import `benchmarks`, which is not installed. At the end of the path: nemo_prune stays the installed package.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Tensors this small take longer to hand out to threads than to compute, and processes that run side by side with more
 # threads than cores wait for each other.
@@ -101,8 +104,8 @@ def model_folder(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPat
 def few_images():
     """For tests that are not about images: few are drawn, in few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nemo_prune.run, "_NUM_ORDINARY_IMAGES", 1)
-        patch.setattr(nemo_prune.run, "_NUM_COST_PROMPTS", 2)
-        few = functools.partial(VerificationSettings, num_inference_steps=2, images_per_prompt=2)
+        few = functools.partial(
+            VerificationSettings, num_inference_steps=2, images_per_prompt=2, ordinary_images=1, cost_prompts=2
+        )
         patch.setattr(nemo_prune.cli.run, "VerificationSettings", few)
         yield

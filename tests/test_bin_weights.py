@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import find_again, load_pipeline, resolve_model
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.errors import ModelError
+from nemo_prune.facts import MaskFacts
 from nemo_prune.mask import NeuronMask
+from nemo_prune.models.source import find_again, load_pipeline, resolve_model
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
@@ -57,7 +59,7 @@ def base(model_folder, tmp_path):
 @pytest.fixture
 def mask(model_folder, tmp_path):
     found = NeuronMask({MID: torch.arange(8) % 5 == 1})
-    found.save(tmp_path / "mask.safetensors", {"base_tensors": tensor_digests(model_folder, found)})
+    found.save(tmp_path / "mask.safetensors", MaskFacts(base_tensors=tensor_digests(scan_folder(model_folder), found)))
     return tmp_path / "mask.safetensors"
 
 
@@ -73,7 +75,7 @@ def test_pickled_weights_are_converted_once_pruned_and_accounted_for(base, mask,
     assert source.folder != base and source.converted == "the .bin weights of text_encoder, unet, vae"
     for component, tensors in before.items():
         assert same(load_file(safetensors_of(source.folder, component)), tensors)
-    load_pipeline(source, "cpu", torch.float32)
+    load_pipeline(source.folder, "cpu", torch.float32)
     assert resolve_model(str(base)) == source == find_again(source)
     for out in (tmp_path / "out", tmp_path / "out.safetensors"):
         result = CliRunner().invoke(
@@ -109,7 +111,7 @@ def test_a_variant_that_is_pickled_is_converted_for_who_asks_for_it(base):
     source = resolve_model(str(base), variant="fp16")
     assert same(load_file(source.folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"), half)
     # Loaded are the variant where it is there, and the plain weights elsewhere.
-    assert load_pipeline(source, "cpu", torch.float16).unet.dtype == torch.float16
+    assert load_pipeline(source.folder, "cpu", torch.float16, source.variant).unet.dtype == torch.float16
 
 
 class _Malware:

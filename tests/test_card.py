@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from hashlib import md5, sha1, sha256
 from pathlib import Path
 from urllib.parse import quote, quote_plus
@@ -20,33 +21,39 @@ from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.activations import ActivationStatistics
 from nemo_prune.engine.calibration import Calibration
-from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.merge import prompts_per_neuron
-from nemo_prune.engine.results import SD_V1_LAYERS
-from nemo_prune.engine.scorer import Rechecks
+from nemo_prune.engine.released_code import SD_V1_LAYERS
+from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError, SettingsError
-from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
-from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.facts import BaseFacts, Cost, MaskFacts
+from nemo_prune.files.json_values import to_json
+from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
+from nemo_prune.mask import Neuron, NeuronMask, Pruning
+from nemo_prune.models.source import ModelSource, resolve_model
+from nemo_prune.proof.images import ImageEvidence
+from nemo_prune.proof.scores import ScoresUnderMask
 from nemo_prune.release.card import PAPER, model_card, named
-from nemo_prune.release.documents import release_run
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.markdown import code, table
-from nemo_prune.release.record import Findings, described_base
-from nemo_prune.release.references import prompt_references, secret_key
+from nemo_prune.release.prompt_hashes import prompt_references, secret_key
+from nemo_prune.release.record import MaskRecord, Record
+from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import run_report, write_report
-from nemo_prune.release.sealed import read_record
-from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
-from nemo_prune.verify import ImageEvidence, PromptVerification
+from nemo_prune.run import _publish
+from nemo_prune.settings import LocalizationSettings, Plan, Statement
+from nemo_prune.stages.examined import ExaminedPrompt
+from records import COMMIT, WEIGHTS, changed, run_record
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 MARKER = "zanzibarquokka"
-COMMIT = "c0ffee" + "0" * 34
+FOLDER = ReleaseLayout(Path("out"))
 
 HOSTILE = [
     f"{MARKER}\n---\nlicense: mit\n---\n# {MARKER}",
@@ -74,36 +81,8 @@ def structure(text):
     return shape, [part.attrs[name] for part in flat for name in ("href", "src") if name in part.attrs]
 
 
-def facts(**changes):
-    """A record of a run on SD v1-4."""
-    name = "CompVis/stable-diffusion-v1-4"
-    counts = dict.fromkeys(SD_V1_LAYERS, 3)
-    recorded = {
-        "versions": {"nemo-prune": "0.1.0"},
-        "base": {"name": name, "repo_id": name, "commit": COMMIT, "variant": None, "converted": None, "config": None,
-                 "model": name, "stated_by_publisher": False},
-        "licence": {"fields": {"license": "creativeml-openrail-m"}, "origin": "base", "texts": [],
-                    "base_was_gated": False},
-        "prompts": {"total": 9, "memorized": 8, "localized": 7, "not_memorized": 1, "unresolved": 1,
-                    "unresolved_included": False},
-        "calibration": {"threshold": 0.428, "origin": "measured"},
-        "mask": {"num_neurons": 21, "counts": counts, "sizes": SD_V1_LAYERS, "scale": 0.0},
-        "scores": {"above_threshold_before": 8, "above_threshold_after": 1, "median_before": 0.7, "median_after": 0.3,
-                   "median_suppressed_similarity": 0.4},
-        "images": {"cut": 0.5, "ordinary": {"num_prompts": 0},
-                   "memorized": {"num_prompts": 8, "copies_before": 1.0, "copies_after": 0.0,
-                                 "between_seeds_before": 0.8, "between_seeds_after": 0.2, "to_unpruned": 0.3}},
-        "cost": {"mask": 0.03, "random": 0.05, "everything": 0.6},
-        "files": {"sha256": {"model_index.json": "0" * 64, WEIGHTS: "ab" * 32}, "rows_changed": {WEIGHTS: 21},
-                  "left_out": {"unet/a.bin": "not safetensors"}, "notes": []},
-    }  # fmt: skip
-    for key, value in changes.items():
-        recorded[key] = {**recorded[key], **value}
-    return recorded
-
-
 def test_metadata_and_order_of_a_card():
-    card = ModelCard(model_card(facts()))
+    card = ModelCard(model_card(run_record(), FOLDER))
     assert card.data.to_dict() == {
         "base_model": "CompVis/stable-diffusion-v1-4",
         "base_model_relation": "finetune",
@@ -115,7 +94,7 @@ def test_metadata_and_order_of_a_card():
     headings = re.findall(r"^## (.*)$", card.content, re.MULTILINE)
     assert headings[:3] == ["What is not claimed", "What was changed", "What was found"]
     before = card.text.split("## What was changed")[0]
-    assert "neurons" not in before and "fine-tunes" in before and "Base and mask together undo" in before
+    assert "neurons" not in before and "fine-tuning" in before and "Base and mask together undo" in before
     assert (
         "files of the base model were changed:** `unet/diffusion_pytorch_model.safetensors` (21 rows set to zero)"
         in (card.text)
@@ -126,19 +105,19 @@ def test_metadata_and_order_of_a_card():
 
 
 def test_a_card_names_its_own_folder_until_it_has_a_name_on_the_hub():
-    here = model_card(facts())
+    here = model_card(run_record(), FOLDER)
     assert 'from_pretrained(".")  # "." is this folder' in here and f"--mask {MASK_FILE} --out rebuilt\n" in here
     there = named(here, "owner/name")
     assert 'from_pretrained("owner/name")\n' in there and "--mask owner/name --out rebuilt\n" in there
     assert "this folder" not in there and f"export --model CompVis/stable-diffusion-v1-4 --revision {COMMIT}" in there
     assert named(there, "owner/name") == there
-    variant = named(model_card(facts(base={"variant": "fp16"})), "owner/name")
+    variant = named(model_card(run_record(base={"variant": "fp16"}), FOLDER), "owner/name")
     assert 'from_pretrained("owner/name", variant="fp16")' in variant and f"{COMMIT} --variant fp16 \\\n" in variant
 
 
 def test_the_card_of_a_single_file_loads_it_as_one():
     files = {"sha256": {"it's.safetensors": "0" * 64}, "rows_changed": {"it's.safetensors": 21}}
-    card = model_card(facts(files=files)).replace("nemo_prune/", "")
+    card = model_card(run_record(files=files), ReleaseLayout.of(Path("it's.safetensors")))
     assert (
         'from_single_file("it\'s.safetensors")' in card
         and "--mask 'it'\"'\"'s.safetensors' --out rebuilt.safetensors\n" in card
@@ -152,7 +131,7 @@ def test_the_card_of_a_single_file_loads_it_as_one():
     ("licence", "words"),
     [
         ({}, ["As the base model's card says: `creativeml-openrail-m`", "use-based restrictions", "No licence text"]),
-        ({"texts": ["LICENSE.md"]}, ["[`LICENSE.md`](LICENSE.md)"]),
+        ({"texts": ("LICENSE.md",)}, ["[`LICENSE.md`](LICENSE.md)"]),
         ({"fields": {"license": ["mit", "x](y)"]}, "base_was_gated": True}, ["`mit` or `x](y)`", "accept its terms"]),
         ({"fields": {"license": "mit"}, "origin": "publisher"}, ["As stated by who made this model: `mit`"]),
         ({"fields": {"license": "other"}, "origin": "missing"}, ["Not known", "has to state the licence"]),
@@ -160,26 +139,27 @@ def test_the_card_of_a_single_file_loads_it_as_one():
     ],
 )
 def test_what_is_known_about_the_licence_and_what_is_not_is_said(licence, words):
-    card = model_card(facts(licence=licence))
+    record = run_record(licence=licence)
+    card = model_card(record, FOLDER)
     for word in words:
         assert word in card
-    assert "use-based" not in card or "openrail" in str({**facts()["licence"], **licence}["fields"])
+    assert "use-based" not in card or "openrail" in str(record.licence.fields)
     assert set(structure(ModelCard(card).text)[1]) <= {PAPER, PLOT_FILE, "LICENSE.md"}
 
 
 @pytest.mark.parametrize("name", [f"own<b>er/na_me_{MARKER}`|\n# x", "a/](javascript:x)", "a/--- : !!x"])
 def test_names_from_elsewhere_are_text(name):
-    base, mask = {"name": name, "repo_id": name}, {"made_for": {"name": name}, "forced_on_another_base": True}
-    licence = {"fields": {"license": name, "license_name": name, "license_link": name}, "texts": [name]}
+    base, mask = {"name": name, "repo_id": name}, {"made_for": BaseFacts(name), "forced_on_another_base": True}
+    licence = {"fields": {"license": name, "license_name": name, "license_link": name}, "texts": (name,)}
     files = {"left_out": {name: "why"}}
-    odd = ModelCard(model_card(facts(base=base, mask=mask, licence=licence, files=files)))
+    odd = ModelCard(model_card(run_record(base=base, mask=mask, licence=licence, files=files), FOLDER))
     assert odd.data.base_model == odd.data.license_name == name
-    plain = {"base": {"name": "a/_b", "repo_id": "a/_b"}, "mask": {**mask, "made_for": {"name": "a"}}}
+    plain = {"base": {"name": "a/_b", "repo_id": "a/_b"}, "mask": {**mask, "made_for": BaseFacts("a")}}
     plain |= {
-        "licence": {"fields": dict.fromkeys(licence["fields"], "( )"), "texts": ["( )"]},
+        "licence": {"fields": dict.fromkeys(licence["fields"], "( )"), "texts": ("( )",)},
         "files": {"left_out": {"a": "why"}},
     }
-    assert structure(odd.text) == structure(ModelCard(model_card(facts(**plain))).text)
+    assert structure(odd.text) == structure(ModelCard(model_card(run_record(**plain), FOLDER)).text)
 
 
 @given(st.text(st.characters(), max_size=60))
@@ -195,46 +175,69 @@ def test_a_span_of_code_is_nothing_but_code(text):
     assert cells == structure(table(("a", "b"), [("`x`", "c")]))[0]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a run might have found."""
+
+    source: ModelSource
+    plan: Plan
+    mask: NeuronMask
+    examined: list[ExaminedPrompt]
+    record: Record
+
+    @property
+    def layout(self):
+        return ReleaseLayout(self.plan.out)
+
+    @property
+    def references(self):
+        return {each.text: each.reference for each in self.examined}
+
+
 @pytest.fixture(scope="module")
-def found(model_folder, tmp_path_factory):
+def found(pipe, model_folder, tmp_path_factory):
     """What a run might have found for hostile captions, the first half of them localized."""
     mask = NeuronMask.from_neurons([Neuron(MID, 1), Neuron(MID, 6)], {MID: 8})
-    source, verification = ModelSource(model_folder), VerificationSettings()
+    source = resolve_model(str(model_folder))
     half = len(HOSTILE) // 2
     localizations = [
         PromptLocalization(text, "localized" if place < half else "unresolved", 0.7123456, neurons=(Neuron(MID, 1),),
                            margin=0.0012345)
         for place, text in enumerate(HOSTILE)
     ]  # fmt: skip
+    references = prompt_references(bytes(range(32)), HOSTILE)
+    examined = [
+        ExaminedPrompt(
+            Prompt(each.prompt),
+            references[each.prompt],
+            each,
+            ScoresUnderMask(0.3123456, 0.7234567, 0.3345678),
+            ImageEvidence(1.0, 0.25, 0.7654321, 0.31, 0.3, 0.8, 0.2),
+        )
+        for each in localizations
+    ]
     out = tmp_path_factory.mktemp("release") / "out"
     out.mkdir()
-    return Findings(
-        source=source,
-        options=RunOptions(out, out.with_name("work")),
-        settings=LocalizationSettings(),
-        verification=verification,
-        calibration=Calibration(0.4, 0.02, 1.0, ActivationStatistics({}, {}, 50)),
-        threshold=0.42,
-        localizations=localizations,
-        mask=mask,
-        verified=[PromptVerification(text, 0.3123456, 0.7234567, 0.3345678) for text in HOSTILE],
-        cost={"mask": 0.03, "random": 0.05, "everything": 0.6},
-        rechecks=Rechecks(),
-        num_duplicates=0,
-        base=described_base(source, Statement()),
+    plan = Plan(out, out.with_name("work"))
+    scorer = Scorer(NoisePredictor(pipe, plan.settings))
+    localizer = Localizer(scorer, Calibration(0.4, 0.02, 1.0, ActivationStatistics({}, {}, 50)), 0.42)
+    record = Record(
+        versions=versions(),
+        base=base_facts(source, Statement()),
         licence=licence_of(source, Statement()),
-        references=prompt_references(bytes(range(32)), HOSTILE),
-        evidence=[ImageEvidence(text, 1.0, 0.25, 0.7654321, 0.31, 0.3, 0.8, 0.2) for text in HOSTILE],
-        exported=export_checkpoint(model_folder, mask, out),
+        mask=MaskRecord.of(mask, scale=plan.scale, merge=plan.merge, preserve=plan.preserve),
+        prompts=prompt_facts(examined, 0, plan.include_unresolved),
+        files=export_checkpoint(model_folder, mask, out),
+        measured=measured_by_a_run(plan, localizer, examined, [], Cost(0.03, 0.05, 0.6), True, {}),
     )
+    return Found(source, plan, mask, examined, record)
 
 
 @pytest.fixture(scope="module")
 def published(found):
-    """The release of these findings, without examples."""
-    out = found.options.out
-    release_run(out, found, found.facts({}), Path("no grid"))
-    return out
+    """The release of these findings, as a run publishes it, without examples."""
+    _publish(found.layout, found.source, found.record, found.examined, Pruning(found.mask), found.plan, Path("no grid"))
+    return found.plan.out
 
 
 def forms(text):
@@ -270,12 +273,12 @@ def test_nothing_published_tells_a_caption_in_any_form(found, published):
         PLOT_FILE,
     }
     # The same captions are found where they may be published.
-    shown = model_card(found.facts({}), HOSTILE).encode(errors="surrogatepass").lower()
+    shown = model_card(found.record, found.layout, HOSTILE).encode(errors="surrogatepass").lower()
     assert [secret for secret in secrets if secret in shown]
 
 
 def test_the_record_refers_to_prompts_without_naming_them_or_a_number_of_their_own(found, published):
-    record = read_record(published / RECORD_FILE)
+    record = Record.load(published / RECORD_FILE).to_json()
     results = record["prompt_results"]
     assert [result["prompt"] for result in results] == sorted(found.references.values())
     assert results[0].keys() == {
@@ -290,15 +293,14 @@ def test_the_record_refers_to_prompts_without_naming_them_or_a_number_of_their_o
 
 
 def test_the_owner_looks_references_up_in_the_work_folder(found, published, tmp_path):
-    write_report(tmp_path, found, found.facts({}), [Prompt(text) for text in HOSTILE])
+    write_report(tmp_path, found.record, found.examined)
     report = json.loads((tmp_path / "report.json").read_text())
     looked_up = {each["reference"]: each["prompt"] for each in report["prompts"]}
     assert looked_up == {reference: text for text, reference in found.references.items()}
 
 
 def test_captions_that_are_published_are_inert_and_leave_the_metadata_alone(found):
-    recorded = found.facts({})
-    cards = [ModelCard(model_card(recorded, texts)) for texts in (HOSTILE, ["a"] * len(HOSTILE))]
+    cards = [ModelCard(model_card(found.record, found.layout, texts)) for texts in (HOSTILE, ["a"] * len(HOSTILE))]
     assert cards[0].data.to_dict() == cards[1].data.to_dict()
     assert structure(cards[0].text) == structure(cards[1].text)
     assert cards[0].text.count(f"]({GRID_FILE})") == 1 and MARKER in cards[0].text
@@ -311,7 +313,7 @@ def test_captions_in_the_report_of_the_work_folder_are_inert():
     def report(texts, kind):
         row = {"status": "localized", "kind": kind, "score": 0.5, "neurons": [], "suppressed_similarity": None,
                "score_before": 0.5, "score_after": 0.1}  # fmt: skip
-        return run_report(facts(), [{**row, "prompt": text} for text in texts])
+        return run_report(run_record(), [{**row, "prompt": text} for text in texts])
 
     hostile = report(HOSTILE, HOSTILE[5])
     assert structure(hostile) == structure(report(["a"] * len(HOSTILE), "b"))
@@ -339,14 +341,19 @@ def test_a_mask_says_how_many_prompts_need_each_neuron_and_stays_small(model_fol
     needed = prompts_per_neuron(localizations, mask)
     assert list(needed[neurons[0].layer].values())[:3] == [3, 3, 0]
     assert prompts_per_neuron(localizations, mask, include_unresolved=True)[neurons[0].layer][0] == 4
-    digests = tensor_digests(model_folder, NeuronMask.from_neurons([Neuron(MID, 1)], {MID: 8}))[f"{MID}.weight"]
-    described = {
-        **{key: facts()[key] for key in ("base", "prompts", "versions")},
-        "settings": vars(LocalizationSettings()),
-        "prompts_per_neuron": needed,
-        "base_tensors": {name: digests for name in mask.tensor_rows if name.endswith(".weight")},
-    }
-    mask.save(tmp_path / "mask.safetensors", described)
+    digests = tensor_digests(scan_folder(model_folder), NeuronMask.from_neurons([Neuron(MID, 1)], {MID: 8}))[
+        f"{MID}.weight"
+    ]
+    record = run_record()
+    facts = MaskFacts(
+        base=record.base,
+        prompts=record.prompts,
+        versions=record.versions,
+        settings=to_json(LocalizationSettings()),
+        prompts_per_neuron=needed,
+        base_tensors={name: digests for name in mask.tensor_rows if name.endswith(".weight")},
+    )
+    mask.save(tmp_path / "mask.safetensors", facts)
     size = (tmp_path / "mask.safetensors").stat().st_size
     assert mask.num_neurons == 221 and sum(mask.sizes.values()) == 5760 and size < 14_000
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "mask.safetensors"), "--json"])
@@ -357,15 +364,17 @@ def test_a_mask_says_how_many_prompts_need_each_neuron_and_stays_small(model_fol
 
 
 def test_the_publisher_names_the_base_of_a_local_checkpoint_but_not_another_one_than_the_hubs(tmp_path):
-    base = described_base(ModelSource(tmp_path), Statement(base_model="owner/base"))
-    assert base["repo_id"] == "owner/base" and base["stated_by_publisher"] and base["model"] is None
-    card = ModelCard(model_card(facts(base=base)))
+    (tmp_path / "model_index.json").write_text("{}")
+    files = scan_folder(tmp_path)
+    base = base_facts(ModelSource(files), Statement(base_model="owner/base"))
+    assert base.repo_id == "owner/base" and base.stated_by_publisher and base.model is None
+    card = ModelCard(model_card(changed(run_record(), base=base), FOLDER))
     assert card.data.base_model == "owner/base" and "by its publisher's word" in card.text
-    hub = ModelSource(tmp_path, "owner/base", COMMIT)
-    assert not described_base(hub, Statement(base_model="owner/base"))["stated_by_publisher"]
+    hub = ModelSource(files, "owner/base", COMMIT)
+    assert not base_facts(hub, Statement(base_model="owner/base")).stated_by_publisher
     with pytest.raises(SettingsError, match="--base-model"):
-        described_base(hub, Statement(base_model="owner/other"))
-    assert described_base(ModelSource(tmp_path, is_demo=True), Statement())["model"] == "demo"
+        base_facts(hub, Statement(base_model="owner/other"))
+    assert base_facts(ModelSource(files, "demo"), Statement()).model == "demo"
 
 
 def test_the_commands_of_a_card_rebuild_the_release(found, published, model_folder, tmp_path, monkeypatch):

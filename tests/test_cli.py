@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from kills import kill_until_done, result
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,10 +23,13 @@ from typer.testing import CliRunner
 import nemo_prune.engine.localize
 import nemo_prune.engine.merge
 import nemo_prune.run
-from kills import kill_until_done, result
+import nemo_prune.stages.calibrate
+import nemo_prune.stages.localize
+import nemo_prune.stages.prove
 from nemo_prune import __version__
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
-from nemo_prune.estimate import TimeEstimate
+from nemo_prune.stages.estimate import TimeEstimate
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MARKER = "zanzibarquokka"
@@ -177,7 +182,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
         raise AssertionError("the work folder knows it")
 
     monkeypatch.setattr(nemo_prune.engine.localize, "detect", not_again)
-    monkeypatch.setattr(nemo_prune.session, "fit_calibration", not_again)
+    monkeypatch.setattr(nemo_prune.stages.calibrate, "fit_calibration", not_again)
     stated = {"license": "other", "license_name": "Our Terms"}
     record = json.loads((out / "nemo_prune.json").read_text())
     again = run(command, "--include-unresolved", "--overwrite", "--publish-examples", **stated)
@@ -219,9 +224,9 @@ def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkey
         yield next(original(*inner))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nemo_prune.run, "localize_incrementally", interrupted)
+    monkeypatch.setattr(nemo_prune.stages.localize, "localize_incrementally", interrupted)
     result = run(arguments)
-    assert result.exit_code == 130 and "goes on" in result.stderr
+    assert result.exit_code == 130 and "again to resume" in result.stderr
     assert not (tmp_path / "out").exists()
     assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 2
 
@@ -244,13 +249,32 @@ def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_pa
     verified = (work / "verified.jsonl").read_bytes().splitlines(keepends=True)
     (work / "verified.jsonl").write_bytes(b"".join(verified[:2]))
     (work / "images" / "002_after_1.png").unlink()
-    spies = {name: Mock(wraps=getattr(nemo_prune.run, name)) for name in ("verify_prompt", "draw_images")}
+    prove = nemo_prune.stages.prove
+    spies = {name: Mock(wraps=getattr(prove, name)) for name in ("score_under_mask", "draw_images")}
     for name, spy in spies.items():
-        monkeypatch.setattr(nemo_prune.run, name, spy)
+        monkeypatch.setattr(prove, name, spy)
     assert run(arguments, "--include-unresolved", work=work).exit_code == 0
     assert [spy.call_count for spy in spies.values()] == [1, 1]
     assert (work / "verified.jsonl").read_bytes() == b"".join(verified)
     assert result(tmp_path / "out") == result(out)
+
+
+def test_the_base_is_looked_through_once_in_a_run(finished, arguments, model_folder, tmp_path, monkeypatch):
+    work, scanned = tmp_path / "work", Counter()
+    shutil.copytree(finished[0].with_name("out.work"), work)
+
+    def counted(base):
+        scanned[base] += 1
+        return scan_folder(base)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("nemo_prune.") and getattr(module, "scan_folder", None) is scan_folder:
+            monkeypatch.setattr(module, "scan_folder", counted)
+    assert run(arguments, "--include-unresolved", work=work).exit_code == 0
+    assert scanned == {model_folder: 1}
+    # A comparison looks through both folders: what the count is held against.
+    assert nemo_prune_command("diff", model_folder, tmp_path / "out").exit_code == 0
+    assert scanned[model_folder] > 1
 
 
 def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_path):
@@ -310,20 +334,32 @@ def test_a_threshold_of_ones_own_decides(arguments):
     [
         ({"model": "./nowhere"}, ["no model at", "demo"]),
         ({"model": "a/b/c"}, ["no model at"]),
-        ({"preset": "fast"}, ["released-code"]),
-        ({"projections": "query"}, ["value or key or both"]),
         ({"scale": 1}, ["scale", "other than 1"]),
         ({"license": "My Licence"}, ["license", "identifier"]),
         ({"base_model": "../tiny"}, ["base_model", "Hub id"]),
         ({"num_samples": 1}, ["num_samples"]),
         ({"threshold": 2}, ["threshold", "between 0 and 1"]),
         ({"prompts": "nowhere.txt"}, ["no prompts file"]),
-        ({"dtype": "int4"}, ["float16"]),
         ({"device": "cuda:9"}, ["cuda:9"]),
     ],
 )
 def test_bad_arguments_are_named_errors(arguments, changes, words):
     assert_named_error(run(arguments, **changes), *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "choices"),
+    [
+        ("preset", "fast", ["released-code", "paper"]),
+        ("projections", "query", ["value", "key", "both"]),
+        ("merge", "sum", ["union", "incremental"]),
+        ("dtype", "int4", ["float32", "float16", "bfloat16"]),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_a_usage_error_that_lists_the_others(arguments, option, typed, choices):
+    result = run(arguments, **{option: typed})
+    assert result.exit_code == 2, result.output
+    assert all(word in result.stderr for word in (f"--{option}", typed, *choices))
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(arguments, tmp_path):

@@ -10,27 +10,29 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
+from benchmarks.oracle import Oracle, agrees
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, DEMO_GUIDANCE_SCALE, PROMPTS_FILE, TEST_FILE, demo_folder, write_demo
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.engine.localize import detect, localize_prompt, localize_prompts
+from nemo_prune.engine.localize import Localizer, detect, localize_prompt, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder, write_demo
+from nemo_prune.models.known import DEMO
+from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.proof.cost import matched_random_mask
+from nemo_prune.proof.images import copy_similarities, draw_images
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from nemo_prune.verify import copy_similarities, draw_images, matched_random_mask
-from oracle import Oracle, agrees
 
-VERIFICATION = VerificationSettings(guidance_scale=DEMO_GUIDANCE_SCALE, images_per_prompt=2)
+VERIFICATION = VerificationSettings(guidance_scale=DEMO.guidance_scale, images_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
 def demo_pipe():
-    return load_pipeline(resolve_model("demo"), "cpu", torch.float32)
+    return load_pipeline(demo_folder(), "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,13 @@ def memorized():
 
 
 @pytest.fixture(scope="module")
-def localization(scorer, calibration, memorized):
-    return localize_prompt(scorer, memorized.text, calibration, calibration.threshold)
+def localizer(scorer, calibration):
+    return Localizer(scorer, calibration, calibration.threshold)
+
+
+@pytest.fixture(scope="module")
+def localization(localizer, memorized):
+    return localize_prompt(localizer, memorized.text)
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +140,12 @@ def test_demo_writes_a_folder_that_can_be_run_by_path(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_passes(demo_pipe, scorer, calibration):
+def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_passes(demo_pipe, localizer, calibration):
     """A verbatim and a template caption; benchmarks/localization.py compares all of them."""
     prompts = read_prompts(demo_folder() / PROMPTS_FILE)
     texts = [next(prompt.text for prompt in prompts if prompt.kind == kind) for kind in ("VM", "TM")]
     oracle = Oracle(NoisePredictor(demo_pipe, LocalizationSettings()), calibration.statistics, calibration.threshold)
-    found = {each.prompt: each for each in localize_prompts(scorer, texts, calibration, calibration.threshold)}
+    found = {each.prompt: each for each in localize_prompts(localizer, texts)}
     for text in texts:
         plain = oracle.localize(text)
         assert agrees(plain, found[text])
@@ -146,23 +153,24 @@ def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_pas
 
 
 @pytest.mark.slow
-def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(scorer, calibration, tmp_path):
+def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(localizer, calibration, tmp_path):
     texts = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "VM"][:3]
-    threshold, sizes = calibration.threshold, scorer.predictor.sizes
-    found = list(localize_incrementally(scorer, texts, calibration, threshold))
+    scorer, threshold = localizer.scorer, localizer.threshold
+    sizes = scorer.predictor.sizes
+    found = list(localize_incrementally(localizer, texts))
     assert [each.prompt for each in found] == texts
     log = tmp_path / "needed.jsonl"
-    settled = settle_mask(scorer, found, calibration, threshold, log_file=log)
+    settled = settle_mask(localizer, found, log_file=log)
     first, *lines = log.read_text().splitlines(keepends=True)
     assert len(lines) == settled.mask.num_neurons + settled.num_dropped
     # Stopped half way it goes on, and says the same; what is known is not tried again.
     log.write_text(first + "".join(lines[: len(lines) // 2]))
-    assert settle_mask(scorer, found, calibration, threshold, log_file=log).mask.neurons == settled.mask.neurons
+    assert settle_mask(localizer, found, log_file=log).mask.neurons == settled.mask.neurons
     assert log.read_text() == first + "".join(lines)
     before = scorer.sample_passes
-    settle_mask(scorer, found, calibration, threshold, log_file=log)
+    settle_mask(localizer, found, log_file=log)
     assert scorer.sample_passes - before == sum(10 + len(each.kept_seeds) for each in found)
-    union = union_mask(list(localize_prompts(scorer, texts, calibration, threshold)), sizes)
+    union = union_mask(list(localize_prompts(localizer, texts)), sizes)
     assert 0 < settled.mask.num_neurons <= union.num_neurons
     detected = [each for text in texts for each in detect(scorer, [text], threshold)]
 
@@ -180,12 +188,11 @@ def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(scorer, calib
 
 
 @pytest.mark.slow
-def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(scorer, calibration, localization, memorized):
-    threshold = calibration.threshold
-    (covered,) = localize_incrementally(scorer, [memorized.text], calibration, threshold, localization.neurons)
+def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(localizer, localization, memorized):
+    (covered,) = localize_incrementally(localizer, [memorized.text], localization.neurons)
     assert covered.status == "localized" and covered.silenced_by_others and not covered.neurons
     assert covered.sample_passes == 10 + len(covered.kept_seeds)
-    settled = settle_mask(scorer, [localization, covered], calibration, threshold)
+    settled = settle_mask(localizer, [localization, covered])
     assert set(settled.mask.neurons) <= set(localization.neurons) and settled.rounds == 0
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nemo_prune.corpus.detection import auroc, fdr_cut, separation, true_positive_rate, upper_limit
+from nemo_prune.screening.detection import auroc, fdr_cut, separation, true_positive_rate, upper_limit
 
 GENERATOR = np.random.default_rng
 

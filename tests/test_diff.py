@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.diff import diff_folders, diff_models
 from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import ema_name
 from nemo_prune.checkpoint.single_file import patch_single_file, write_single_file
 from nemo_prune.cli import app
-from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.mask import Neuron, NeuronMask, Pruning
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -103,10 +104,10 @@ CONV_IN = "model.diffusion_model.input_blocks.0.0.bias"
 def files(model_folder, mask, tmp_path):
     """A base and a pruned release as single files, the mask in the folder beside it."""
     base, pruned = tmp_path / "base.safetensors", tmp_path / "pruned.safetensors"
-    write_single_file(model_folder, None, base)
+    write_single_file(scan_folder(model_folder), None, base)
     save_file({**load_file(base), ema_name(LDM_MID): torch.ones(8, 16)}, base, metadata={"format": "pt"})
     shutil.copyfile(base, pruned)
-    assert patch_single_file(pruned, mask, 0.0) == (4, 2)
+    assert patch_single_file(pruned, Pruning(mask)) == (4, 2)
     (tmp_path / "pruned.nemo_prune").mkdir()
     mask.save(tmp_path / "pruned.nemo_prune" / "mask.safetensors")
     return base, pruned
@@ -117,7 +118,7 @@ def test_single_files_and_folders_are_compared_by_the_names_that_they_share(mode
     pickled = tmp_path / "base.ckpt"
     torch.save({name: tensor.clone() for name, tensor in load_file(base).items()}, pickled)
     plain = tmp_path / "plain.safetensors"
-    write_single_file(out, None, plain)
+    write_single_file(scan_folder(out), None, plain)
     mask = tmp_path / "pruned.nemo_prune" / "mask.safetensors"
     for before, after, names, layer in (
         (base, pruned, {LDM_MID, ema_name(LDM_MID)}, f"{MID}.weight"),

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.estimate import TimeEstimate, duration, estimate_run
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.stages.estimate import TimeEstimate, duration, estimate_run
 
 
 def test_it_is_the_time_of_a_pass_times_the_passes(pipe):

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from kills import files_of
 from safetensors.torch import load_file, save_file
 
-from kills import files_of
-from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
+from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import MaskError, ModelError, OutputError
 from nemo_prune.files.hashing import file_hash
@@ -51,8 +52,8 @@ def test_the_export_differs_in_the_masked_rows_alone_and_the_source_is_untouched
     assert_only_masked_rows_differ(model_folder / WEIGHTS, tmp_path / "out" / WEIGHTS, mask)
     after = files_of(tmp_path / "out")
     assert {name for name in before if before[name] != after[name]} == {WEIGHTS}
-    assert report.hashes == after
-    assert report.base_hashes == {WEIGHTS: before[WEIGHTS]}
+    assert report.sha256 == after
+    assert report.base_sha256 == {WEIGHTS: before[WEIGHTS]}
     assert report.rows_changed == {WEIGHTS: mask.num_neurons}
 
 
@@ -114,7 +115,7 @@ def test_weights_that_can_not_be_patched_are_refused(model_folder, mask, tmp_pat
     content = (base / WEIGHTS).read_bytes()
     for damaged in (content[:100], b"\xff" * 64, content[:-500]):
         (base / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ModelError, match="no valid safetensors"):
+        with pytest.raises(ModelError, match="not a valid safetensors"):
             export_checkpoint(base, mask, tmp_path)
     (base / WEIGHTS).unlink()
     with pytest.raises(ModelError, match="save_pretrained"):
@@ -167,7 +168,7 @@ def test_hidden_folders_and_cards_are_not_copied(model_folder, tmp_path):
     (base / "unet" / ".cache").mkdir()
     (base / "unet" / ".cache" / "x.json").touch()
     (base / "README.md").touch()
-    copied = {path.as_posix() for path in files_to_export(base)[0]}
+    copied = {path.as_posix() for path in scan_folder(base).kept}
     assert WEIGHTS in copied and "README.md" not in copied
     assert not any(".cache" in name for name in copied)
 

@@ -10,18 +10,20 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-
 from kills import files_of
+
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.errors import OutputError
-from nemo_prune.files.layout import folder_beside
+from nemo_prune.facts import MaskFacts
+from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_release_target, staged_folder
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
-from nemo_prune.release.rebuild import export_model
-from nemo_prune.release.targets import staged_release
+from nemo_prune.models.source import resolve_model
+from nemo_prune.release.from_mask import export_model
+from nemo_prune.release.writing import staged_release
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -32,8 +34,13 @@ def mask_file(model_folder, tmp_path_factory):
     """A mask of the tiny pipeline, which knows its base."""
     path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
     found = NeuronMask.from_neurons([Neuron(LAYER, 1), Neuron(LAYER, 3)], {LAYER: 8})
-    found.save(path, {"base_tensors": tensor_digests(model_folder, found)})
+    found.save(path, MaskFacts(base_tensors=tensor_digests(scan_folder(model_folder), found)))
     return path
+
+
+@pytest.fixture(scope="module")
+def source(model_folder):
+    return resolve_model(str(model_folder))
 
 
 @contextmanager
@@ -51,18 +58,16 @@ def small_disk(folder, kilobytes):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_without_room_is_known_before_anything_is_written(model_folder, mask_file, tmp_path):
+def test_a_disk_without_room_is_known_before_anything_is_written(source, mask_file, tmp_path):
     with small_disk(tmp_path / "disk", 200) as disk:
         with pytest.raises(OutputError, match="free"):
-            export_model(ModelSource(model_folder), mask_file, disk / "out")
+            export_model(source, mask_file, disk / "out")
         assert not any(disk.iterdir())
 
 
-def test_a_disk_that_fills_up_at_any_place_leaves_nothing_and_room_mends_it(
-    model_folder, mask_file, tmp_path, monkeypatch
-):
+def test_a_disk_that_fills_up_at_any_place_leaves_nothing_and_room_mends_it(source, mask_file, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)
-    export_model(ModelSource(model_folder), mask_file, whole := tmp_path / "whole")
+    export_model(source, mask_file, whole := tmp_path / "whole")
     needed = sum(-(-path.stat().st_size // 4096) for path in whole.rglob("*") if path.is_file())
     with small_disk(tmp_path / "disk", 2048) as disk:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
@@ -70,32 +75,32 @@ def test_a_disk_that_fills_up_at_any_place_leaves_nothing_and_room_mends_it(
         for room in (0, needed // 2, *range(needed - 5, needed)):
             (disk / "filler").write_bytes(bytes((512 - room) * 4096))
             with pytest.raises(OutputError, match="No space left"):
-                export_model(ModelSource(model_folder), mask_file, disk / "out")
+                export_model(source, mask_file, disk / "out")
             assert [path.name for path in disk.iterdir()] == ["filler"]
         (disk / "filler").write_bytes(bytes((512 - needed) * 4096))
-        export_model(ModelSource(model_folder), mask_file, disk / "out")
+        export_model(source, mask_file, disk / "out")
         assert files_of(disk / "out") == files_of(whole)
 
 
-def test_an_old_release_outlives_a_full_disk(model_folder, mask_file, tmp_path, monkeypatch):
+def test_an_old_release_outlives_a_full_disk(source, mask_file, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)
     with small_disk(tmp_path / "disk", 700) as disk:
-        export_model(ModelSource(model_folder), mask_file, disk / "out", scale=0.5)
+        export_model(source, mask_file, disk / "out", scale=0.5)
         before = files_of(disk / "out")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
         with pytest.raises(OutputError, match="No space left"):
-            export_model(ModelSource(model_folder), mask_file, disk / "out", overwrite=True)
+            export_model(source, mask_file, disk / "out", overwrite=True)
         assert files_of(disk / "out") == before and len(list(disk.iterdir())) == 1
 
 
-def test_a_read_only_target_and_one_that_is_mounted_are_refused(model_folder, mask_file, tmp_path):
+def test_a_read_only_target_and_one_that_is_mounted_are_refused(source, mask_file, tmp_path):
     with small_disk(tmp_path / "disk", 1024) as disk:
         with pytest.raises(OutputError, match="mounted"):
-            export_model(ModelSource(model_folder), mask_file, disk, overwrite=True)
+            export_model(source, mask_file, disk, overwrite=True)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         for out in (disk / "out", disk / "new" / "out"):
             with pytest.raises(OutputError, match="not writable"):
-                export_model(ModelSource(model_folder), mask_file, out)
+                export_model(source, mask_file, out)
         with pytest.raises(OutputError, match="Read-only"):
             NeuronMask.load(mask_file).save(disk / "mask.safetensors")
 
@@ -186,8 +191,8 @@ def test_at_any_moment_nothing_or_the_whole_release_and_the_next_export_succeeds
     assert killed_everywhere(export, tmp_path / "out", 20) > 3
 
 
-def test_at_three_moments_of_the_whole_export_too(model_folder, mask_file, tmp_path):
-    killed_everywhere(lambda out: export_model(ModelSource(model_folder), mask_file, out), tmp_path / "out", 3)
+def test_at_three_moments_of_the_whole_export_too(source, mask_file, tmp_path):
+    killed_everywhere(lambda out: export_model(source, mask_file, out), tmp_path / "out", 3)
 
 
 def test_over_an_older_release_the_old_or_the_new_one_stands(export, tmp_path):
@@ -228,17 +233,17 @@ def test_a_single_file_stands_beside_its_own_record_or_not_at_all(tmp_path, monk
 
     def export(content, **options):
         with staged_release(out, **options) as release:
-            release.file.write_text(content)
+            release.layout.file.write_text(content)
             for name in ("README.md", "nemo_prune.json"):
-                (release.beside / name).write_text(content)
+                (release.layout.folder / name).write_text(content)
 
     export("old")
     killed_at_rename(renames, lambda: export("new", overwrite=True), monkeypatch)
     if out.exists():
-        assert out.read_text() == (folder_beside(out) / "nemo_prune.json").read_text()
+        assert out.read_text() == (ReleaseLayout.of(out).folder / "nemo_prune.json").read_text()
     export("new", overwrite=True)
-    assert out.read_text() == (folder_beside(out) / "nemo_prune.json").read_text() == "new"
-    assert set(tmp_path.iterdir()) == {out, folder_beside(out)}
+    assert out.read_text() == (ReleaseLayout.of(out).folder / "nemo_prune.json").read_text() == "new"
+    assert set(tmp_path.iterdir()) == {out, ReleaseLayout.of(out).folder}
 
 
 def test_two_at_once_do_not_touch_each_other(export, tmp_path):

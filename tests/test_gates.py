@@ -16,8 +16,8 @@ from nemo_prune.engine.gates import (
     split_by_layer,
     touched_probabilities,
 )
-from nemo_prune.engine.scoring import noise_difference, similarity
-from nemo_prune.engine.soft_scoring import soft_noise_difference, soft_similarity
+from nemo_prune.engine.similarity import noise_difference, similarity
+from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.settings import LocalizationSettings
 
 BETAS = (0.33, 0.33, 0.33)

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from hub_server import COMMIT, Hub
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.single_file import write_single_file
 from nemo_prune.files.layout import MASK_FILE
 
 RESOLVE = """
 import sys
 from nemo_prune.errors import NemoPruneError
-from nemo_prune.hub.mask_source import find_mask
-from nemo_prune.checkpoint.source import load_pipeline, resolve_model
+from nemo_prune.models.mask_source import find_mask
+from nemo_prune.models.source import load_pipeline, resolve_model
 import torch
 for name in sys.argv[1:]:
     try:
@@ -28,7 +29,7 @@ for name in sys.argv[1:]:
     except NemoPruneError as error:
         print("named error:", " ".join(str(error).split()))
     else:
-        load_pipeline(source, "cpu", torch.float32)
+        load_pipeline(source.folder, "cpu", torch.float32)
         converted = source.converted and source.converted.replace(" ", "_")
         print(source.repo_id, source.commit, (source.folder / "Model-License.txt").exists(), converted)
 """
@@ -61,7 +62,7 @@ def hub(model_folder, tmp_path_factory):
 def resolve(home, *models, endpoint="http://127.0.0.1:9", **environment):
     """The client reads its settings once, on import: each call is a process of its own; a line a model."""
     settings = {"HF_HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
-    settings |= environment
+    settings |= {"HF_HUB_OFFLINE": "0"} | environment
     return subprocess.run(
         [sys.executable, "-c", RESOLVE, *models],
         env={**os.environ, **settings},
@@ -87,7 +88,7 @@ def test_repos_and_masks_are_fetched_and_used_offline_afterwards_and_others_are_
 ):
     """A model with its licence, also one of .bin weights; a single file's configs; of a release or a mask it alone."""
     file = tmp_path / "model.safetensors"
-    write_single_file(model_folder, None, file)
+    write_single_file(scan_folder(model_folder), None, file)
     wanted = ["owner/pickled", f"{file}@@@owner/tiny", "mask of owner/release", "mask of owner/mask@main"]
     online = resolve(tmp_path, "owner/tiny", *wanted, *REFUSED, endpoint=hub)
     first, *found = online.stdout.splitlines()
@@ -125,7 +126,7 @@ for name in sys.argv[1:]:
 
 
 def test_prompts_of_a_data_set_are_streamed_and_a_wrong_name_split_or_column_is_told(hub, tmp_path):
-    settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"}
+    settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     names = ["owner/captions:train:caption", "owner/captions", "owner/nothing", "owner/captions:nowhere",
              "owner/captions:train:nothing"]  # fmt: skip
     command = [sys.executable, "-c", READ, *names]

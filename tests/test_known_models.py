@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError
-from nemo_prune.known_models import SD_V1_4, URL_VARIABLE, ReferenceFile, fetch, published_calibration, why_not
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
+from nemo_prune.models.known import SD_V1_4, URL_VARIABLE, ReferenceFile
 from nemo_prune.settings import LocalizationSettings
+from nemo_prune.stages.calibrate import why_not
 
 TEXTS = [f"thing number {i}" for i in range(60)]
 
@@ -42,6 +43,8 @@ def reference(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setenv(URL_VARIABLE, f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Whatever the tests are run with: this server is to be asked.
+    monkeypatch.setattr("nemo_prune.models.known.is_offline_mode", lambda: False)
     yield folder
     server.shutdown()
     server.server_close()
@@ -54,21 +57,21 @@ def published(folder, name, content):
 
 def test_a_file_is_fetched_once_and_used_offline_afterwards(reference, monkeypatch):
     file = published(reference, "prompts.csv", b"Caption;URL\na cat;x\n")
-    kept = fetch(file)
+    kept = file.locate()
     assert kept.read_bytes() == b"Caption;URL\na cat;x\n"
     (reference / "prompts.csv").unlink()
     monkeypatch.setenv(URL_VARIABLE, "http://127.0.0.1:9")
-    assert fetch(file) == kept
+    assert file.locate() == kept
     kept.write_bytes(b"damaged")
     with pytest.raises(DownloadError, match="not in the cache"):
-        fetch(file)
+        file.locate()
 
 
 def test_another_files_content_is_refused_and_not_kept(reference, tmp_path):
     file = published(reference, "prompts.csv", b"Caption\na cat\n")
     (reference / "prompts.csv").write_bytes(b"Caption\na dog\n")
     with pytest.raises(DownloadError, match="sha256"):
-        fetch(file)
+        file.locate()
     assert not list(tmp_path.glob("cache/**/*.csv"))
 
 
@@ -76,18 +79,18 @@ def test_another_files_content_is_refused_and_not_kept(reference, tmp_path):
 def test_without_an_answer_the_error_says_which_options_replace_the_files(reference, monkeypatch, address):
     monkeypatch.setenv(URL_VARIABLE, address)
     with pytest.raises(DownloadError, match=r"--prompts.*--calibration-prompts"):
-        fetch(ReferenceFile("prompts.csv", "0" * 64))
+        ReferenceFile("prompts.csv", "0" * 64).locate()
 
 
 def test_the_published_statistics_give_the_papers_threshold(reference):
-    sizes = list(SD_V1_4.sizes.values())
+    sizes = list(SD_V1_4.published.sizes.values())
     lists = ([torch.full((n,), 0.5) for n in sizes], [torch.full((n,), 0.1) for n in sizes])
     torch.save(lists, reference / "statistics.pt")
     content = (reference / "statistics.pt").read_bytes()
-    known = dataclasses.replace(SD_V1_4, statistics=published(reference, "statistics.pt", content))
-    calibration = published_calibration(known)
+    known = dataclasses.replace(SD_V1_4.published, statistics=published(reference, "statistics.pt", content))
+    calibration = known.load()
     assert calibration.threshold == pytest.approx(0.428) and calibration.statistics.num_prompts == 50_000
-    assert list(calibration.statistics.mean) == list(SD_V1_4.sizes)
+    assert list(calibration.statistics.mean) == list(SD_V1_4.published.sizes)
 
 
 def test_statistics_that_would_run_code_are_refused(reference, tmp_path):
@@ -96,9 +99,9 @@ def test_statistics_that_would_run_code_are_refused(reference, tmp_path):
             return os.mkdir, (str(tmp_path / "harm"),)
 
     content = pickle.dumps(Harm())
-    known = dataclasses.replace(SD_V1_4, statistics=published(reference, "statistics.pt", content))
+    known = dataclasses.replace(SD_V1_4.published, statistics=published(reference, "statistics.pt", content))
     with pytest.raises(DownloadError, match="no activation statistics"):
-        published_calibration(known)
+        known.load()
     assert not (tmp_path / "harm").exists()
 
 
@@ -121,13 +124,13 @@ def test_a_published_calibration_fits_its_model_and_no_other(pipe):
 # The command line as installed, with the files of this test in the place of the published ones, and few images.
 PROGRAM = """
 import dataclasses, functools, json, sys
-import nemo_prune.cli.run, nemo_prune.known_models as known, nemo_prune.run
+import nemo_prune.cli.run, nemo_prune.models.known as known
 from nemo_prune.settings import VerificationSettings
 files = {name: known.ReferenceFile(*file) for name, file in json.loads(sys.argv.pop(1)).items()}
-known.KNOWN_MODELS["CompVis/stable-diffusion-v1-4"] = dataclasses.replace(known.SD_V1_4, **files)
+published = dataclasses.replace(known.SD_V1_4.published, statistics=files.pop("statistics"))
+known.KNOWN_MODELS["CompVis/stable-diffusion-v1-4"] = dataclasses.replace(known.SD_V1_4, published=published, **files)
 nemo_prune.cli.run.VerificationSettings = functools.partial(
-    VerificationSettings, num_inference_steps=4, images_per_prompt=2)
-nemo_prune.run._NUM_ORDINARY_IMAGES = 1
+    VerificationSettings, num_inference_steps=4, images_per_prompt=2, ordinary_images=1)
 sys.exit(nemo_prune.cli.app())
 """
 
@@ -138,7 +141,7 @@ def test_the_typed_command_on_a_model_under_the_known_id(reference, tmp_path):
     repo = tmp_path / "hub" / "CompVis" / "stable-diffusion-v1-4"
     shutil.copytree(demo_folder(), repo, ignore=shutil.ignore_patterns("training_images", "*.csv", "figures.json"))
     ordinary = "\n".join(["Caption", *(prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)[:60])])
-    sizes = list(SD_V1_4.sizes.values())
+    sizes = list(SD_V1_4.published.sizes.values())
     torch.save(([torch.zeros(n) for n in sizes], [torch.ones(n) for n in sizes]), reference / "statistics.pt")
     memorized = read_prompts(demo_folder() / PROMPTS_FILE)[:2]
     table = "Caption;type\n" + "".join(f'"{prompt.text}";{prompt.kind}\n' for prompt in memorized)
@@ -152,6 +155,7 @@ def test_the_typed_command_on_a_model_under_the_known_id(reference, tmp_path):
     try:
         endpoint = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+        settings["HF_HUB_OFFLINE"] = "0"
         known = json.dumps({name: dataclasses.astuple(file) for name, file in files.items()})
         typed = "run --model CompVis/stable-diffusion-v1-4 --out pruned/"
         done = subprocess.run(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nemo_prune.checkpoint.export import files_to_export
-from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.layout import is_licence_file
+from nemo_prune.models.source import ModelSource
 from nemo_prune.release.licence import licence_of
 from nemo_prune.settings import Statement
 
@@ -19,7 +19,7 @@ def base(folder, metadata=None, **files):
         (folder / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n", encoding="utf-8")
     for name, content in files.items():
         (folder / name).write_text(content)
-    return ModelSource(folder)
+    return ModelSource(scan_folder(folder))
 
 
 def inherited(folder, metadata, statement=None, **files):
@@ -105,7 +105,7 @@ def test_the_publisher_can_complete_but_not_replace_the_bases_licence(tmp_path):
 def test_a_link_to_a_file_leads_to_the_copy_or_to_the_base_at_its_commit_or_is_dropped(tmp_path):
     card = "license: other\nlicense_name: x\nlicense_link: docs/terms of use.md"
     assert "license_link" not in inherited(tmp_path, card).fields
-    hub = ModelSource(tmp_path, "owner/base", COMMIT)
+    hub = ModelSource(scan_folder(tmp_path), "owner/base", COMMIT)
     link = f"https://huggingface.co/owner/base/blob/{COMMIT}/docs/terms%20of%20use.md"
     assert licence_of(hub, Statement()).fields["license_link"] == link
     beside = inherited(tmp_path, "license: other\nlicense_link: LICENSE.md", **{"LICENSE.md": "text"})
@@ -123,7 +123,7 @@ def test_a_link_to_a_file_leads_to_the_copy_or_to_the_base_at_its_commit_or_is_d
 def test_licence_texts_are_known_by_their_names_and_copied(tmp_path, name, is_one):
     assert is_licence_file(name) is is_one
     source = base(tmp_path, None, **{name: "text"})
-    assert [path.name for path in files_to_export(source.folder)[0]] == sorted(["model_index.json", *[name] * is_one])
+    assert [path.name for path in source.files.kept] == sorted(["model_index.json", *[name] * is_one])
 
 
 @pytest.mark.parametrize(

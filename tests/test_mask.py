@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from nemo_prune.errors import MaskError
+from nemo_prune.facts import BaseFacts, MaskFacts
 from nemo_prune.mask import Neuron, NeuronMask
 
 SIZES = {"mid.to_v": 4, "down.to_v": 3}
@@ -29,11 +30,11 @@ def test_a_neuron_that_does_not_exist_is_refused(neuron):
 def test_saving_keeps_layers_order_and_metadata_and_is_reproducible(tmp_path):
     mask = NeuronMask.from_neurons([Neuron("mid.to_v", 1)], SIZES)
     for name in ("a", "b"):
-        mask.save(tmp_path / name, {"settings": {"theta": 5.0}, "base": {"name": "x"}})
-    loaded, metadata = NeuronMask.load_with_metadata(tmp_path / "a")
+        mask.save(tmp_path / name, MaskFacts(BaseFacts("x"), {"theta": 5.0}))
+    loaded, facts = NeuronMask.load_with_facts(tmp_path / "a")
     assert list(loaded.layers) == list(SIZES)
     assert loaded.neurons == mask.neurons
-    assert metadata["settings"] == {"theta": 5.0}
+    assert facts.settings == {"theta": 5.0}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

@@ -7,8 +7,8 @@ from nemo_prune.engine.search import search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.engine.trials import drive
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.proof.cost import noise_change
 from nemo_prune.settings import LocalizationSettings
-from nemo_prune.verify import noise_change
 
 NEURONS = [Neuron("down", index) for index in range(8)]
 

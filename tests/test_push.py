@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import save_file
@@ -12,27 +13,21 @@ from typer.testing import CliRunner
 
 from hub_server import Hub
 from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.errors import PushError, RecordError
-from nemo_prune.files.layout import CARD_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, folder_beside
-from nemo_prune.hub.mask_source import find_mask
-from nemo_prune.hub.parcel import pack
+from nemo_prune.facts import BaseFacts, MaskFacts
+from nemo_prune.files.layout import CARD_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.mask_source import find_mask
+from nemo_prune.publish.parcel import pack
+from nemo_prune.release.record import ImageAverages, Record
 from nemo_prune.release.residual import with_findings
-from nemo_prune.release.sealed import read_record, write_record
+from records import changed, run_record
 
 TOKEN = "hf_neverToBeSeenAnywhere"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# What a run that left nothing behind records beside what an export does.
-MEASURED = {
-    "prompts": {"total": 3, "memorized": 3, "localized": 3, "not_memorized": 0, "unresolved": 0,
-                "unresolved_included": False},
-    "scores": {"above_threshold_before": 3, "above_threshold_after": 1, "suppressed_above_threshold": 0,
-               "median_before": 0.9, "median_after": 0.3, "median_suppressed_similarity": 0.4},
-    "images": {"per_prompt": 4, "cut": 0.5, "memorized": {"num_prompts": 3, "copies_before": 1.0, "copies_after": 0.0}},
-    "export_verified": True,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +35,8 @@ def mask(model_folder, tmp_path_factory):
     """A mask file that knows its base."""
     path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
     found = NeuronMask.from_neurons([Neuron(MID, 1), Neuron(MID, 6)], {MID: 8})
-    base = {"name": "owner/tiny", "repo_id": "owner/tiny", "commit": "c0ffee"}
-    found.save(path, {"base": base, "base_tensors": tensor_digests(model_folder, found)})
+    base = BaseFacts("owner/tiny", "owner/tiny", "c0ffee")
+    found.save(path, MaskFacts(base, base_tensors=tensor_digests(scan_folder(model_folder), found)))
     return path
 
 
@@ -56,10 +51,11 @@ def made(model_folder, mask, tmp_path_factory):
 
 
 def rewrite(release, **changes):
-    """Seal a record anew: what was measured, with changes."""
-    facts = read_record(release / RECORD_FILE)
-    facts["mask"].pop("sha256")
-    write_record(release / RECORD_FILE, {**facts, **MEASURED, **changes}, find_mask(release))
+    """Seal a record anew: as a run has it that left nothing behind, with changes."""
+    path = ReleaseLayout.found(release).record
+    of_a_run = run_record()
+    record = replace(Record.load(path), prompts=of_a_run.prompts, measured=of_a_run.measured)
+    changed(record, **changes).save(path)
 
 
 @pytest.fixture
@@ -99,10 +95,10 @@ class Pushing:
 
     def __init__(self, hub, folder):
         self.said = folder / "said.txt"
-        environment = {**os.environ, "HF_HOME": str(folder), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        settings = {"HF_HOME": str(folder), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.said.open("w"), text=True,
+            [sys.executable, "-c", DRIVER], env={**os.environ, **settings}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.said.open("w"), text=True,
         )  # fmt: skip
 
     def __call__(self, *arguments, token=TOKEN, command="push"):
@@ -157,10 +153,10 @@ def test_only_what_changed_is_sent_and_what_the_release_lost_is_deleted(hub, pus
     repo = hub.repo("ours/pruned")
     repo.add_commit({**repo.files(), "notes.txt": b"mine", CARD_FILE: b"---\n---\nedited there"}, "main")
     hub.requests.clear()
-    facts = read_record(release / RECORD_FILE)
-    del facts["files"]["sha256"]["vae/config.json"]
+    sha256 = dict(Record.load(release / RECORD_FILE).files.sha256)
+    del sha256["vae/config.json"]
     (release / "vae" / "config.json").unlink()
-    rewrite(release, files=facts["files"])
+    rewrite(release, files={"sha256": sha256})
     (release / CARD_FILE).write_text((release / CARD_FILE).read_text() + "\nedited here\n")
     done = pushing(release, "ours/pruned", "--json")
     assert json.loads(done.stdout) == {
@@ -265,8 +261,8 @@ def test_the_right_to_write_is_checked_before_anything_is_sent(hub, pushing, rel
         (("me/new",), "hf_\x01", "characters"),
         (("me/new",), "hf_reads", "can only read"),
         (("me/new",), "hf_fine", "may not write to repos of `me`"),
-        (("new",), TOKEN, "no name of a repo"),
-        (("me/new..x",), TOKEN, "no name of a repo"),
+        (("new",), TOKEN, "not a valid name of a repo"),
+        (("me/new..x",), TOKEN, "not a valid name of a repo"),
         (("you/new",), TOKEN, "you are `me`"),
         (("theirs/new",), TOKEN, "only read in the organisation"),
         (("you/yours",), TOKEN, "may not do this"),
@@ -345,19 +341,15 @@ print(image.size, float(pipe.unet.mid_block.attentions[0].transformer_blocks[0].
 @pytest.mark.slow
 def test_stock_diffusers_loads_what_was_pushed_and_draws(hub, pushing, release, tmp_path):
     assert pushing(release, "me/loaded").code == 0
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True)
+    settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", LOAD], env={**os.environ, **settings}, capture_output=True, text=True)
     assert done.stdout == "(64, 64) 0.0\n", done.stderr
 
 
-def changed(part, key, value):
-    return {part: {**MEASURED[part], key: value}}
-
-
 RESIDUAL = {
-    "12.5% of the images": {"images": {**MEASURED["images"], "memorized": {"num_prompts": 3, "copies_after": 0.125}}},
-    "2 memorized prompts stayed unresolved": changed("prompts", "unresolved", 2),
-    "1 memorized prompts still give": changed("scores", "suppressed_above_threshold", 1),
+    "12.5% of the images": {"images": {"memorized": ImageAverages(3, copies_after=0.125)}},
+    "2 memorized prompts stayed unresolved": {"prompts": {"unresolved": 2}},
+    "1 memorized prompts still give": {"scores": {"suppressed_above_threshold": 1}},
     "not verified": {"export_verified": False},
 }
 
@@ -375,15 +367,12 @@ def test_what_remains_is_refused_or_stands_in_the_card(release, word):
 
 
 def test_images_that_had_nothing_to_be_compared_with_are_no_residual(release):
-    images = {**MEASURED["images"], "memorized": {"num_prompts": 3, "copies_before": None, "copies_after": None}}
-    rewrite(release, images=images)
+    rewrite(release, images={"memorized": ImageAverages(3)})
     assert "Published although" not in pack(release, "me/x", allow_residual=True).files[CARD_FILE].decode()
 
 
 def test_an_export_that_nobody_measured_is_refused_with_its_own_words(release):
-    facts = {key: value for key, value in read_record(release / RECORD_FILE).items() if key not in MEASURED}
-    facts["mask"].pop("sha256")
-    write_record(release / RECORD_FILE, facts, release / MASK_FILE)
+    replace(Record.load(release / RECORD_FILE), measured=None).save(release / RECORD_FILE)
     with pytest.raises(PushError, match="Nothing was measured on these files"):
         pack(release, "me/x")
 
@@ -443,14 +432,14 @@ def test_a_single_file_lies_at_the_root_of_its_repo_and_the_rest_as_in_a_folder(
     out = tmp_path / "model.safetensors"
     done = CliRunner().invoke(app, ["export", "--model", str(model_folder), "--mask", str(mask), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    rewrite(folder_beside(out))
+    rewrite(out)
     parcel = pack(out, "me/x")
     parcel.check(lambda done, total: None)
     assert set(parcel.files) == {out.name, CARD_FILE, RECORD_FILE, MASK_FILE, PLOT_FILE}
     assert (
         set(parcel.sha256) == {out.name, MASK_FILE} and f"me/x/blob/main/{out.name}" in parcel.files[CARD_FILE].decode()
     )
-    assert find_mask(out) == folder_beside(out) / "mask.safetensors"
-    (folder_beside(out) / "notes.txt").touch()
+    assert find_mask(out) == ReleaseLayout.of(out).folder / "mask.safetensors"
+    (ReleaseLayout.of(out).folder / "notes.txt").touch()
     with pytest.raises(PushError, match=r"notes\.txt"):
         pack(out, "me/x")

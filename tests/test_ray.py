@@ -6,21 +6,26 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
 import pytest
 
-import nemo_prune.workers.ray_workers
-from nemo_prune.checkpoint.source import ModelSource, find_again
+import nemo_prune.compute.ray_workers
+from nemo_prune.checkpoint.folder import CheckpointFiles
+from nemo_prune.compute.local import LocalSession
+from nemo_prune.compute.opening import open_session
+from nemo_prune.compute.ray_cluster import connect, import_ray, resource_for
 from nemo_prune.corpus.prompts import Corpus, Prompt
-from nemo_prune.corpus.screen import sieve_chunk
 from nemo_prune.engine.results import read_results
 from nemo_prune.errors import ModelError, SettingsError, WorkerError
+from nemo_prune.models.known import OrdinaryCaptions
+from nemo_prune.models.source import ModelSource, find_again, resolve_model
+from nemo_prune.progress import Listener, Stage, ignored
 from nemo_prune.run import localize_model
-from nemo_prune.session import Session, open_session
-from nemo_prune.settings import LocalizationSettings, ModelOptions, RunOptions, SieveSettings
-from nemo_prune.workers.ray_cluster import connect, import_ray, resource_for
+from nemo_prune.screening.screen import sieve_chunk
+from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, SieveSettings
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 
@@ -28,11 +33,11 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray`
 SETTINGS = LocalizationSettings(num_samples=2, threshold=0.1139, theta_min=5.0)
 ON_CPU = ModelOptions("cpu")
 CORPUS = Corpus(tuple(Prompt(f"picture {i}") for i in range(8)), 0)
-ORDINARY = [f"thing number {i}" for i in range(50)]
+ORDINARY = OrdinaryCaptions(tuple(f"thing number {i}" for i in range(50)))
 
 
-def localize(session, work, progress=lambda *_: None):
-    return localize_model(session, CORPUS, ORDINARY, RunOptions(out=work, work=work, model=ON_CPU), progress)
+def localize(session, work, listener=Listener()):
+    return localize_model(session, CORPUS, ORDINARY, LocalizationPlan(work, SETTINGS, ON_CPU), listener)
 
 
 def found_in(localizations):
@@ -43,7 +48,7 @@ def found_in(localizations):
 def sieved_by(session):
     """The sieves' values; not their passes, for every worker predicts the unconditional half once."""
     chunks = ([(number, f"picture {number}")] for number in range(5))
-    records = session.map(partial(sieve_chunk, settings=SieveSettings()), chunks)
+    records = session.map(partial(sieve_chunk, settings=SieveSettings(norm_step=0)), chunks)
     return sorted((record["first"], record["norm"], record["anisotropy"]) for record in records)
 
 
@@ -60,7 +65,7 @@ def cluster():
 def alone(model_folder, tmp_path_factory):
     """What a single process localizes, its work folder, and what it sieves."""
     work = tmp_path_factory.mktemp("alone") / "work"
-    session = Session(ModelSource(model_folder), ON_CPU, SETTINGS)
+    session = LocalSession(resolve_model(str(model_folder)), ON_CPU, SETTINGS)
     return localize(session, work)[1], work, sieved_by(session)
 
 
@@ -69,13 +74,18 @@ def alone(model_folder, tmp_path_factory):
 def test_two_workers_of_which_one_is_killed_find_what_a_single_process_finds(cluster, alone, model_folder, tmp_path):
     killed = []
 
-    def kill_one(stage, done, total):
-        if stage == "localize" and done and not killed:
+    def kill_one(done, total):
+        if done and not killed:
             killed.append(session.places[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto", 2) as session:
-        file, localizations = localize(session, tmp_path, kill_one)
+    class Killing(Listener):
+        @contextmanager
+        def stage(self, stage):
+            yield kill_one if stage is Stage.LOCALIZE else ignored
+
+    with open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto", 2) as session:
+        file, localizations = localize(session, tmp_path, Killing())
         sieved = sieved_by(session)
         assert killed and session.workers_lost == 1
         assert killed[0] not in [place.pid for place in session.places]
@@ -93,7 +103,7 @@ def test_two_workers_of_which_one_is_killed_find_what_a_single_process_finds(clu
 @pytest.mark.slow
 def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_folder, monkeypatch):
     # A worker takes seconds to start.
-    monkeypatch.setattr(nemo_prune.workers.ray_workers, "MOST_DEATHS", 1)
+    monkeypatch.setattr(nemo_prune.compute.ray_workers, "MOST_DEATHS", 1)
 
     def task(session, chunk):
         if chunk == ["poison"]:
@@ -103,7 +113,7 @@ def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_fol
         return [session.model_digest + text for text in chunk]
 
     found = []
-    with open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto", 1) as session:
+    with open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto", 1) as session:
         with pytest.raises(ModelError, match=r"^named$"):
             list(session.map(task, [["error"]]))
         with pytest.raises(WorkerError, match="2 workers died on the same part") as error:
@@ -117,7 +127,7 @@ def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_fol
 @pytest.mark.slow
 def test_what_the_cluster_has_not_is_an_error_and_not_a_wait(cluster, model_folder):
     def open_with(options, num_workers):
-        with open_session(ModelSource(model_folder), options, SETTINGS, "auto", num_workers):
+        with open_session(resolve_model(str(model_folder)), options, SETTINGS, "auto", num_workers):
             raise AssertionError("it opened")
 
     if not cluster.cluster_resources().get("GPU"):
@@ -147,7 +157,7 @@ def test_without_ray_the_error_says_how_to_install_it(model_folder, monkeypatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(SettingsError, match=r'pip install "nemo-prune\[ray\]"'),
-        open_session(ModelSource(model_folder), ON_CPU, SETTINGS, "auto"),
+        open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto"),
     ):
         pass
 
@@ -155,7 +165,7 @@ def test_without_ray_the_error_says_how_to_install_it(model_folder, monkeypatch)
 def test_a_number_of_workers_needs_ray(model_folder):
     with (
         pytest.raises(SettingsError, match="--ray auto"),
-        open_session(ModelSource(model_folder), ON_CPU, SETTINGS, None, 2),
+        open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, None, 2),
     ):
         pass
 
@@ -175,7 +185,10 @@ def test_the_device_decides_what_a_worker_needs():
 
 
 def test_a_model_that_is_not_on_the_workers_machine_is_named(tmp_path):
-    assert find_again(ModelSource(tmp_path)).folder == tmp_path
-    assert find_again(ModelSource(tmp_path / "of_the_driver", is_demo=True)).folder.is_dir()
+    def found_at(folder, model=None):
+        return ModelSource(CheckpointFiles(folder, (), {}), model)
+
+    assert find_again(found_at(tmp_path)).folder == tmp_path
+    assert find_again(found_at(tmp_path / "of_the_driver", "demo")).folder.is_dir()
     with pytest.raises(ModelError, match=r"has no folder .*nowhere.*share"):
-        find_again(ModelSource(tmp_path / "nowhere"))
+        find_again(found_at(tmp_path / "nowhere"))

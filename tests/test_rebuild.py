@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import check_base, tensor_digests
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.errors import MaskError
+from nemo_prune.facts import BaseFacts, MaskFacts
 from nemo_prune.mask import Neuron, NeuronMask
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -22,8 +24,8 @@ MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 def mask(model_folder, tmp_path):
     """A mask file that knows its base."""
     found = NeuronMask.from_neurons([Neuron(MID, 1), Neuron(MID, 6)], {MID: 8})
-    described = {"base": {"name": "tiny"}, "base_tensors": tensor_digests(model_folder, found)}
-    found.save(tmp_path / "mask.safetensors", described)
+    facts = MaskFacts(BaseFacts("tiny"), base_tensors=tensor_digests(scan_folder(model_folder), found))
+    found.save(tmp_path / "mask.safetensors", facts)
     return tmp_path / "mask.safetensors"
 
 
@@ -51,7 +53,7 @@ def test_the_same_base_and_mask_give_the_same_files(model_folder, mask, tmp_path
     (tmp_path / "direct").mkdir()
     direct = export_checkpoint(model_folder, NeuronMask.load(mask), tmp_path / "direct")
     facts = json.loads((tmp_path / "out" / "nemo_prune.json").read_text())
-    assert facts["files"]["sha256"] == direct.hashes
+    assert facts["files"]["sha256"] == direct.sha256
     assert (tmp_path / "out" / "nemo_prune" / "mask.safetensors").read_bytes() == mask.read_bytes()
     again = export(model_folder, tmp_path / "out", tmp_path / "again", "--json")
     assert json.loads(again.stdout)["files"] == facts["files"]
@@ -78,10 +80,10 @@ def test_a_base_that_differs_elsewhere_is_the_masks_base(copy, mask, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_same_base_in_a_lower_precision_is_recognised(model_folder, copy, mask, dtype):
     changed(copy, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
-    recorded = NeuronMask.load_with_metadata(mask)[1]["base_tensors"]
-    lower = tensor_digests(copy, NeuronMask.load(mask))
+    recorded = NeuronMask.load_with_facts(mask)[1].base_tensors
+    lower = tensor_digests(scan_folder(copy), NeuronMask.load(mask))
     check_base(lower, recorded)
-    check_base(tensor_digests(model_folder, NeuronMask.load(mask)), lower)
+    check_base(tensor_digests(scan_folder(model_folder), NeuronMask.load(mask)), lower)
     with pytest.raises(MaskError, match="another base"):
         check_base({name: [] for name in lower}, recorded)
 

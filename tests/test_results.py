@@ -68,7 +68,7 @@ def test_tables_of_the_released_code_are_read_with_the_layers_of_sd_v1_4(tmp_pat
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "other.jsonl"
     path.write_text(content)
-    with pytest.raises(PromptError, match="no result file"):
+    with pytest.raises(PromptError, match="is not a result file"):
         read_results(path)
     with pytest.raises(PromptError, match="no result file at"):
         read_results(tmp_path / "nowhere.jsonl")

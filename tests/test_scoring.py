@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nemo_prune.engine.scoring import memorization_scores, noise_difference, similarity, ssim_window
+from nemo_prune.engine.similarity import memorization_scores, noise_difference, similarity, ssim_window
 from nemo_prune.errors import ModelError
 
 BETAS = (0.33, 0.33, 0.33)

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import nemo_prune.corpus.screen
+import nemo_prune.screening.screen
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import Prompt
-from nemo_prune.corpus.screened import read_passed
-from nemo_prune.corpus.sieves import Sieves
 from nemo_prune.corpus.stream import CaptionStream, kind_of
 from nemo_prune.errors import PromptError
-from nemo_prune.plot import save_distributions
-from nemo_prune.verify import seed_agreement
+from nemo_prune.files.pictures import save_distributions
+from nemo_prune.proof.images import seed_agreement
+from nemo_prune.screening.screened import read_passed
+from nemo_prune.screening.sieves import Sieves
 
 NUM_ORDINARY = 50
 
@@ -45,7 +45,7 @@ def planted_values(captions):
 def planted(monkeypatch):
     """Screenings without a pass; the fixture `screened` makes them."""
     nothing = lambda session, chunk: ({"number": number, "value": 0.5} for number, _ in chunk)  # noqa: E731
-    monkeypatch.setattr(nemo_prune.corpus.screen, "score_chunk", nothing)
+    monkeypatch.setattr(nemo_prune.screening.screen, "score_chunk", nothing)
     monkeypatch.setattr(Sieves, "values", lambda self, captions: dict.fromkeys(self.names, planted_values(captions)))
 
 
@@ -120,7 +120,7 @@ def test_a_model_that_memorizes_nothing_gets_no_cut_and_is_told_so(screen, plant
 
 def test_a_stop_loses_nothing_and_a_work_folder_of_something_else_is_refused(screen, planted, tmp_path, monkeypatch):
     assert screen(out=tmp_path / "whole.jsonl").exit_code == 0
-    monkeypatch.setattr(nemo_prune.corpus.screen, "_CAPTIONS_AT_ONCE", 10)
+    monkeypatch.setattr(nemo_prune.screening.screen, "_CAPTIONS_AT_ONCE", 10)
     original, calls = Sieves.values, []
 
     def values(self, captions):
@@ -160,7 +160,7 @@ def test_confirmation_draws_images_of_what_passed_alone(screen, planted, tmp_pat
         noise = np.random.default_rng(len(drawn)).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
         return [Image.fromarray(each) for each in (noise[:1].repeat(3, axis=0) if text == "star 1" else noise)]
 
-    monkeypatch.setattr(nemo_prune.corpus.screen, "draw_images", draw)
+    monkeypatch.setattr(nemo_prune.screening.screen, "draw_images", draw)
     result = screen("--confirm", "--json", guidance_scale=4)
     assert result.exit_code == 0, result.output
     assert sorted(drawn) == [(f"star {i}", 4.0) for i in range(6)]
@@ -191,14 +191,19 @@ def test_run_localizes_what_passed(screened, files, model_folder, tmp_path, monk
     [
         ({"out": "out.csv"}, ["out", ".parquet or .jsonl"]),
         ({"fdr": 1.5}, ["fdr", "between 0 and 1"]),
-        ({"sieve": "cosine"}, ["sieve", "norm or anisotropy"]),
         ({"label_column": "nothing"}, ["nothing", "--label-column"]),
         ({"label_column": "score"}, ["score", "`2`", "vm, tm"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(screen, monkeypatch, changes, words):
-    monkeypatch.setattr("nemo_prune.session.load_pipeline", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("nemo_prune.compute.local.load_pipeline", lambda *arguments: pytest.fail("loaded"))
     assert_named_error(screen(**changes), *words)
+
+
+def test_a_sieve_that_does_not_exist_is_a_usage_error_that_lists_the_others(screen):
+    result = screen(sieve="cosine")
+    assert result.exit_code == 2, result.output
+    assert all(word in result.stderr for word in ("--sieve", "cosine", "norm", "anisotropy"))
 
 
 def test_labels_of_many_tables_are_understood():

@@ -1,7 +1,8 @@
 import pytest
 
+from nemo_prune.compute.local import choose_dtype
 from nemo_prune.errors import SettingsError
-from nemo_prune.settings import PRESETS, LocalizationSettings
+from nemo_prune.settings import PRESETS, LocalizationSettings, Plan, SieveSettings
 
 
 def test_released_code_is_the_default_and_paper_predicts_at_the_first_timestep():
@@ -32,3 +33,14 @@ def test_senseless_values_are_refused_by_name(changes):
 def test_unknown_preset_lists_the_known():
     with pytest.raises(SettingsError, match="released-code, paper"):
         LocalizationSettings.preset("fast")
+
+
+def test_a_choice_that_does_not_exist_lists_the_others():
+    with pytest.raises(SettingsError, match=r"projections.*value or key or both"):
+        LocalizationSettings(projections="query")
+    with pytest.raises(SettingsError, match=r"sieve.*norm or anisotropy"):
+        SieveSettings("cosine")
+    with pytest.raises(SettingsError, match=r"merge.*union or incremental"):
+        Plan("out", merge="sum")
+    with pytest.raises(SettingsError, match=r"int4.*float16"):
+        choose_dtype("int4")

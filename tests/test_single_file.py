@@ -21,14 +21,17 @@ from typer.testing import CliRunner
 from conftest import TEXT_WIDTH, tiny_unet
 from nemo_prune.checkpoint import conversion
 from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import ema_name, ldm_names, ldm_shape
 from nemo_prune.checkpoint.single_file import check_single_file, write_single_file
-from nemo_prune.checkpoint.source import find_again, load_pipeline, resolve_model
 from nemo_prune.cli import app
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError, OutputError
+from nemo_prune.facts import MaskFacts
+from nemo_prune.files.json_values import to_json
 from nemo_prune.mask import NeuronMask
-from nemo_prune.release.targets import staged_release
+from nemo_prune.models.source import find_again, load_pipeline, resolve_model
+from nemo_prune.release.writing import staged_release
 from nemo_prune.settings import LocalizationSettings
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -48,13 +51,13 @@ def cache(tmp_path, monkeypatch):
 def mask(model_folder, tmp_path):
     """A mask that was made for the folder."""
     found = NeuronMask({MID: torch.arange(8) % 5 == 1, DOWN: torch.arange(4) == 2})
-    found.save(tmp_path / "mask.safetensors", {"base_tensors": tensor_digests(model_folder, found)})
+    found.save(tmp_path / "mask.safetensors", MaskFacts(base_tensors=tensor_digests(scan_folder(model_folder), found)))
     return tmp_path / "mask.safetensors"
 
 
 def as_single_file(folder, path, dtype=torch.float32, averages=False, others=None, metadata=None):
     """A single file of the folder, as a training run or another program may have left it."""
-    write_single_file(folder, None, path)
+    write_single_file(scan_folder(folder), None, path)
     tensors = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(path).items()}
     plain = [name for name in tensors if name.startswith("model.diffusion_model.")]
     if averages:
@@ -166,18 +169,18 @@ def test_the_names_of_older_folders_and_of_the_text_encoder():
 
 def test_a_folder_becomes_a_file_that_stock_diffusers_loads_and_a_folder_again(pipe, model_folder, tmp_path, cache):
     file = tmp_path / "model.safetensors"
-    write_single_file(model_folder, None, file)
+    write_single_file(scan_folder(model_folder), None, file)
     stock = StableDiffusionPipeline.from_single_file(str(file), config=str(model_folder), local_files_only=True)
     assert torch.equal(image(stock), image(pipe))
     source = resolve_model(str(file), config=str(model_folder))
-    assert torch.equal(image(load_pipeline(source, "cpu", torch.float32)), image(pipe))
+    assert torch.equal(image(load_pipeline(source.folder, "cpu", torch.float32)), image(pipe))
     unprefixed = {
         name: {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
         for name, tensors in weights(source.folder).items()
     }
     assert unprefixed.keys() == weights(model_folder).keys()
     assert all(equal(tensors, unprefixed[name]) for name, tensors in weights(model_folder).items())
-    assert str(tmp_path) not in json.dumps(source.described()) and "single-file" in source.described()["converted"]
+    assert str(tmp_path) not in json.dumps(to_json(source.facts)) and "single-file" in source.facts.converted
     # It is made once; where it is lost, another worker makes it again.
     made = (source.folder / "conversion.json").stat().st_mtime_ns
     assert resolve_model(str(file), config=str(model_folder)) == source and find_again(source) == source
@@ -190,7 +193,7 @@ def test_a_conversion_that_is_cut_off_leaves_nothing_and_the_next_one_is_whole(
     model_folder, tmp_path, cache, monkeypatch
 ):
     file = tmp_path / "model.safetensors"
-    write_single_file(model_folder, None, file)
+    write_single_file(scan_folder(model_folder), None, file)
     written = []
 
     def cut_off(path, tensors):
@@ -396,13 +399,13 @@ def test_wrong_names_and_options_are_named_errors(model_folder, mask, tmp_path):
         ([*export, tmp_path / "out", "--model", model_folder, "--config", model_folder], "--config"),
         ([*export, tmp_path / "out", "--model", tmp_path / "nowhere.safetensors"], "no single file"),
         ([*export, tmp_path / "out", "--model", file, "--config", tmp_path / "empty"], "model_index.json"),
-        ([*export, tmp_path, *base, "--overwrite"], "lies in"),
+        ([*export, tmp_path, *base, "--overwrite"], "is inside"),
         (["run", "--out", tmp_path / "out.safetensors", "--model", "demo"], "different lengths"),
     ):
         result = command(*arguments)
         assert result.exit_code == 1 and word in result.stderr, result.output
     file.write_bytes(file.read_bytes()[:-100])
-    assert "no valid safetensors" in command(*export, tmp_path / "out", *base).stderr
+    assert "not a valid safetensors" in command(*export, tmp_path / "out", *base).stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.ckpt").exists()
 
 
@@ -413,11 +416,11 @@ def test_an_old_release_stays_until_the_new_one_is_whole(model_folder, mask, tmp
     first = {path: path.read_bytes() for path in (out, out.with_suffix(".nemo_prune") / "nemo_prune.json")}
     assert "--overwrite" in command(*export).stderr
     with pytest.raises(KeyboardInterrupt), staged_release(out, overwrite=True) as release:
-        release.file.touch()
+        release.layout.file.touch()
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(
-            "nemo_prune.release.targets.os.replace", lambda *paths: (_ for _ in ()).throw(OSError("no space"))
+            "nemo_prune.release.writing.os.replace", lambda *paths: (_ for _ in ()).throw(OSError("no space"))
         )
         result = command(*export, "--overwrite", "--scale", -1)
     assert result.exit_code == 1 and "no space" in result.stderr
@@ -434,10 +437,10 @@ def test_an_old_release_stays_until_the_new_one_is_whole(model_folder, mask, tmp
 
 def test_a_file_that_is_not_the_folder_is_found_out(model_folder, tmp_path):
     file = tmp_path / "model.safetensors"
-    write_single_file(model_folder, None, file)
-    check_single_file(file, model_folder, None)
+    write_single_file(scan_folder(model_folder), None, file)
+    check_single_file(file, scan_folder(model_folder), None)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(OutputError, match="is not what the pruned folder holds"):
-        check_single_file(file, model_folder, None)
+        check_single_file(file, scan_folder(model_folder), None)

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,21 +17,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner
 
-from nemo_prune.checkpoint.export import export_checkpoint, files_to_export
+from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
-from nemo_prune.checkpoint.source import ModelSource, resolve_model
-from nemo_prune.checkpoint.stored import read_header
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
 from nemo_prune.engine.localize import PromptLocalization
 from nemo_prune.engine.merge import union_mask
 from nemo_prune.engine.results import ResultsFile, ResultsHeader, read_results
 from nemo_prune.errors import MaskError, ModelError, NemoPruneError, PromptError
-from nemo_prune.hub.parcel import pack
+from nemo_prune.facts import BaseFacts, MaskFacts, StatusCounts
+from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
-from nemo_prune.release.rebuild import export_model
-from nemo_prune.release.sealed import read_record, write_record
+from nemo_prune.models.source import ModelSource, resolve_model
+from nemo_prune.publish.parcel import pack
+from nemo_prune.release.from_mask import export_model
+from nemo_prune.release.record import ImageAverages, Record
+from records import WEIGHTS, run_record
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 TENSORS = {
     f"{LAYER}.bias": torch.arange(1, 5).bfloat16(),
@@ -128,9 +131,13 @@ def make_base(folder):
 
 def make_mask(base, path):
     found = NeuronMask.from_neurons([Neuron(LAYER, 1), Neuron(LAYER, 3)], {LAYER: 4})
-    prompts = {"total": 2, "localized": 2, "not_memorized": 0, "unresolved": 0, "unresolved_included": False}
-    described = {"base": {"name": "x", "commit": None}, "settings": {"theta": 5.0}, "prompts": prompts}
-    found.save(path, described | {"base_tensors": tensor_digests(base, found)})
+    facts = MaskFacts(
+        base=BaseFacts("x"),
+        settings={"theta": 5.0},
+        prompts=StatusCounts(total=2, localized=2, not_memorized=0, unresolved=0, unresolved_included=False),
+        base_tensors=tensor_digests(scan_folder(base), found),
+    )
+    found.save(path, facts)
     return path
 
 
@@ -140,7 +147,7 @@ def assert_error_or_exactly_the_masked_rows(base, mask_file, out, mask=None):
     before = (base / WEIGHTS).read_bytes()
     try:
         if mask is None:
-            export_model(ModelSource(base), mask_file, out, force=True)
+            export_model(ModelSource(scan_folder(base)), mask_file, out, force=True)
         else:
             out.mkdir()
             export_checkpoint(base, mask, out)
@@ -201,7 +208,7 @@ def test_hostile_headers_are_refused_before_anything_is_written(base, tmp_path):
     hostile += [b"", b"\0" * 7, *(struct.pack("<Q", length) + content[8:] for length in (len(content), 2**63))]
     for damaged in hostile:
         (base / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ModelError, match="no valid safetensors"):
+        with pytest.raises(ModelError, match="not a valid safetensors"):
             export_checkpoint(base, NeuronMask({"a": torch.ones(2, dtype=torch.bool)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -273,29 +280,26 @@ def test_a_mask_of_another_dtype_or_of_gigabytes_is_refused_unread(tmp_path):
 def test_what_inspect_shows_can_not_steer_the_terminal(tmp_path):
     evil = "\x1b]0;x\x07\x1b[2J\u202eabc"
     mask = NeuronMask({LAYER: torch.ones(2, dtype=torch.bool)})
-    mask.save(tmp_path / "mask", {"base": {"name": evil, "commit": evil}, "settings": {evil: evil}})
+    mask.save(tmp_path / "mask", MaskFacts(BaseFacts(evil, commit=evil), {evil: evil}))
     for name, *options in (["mask"], [evil], ["mask", "--json"]):
         output = CliRunner().invoke(app, ["inspect", str(tmp_path / name), *options]).output
         assert not {"\x1b", "\x07", "\u202e"} & set(output) and "abc" in output
-
-
-FACTS = {"versions": {"a": "1"}, "base": {"name": "x"}, "mask": {"counts": {"a": 1}}, "files": {"sha256": {}}}
 
 
 @many
 @given(st.data())
 def test_mutated_records_give_an_error_or_what_was_sealed(tmp_path, data):
     record = tmp_path / "nemo_prune.json"
-    (tmp_path / "mask").touch()
-    write_record(record, FACTS, tmp_path / "mask")
-    intact = read_record(record)
+    intact = run_record()
+    intact.save(record)
+    assert Record.load(record) == intact
     content = record.read_bytes()
     if data.draw(st.booleans()):
         record.write_bytes(data.draw(mutated(content)))
     else:
         record.write_text(json.dumps(data.draw(mutated_json(json.loads(content)))))
     with suppress(NemoPruneError):
-        assert read_record(record) == intact
+        assert Record.load(record) == intact
 
 
 @many
@@ -304,14 +308,14 @@ def test_records_that_were_mutated_and_sealed_anew_are_refused_or_push_what_lies
     out = tmp_path / "out"
     if not out.exists():
         base = make_base(tmp_path / "base")
-        export_model(ModelSource(base), make_mask(base, tmp_path / "mask"), out)
+        export_model(ModelSource(scan_folder(base)), make_mask(base, tmp_path / "mask"), out)
         (tmp_path / "record.json").write_bytes((out / "nemo_prune.json").read_bytes())
         assert WEIGHTS in pack(out, "owner/name", allow_residual=True).sha256
-    facts = read_record(tmp_path / "record.json") | {
-        "scores": {"suppressed_above_threshold": 1},
-        "images": {"memorized": {"copies_after": 0.1, "num_prompts": 2}},
-        "export_verified": True,
-    }
+    of_a_run = run_record(
+        scores={"suppressed_above_threshold": 1}, images={"memorized": ImageAverages(2, copies_after=0.1)}
+    )
+    record = replace(Record.load(tmp_path / "record.json"), prompts=of_a_run.prompts, measured=of_a_run.measured)
+    facts = record.to_json()
     facts = data.draw(st.just(facts) | mutated_json(facts))
     if isinstance(facts, dict):
         facts["seal"] = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -328,11 +332,11 @@ def test_hostile_records_are_refused(tmp_path):
     for content in (b"", b"[" * 10**5, b"\xff", b"7", b'{"a":' * 990 + b"1" + b"}" * 990, b"9" * 10**5):
         record.write_bytes(content)
         with pytest.raises(NemoPruneError):
-            read_record(record)
+            Record.load(record)
     record.unlink()
     os.mkfifo(record)
     with pytest.raises(NemoPruneError):
-        read_record(record)
+        Record.load(record)
 
 
 def make_results(path):
@@ -366,13 +370,13 @@ def test_intact_results_are_read_and_hostile_ones_are_refused(tmp_path):
     header = "Caption;Initial SSIM;Refined SSIM;Initial Neurons;Refined Neurons"
     for neurons in ("[" * 10**5, "[['a'], [], [], [], [], [], []]", "[[]]", "{}", "__import__('os')", "9" * 10**6):
         (tmp_path / "results.csv").write_text(f"{header}\nx;0.1;0.1;{neurons};{neurons}")
-        with pytest.raises(PromptError, match="no result file"):
+        with pytest.raises(PromptError, match="is not a result file"):
             read_results(tmp_path / "results.csv")
 
 
 def refused(base, *words):
     with pytest.raises(ModelError) as caught:
-        files_to_export(base)
+        scan_folder(base)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -391,7 +395,7 @@ def test_a_damaged_or_hostile_index_is_refused(base, content):
 def test_entries_that_name_no_component_are_passed_over(base):
     index = {"_class_name": "X", "unet": ["a", "B"], "checker": [None, None], "odd": [], "flag": True}
     (base / "model_index.json").write_text(json.dumps(index))
-    assert Path(WEIGHTS) in files_to_export(base)[0]
+    assert Path(WEIGHTS) in scan_folder(base).kept
 
 
 def test_links_out_of_the_folder_are_refused(base, tmp_path):
@@ -442,7 +446,7 @@ def test_shards_that_are_not_beside_their_index_are_refused(base, shard):
     weights = {"weight_map": {"a": Path(WEIGHTS).name}}
     index = base / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
     index.write_text(json.dumps(weights))
-    files_to_export(base)
+    scan_folder(base)
     weights["weight_map"]["b"] = shard
     index.write_text(json.dumps(weights))
     refused(base, index.name)

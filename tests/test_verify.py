@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from nemo_prune.verify import copy_similarities, image_similarities
+from nemo_prune.proof.images import copy_similarities, image_similarities
 
 
 def picture(array):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nemo_prune.checkpoint.source import ModelSource
+from nemo_prune.compute.local import LocalSession
 from nemo_prune.files.work import LineLog
-from nemo_prune.session import Session
+from nemo_prune.models.source import resolve_model
 from nemo_prune.settings import LocalizationSettings, ModelOptions
+from nemo_prune.stages.calibrate import measure_calibration
 
 TEXTS = [f"thing number {i}" for i in range(50)]
 
@@ -25,17 +26,19 @@ def test_a_log_keeps_its_lines_drops_a_torn_one_and_begins_anew_for_something_el
 
 
 def test_a_calibration_that_is_stopped_goes_on_and_ends_as_an_undisturbed_one(model_folder, tmp_path):
-    session = Session(ModelSource(model_folder), ModelOptions(device="cpu"), LocalizationSettings(num_samples=2))
-    undisturbed = session.measure_calibration(TEXTS, tmp_path / "undisturbed.safetensors")
+    session = LocalSession(
+        resolve_model(str(model_folder)), ModelOptions(device="cpu"), LocalizationSettings(num_samples=2)
+    )
+    undisturbed = measure_calibration(session, TEXTS, tmp_path / "undisturbed.safetensors")
 
     def stop(done, total):
         if done == 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        session.measure_calibration(TEXTS, tmp_path / "stopped.safetensors", stop)
+        measure_calibration(session, TEXTS, tmp_path / "stopped.safetensors", stop)
     passes_before = session.predictor.sample_passes
-    calibration = session.measure_calibration(TEXTS, tmp_path / "stopped.safetensors")
+    calibration = measure_calibration(session, TEXTS, tmp_path / "stopped.safetensors")
     assert session.predictor.sample_passes - passes_before == 30 * 2
     assert calibration.threshold == undisturbed.threshold
     for name, mean in undisturbed.statistics.mean.items():

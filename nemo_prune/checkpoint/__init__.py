@@ -1,1 +1,1 @@
-"""Checkpoints as they lie on disk: every form read, rows changed, differences listed."""
+"""Checkpoints on disk: every form read, rows changed, differences listed."""

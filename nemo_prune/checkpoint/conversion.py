@@ -1,33 +1,32 @@
 """Checkpoints in other forms, converted to what everything works on: a diffusers folder with safetensors weights.
 
-A conversion changes no value. It is kept in the cache folder under the sha256 of what it was made from, appears there
-whole or not at all, and is used again the next time.
+A conversion changes no value. It is kept in the cache folder under the sha256 of its source, appears there whole or
+not at all, and is used again the next time.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
 from nemo_prune.checkpoint.architecture import expected_shapes
-from nemo_prune.checkpoint.export import files_to_export
-from nemo_prune.checkpoint.folder import INDEX_FILE, check_files, component_names, read_model_index
+from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, check_files, component_names, read_model_index
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, full_name, ldm_names, refuse_other_families
-from nemo_prune.checkpoint.single_file import read_tensors
+from nemo_prune.checkpoint.parts import publicly_named
+from nemo_prune.checkpoint.single_file import read_tensors, read_weights
 from nemo_prune.checkpoint.tensors import TensorBytes, write_tensors
-from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, weights_files
+from nemo_prune.checkpoint.weights import WeightsFile, loaded_weights, refuse_missing_shards, weights_files
 from nemo_prune.errors import ModelError, OutputError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import CARD_FILE
+from nemo_prune.files.layout import CARD_FILE, SAFETENSORS, has_ending
+from nemo_prune.files.locks import waiting_lock
 from nemo_prune.files.staging import staged_folder, writing
 from nemo_prune.files.untrusted import read_json
 
-# Part of the key: what another way of converting made is not found.
+# Part of the key: results of another version of the conversion are not found.
 _VERSION = 1
 _NOTE_FILE = "conversion.json"
 _WEIGHTS = {
@@ -54,27 +53,29 @@ class Conversion:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def convert_single_file(file: Path, config: Path) -> Conversion:
+def convert_single_file(file: Path, config: CheckpointFiles) -> Conversion:
     """A single file of SD 1.x as a diffusers folder.
 
     Args:
         file: .safetensors or .ckpt.
-        config: a diffusers folder of the same architecture; its configs, tokenizer and scheduler are taken, its
-            weights are not.
+        config: the files of a diffusers folder of the same architecture; its configs, tokenizer and scheduler are
+            taken, its weights are not.
 
     Raises:
         ModelError: the file is damaged, of another family, or does not fit the config.
         OutputError: the cache can't be written.
     """
-    kept = [path for path in files_to_export(config)[0] if path.parts[0] in _FROM_CONFIG and not _of_weights(path)]
+    kept = [path for path in config.kept if path.parts[0] in _FROM_CONFIG and not _of_weights(path)]
+    index = _index_of_parts(config.folder)
 
     def convert(folder: Path) -> Conversion:
-        tensors = read_tensors(file)
+        weights = read_weights(file)
+        tensors = weights.tensors
         refuse_other_families(tensors)
-        _copy(config, kept, folder)
+        _copy(config.folder, kept, folder)
         used: set[str] = set()
         for component, name in _WEIGHTS.items():
-            shapes = expected_shapes(config, component)
+            shapes = expected_shapes(config.folder, component)
             found = _find(component, shapes, tensors)
             (folder / component).mkdir(exist_ok=True)
             write_tensors(
@@ -82,51 +83,59 @@ def convert_single_file(file: Path, config: Path) -> Conversion:
                 {name: replace(tensors[there], shape=shapes[name]) for name, there in found.items()},
             )
             used.update(found.values())
-        (folder / INDEX_FILE).write_text(json.dumps(_index_of_parts(config), indent=2), encoding="utf-8")
-        return Conversion(folder, f"a single-file checkpoint ({file.suffix})", _left_out(tensors.keys() - used))
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        where = f", its weights under `{weights.wrapper}`" if weights.wrapper else ""
+        left_out = _left_out(tensors.keys() - used) | {
+            f"{name}.*": f"{number} tensors beside the weights" for name, number in weights.others.items()
+        }
+        return Conversion(folder, f"a single-file checkpoint ({file.suffix.lower()}{where})", left_out)
 
-    return _kept(["single file", file_hash(file), _index_of_parts(config), _hashes(config, kept)], convert)
+    return _kept(["single file", file_hash(file), index, _hashes(config.folder, kept)], convert)
 
 
-def pickled_weights(base: Path, variant: str | None) -> dict[str, list[WeightsFile]]:
-    """Component -> its ``.bin`` files that a loader would take, because there are no safetensors of them."""
+def pickled_weights(base: CheckpointFiles, variant: str | None) -> dict[str, list[WeightsFile]]:
+    """Part -> its ``.bin`` files that a loader would take, because there are no safetensors of them.
+
+    Raises:
+        ModelError: a shard of them is missing.
+    """
     found = {}
-    for component in component_names(base):
+    for component in component_names(base.folder):
         files = loaded_weights(weights_files(base, component), variant)
         if files and not files[0].is_safetensors:
+            refuse_missing_shards(component, files)
             found[component] = files
     return found
 
 
-def convert_pickled(base: Path, pickled: Mapping[str, list[WeightsFile]]) -> Conversion:
+def convert_pickled(base: CheckpointFiles, pickled: Mapping[str, list[WeightsFile]]) -> Conversion:
     """A diffusers folder whose ``.bin`` weights are safetensors; everything else is copied.
 
     Args:
-        base: the folder.
+        base: the files of the folder.
         pickled: see :func:`pickled_weights`; the shards of a component become one file.
 
     Raises:
-        ModelError: a file is damaged, or wants more than tensors.
+        ModelError: a file is damaged, or contains more than tensors.
         OutputError: the cache can't be written.
     """
-    kept, left_out = files_to_export(base)
-    kept += [Path(CARD_FILE)] if (base / CARD_FILE).is_file() else []
+    kept = [*base.kept, *([Path(CARD_FILE)] if (base.folder / CARD_FILE).is_file() else [])]
     bins = [each.path for files in pickled.values() for each in files]
-    check_files(base, kept + bins)
+    check_files(base.folder, kept + bins)
 
     def convert(folder: Path) -> Conversion:
-        _copy(base, kept, folder)
-        why = {path.as_posix(): reason for path, reason in left_out.items()}
+        _copy(base.folder, kept, folder)
+        why = publicly_named(base.left_out)
         for component, files in pickled.items():
             target = Path(component, files[0].converted_name)
             tensors: dict[str, TensorBytes] = {}
             for each in files:
-                tensors |= read_tensors(base / each.path)
+                tensors |= read_tensors(base.folder / each.path)
                 why[each.path.as_posix()] = f"converted to {target.as_posix()}"
             write_tensors(folder / target, tensors)
         return Conversion(folder, f"the .bin weights of {', '.join(pickled)}", why)
 
-    return _kept(["bin", _hashes(base, kept + bins), sorted(map(str, left_out))], convert)
+    return _kept(["bin", _hashes(base.folder, kept + bins), sorted(map(str, base.left_out))], convert)
 
 
 def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
@@ -136,27 +145,15 @@ def _kept(key: list, convert: Callable[[Path], Conversion]) -> Conversion:
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder.with_suffix(".lock")):
+        with waiting_lock(folder.with_suffix(".lock")):
             if not (folder / _NOTE_FILE).is_file():
                 with staged_folder(folder, overwrite=True) as staged:
                     made = convert(staged)
                     note = {"converted": made.converted, "left_out": made.left_out}
                     (staged / _NOTE_FILE).write_text(json.dumps(note, indent=2), encoding="utf-8")
     except OutputError as error:
-        raise OutputError(f"The model can't be converted: {error} The cache lies under XDG_CACHE_HOME.") from error
+        raise OutputError(f"The model can't be converted: {error} The cache is under XDG_CACHE_HOME.") from error
     return Conversion(folder, **read_json(folder / _NOTE_FILE))
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process converts the same."""
-    with writing(lock):
-        file = lock.open("ab")
-    with file:
-        # A file system without locks: then the second is told of the first.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _find(component: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorBytes]) -> dict[str, str]:
@@ -186,7 +183,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _left_out(names: Iterable[str]) -> dict[str, str]:
-    """What a folder has no place for, in few words: a training run leaves hundreds of tensors."""
+    """What has no place in a folder, in few words: a training run leaves hundreds of tensors."""
     names = sorted(names)
     averages = [name for name in names if name.startswith(EMA_PREFIX)]
     others = [name for name in names if not name.startswith(EMA_PREFIX)]
@@ -194,14 +191,14 @@ def _left_out(names: Iterable[str]) -> dict[str, str]:
     if averages:
         found[f"{EMA_PREFIX}*"] = f"the moving averages (EMA) of {len(averages)} tensors; the plain weights are used"
     for name in others[:_SHOWN_NAMES]:
-        found[name] = "no tensor of the pipeline"
+        found[name] = "not a tensor of the pipeline"
     if len(others) > _SHOWN_NAMES:
-        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "no tensors of the pipeline"
+        found[f"{len(others) - _SHOWN_NAMES} other tensors"] = "not tensors of the pipeline"
     return found
 
 
 def _index_of_parts(config: Path) -> dict:
-    """The model_index.json of a pipeline that consists of what a single file holds."""
+    """The model_index.json of a pipeline with the components of a single file."""
     index = read_model_index(config)
     dropped = {name: [None, None] for name, kind in index.items() if isinstance(kind, list)}
     kept = {name: index[name] for name in _FROM_CONFIG if name in index}
@@ -209,7 +206,7 @@ def _index_of_parts(config: Path) -> dict:
 
 
 def _of_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or ".index." in path.name
+    return has_ending(path, SAFETENSORS) or ".index." in path.name
 
 
 def _hashes(base: Path, paths: Iterable[Path]) -> list[list[str]]:

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nemo_prune.checkpoint.export import files_to_export
+from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import PREFIXES, full_name
+from nemo_prune.checkpoint.privacy import cleaned_config, cleaned_metadata
 from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, read_tensors
-from nemo_prune.checkpoint.stored import StoredTensor, read_header
 from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
+from nemo_prune.checkpoint.twins import base_rows, files_with_rows
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, is_licence_file
-from nemo_prune.mask import NeuronMask
+from nemo_prune.files.safetensors_header import StoredTensor, read_header, read_metadata
+from nemo_prune.files.untrusted import read_json
+from nemo_prune.mask import METADATA_KEY, NeuronMask
 
-# What a release adds to the base's files, and what it may write anew.
+# What a release adds to the base's files, and what it may rewrite.
 _OF_THE_RELEASE = (CARD_FILE, RECORD_FILE, "nemo_prune/")
 
 
@@ -24,15 +27,16 @@ class Difference:
 
     Attributes:
         file: relative to the folders, or the name of the single file.
-        what: ``left out`` of the base's, ``added``, ``changed`` as a whole, or ``rows`` of a tensor changed.
+        what: ``left out`` of the base's, ``added``, ``changed`` as a whole, ``rows`` of a tensor or ``metadata``
+            changed, or ``unpruned rows`` of the base in it.
         tensor: its name, where a tensor differs.
         rows: the rows that differ.
         expected: whether a mask accounts for it: masked rows alone, or a file that belongs to a release.
-        layer: what a diffusers folder calls the tensor, where a mask touches it in a single file.
+        layer: the tensor's name in a diffusers folder, if a mask touches it in a single file.
     """
 
     file: str
-    what: Literal["left out", "added", "changed", "rows"]
+    what: Literal["left out", "added", "changed", "rows", "metadata", "unpruned rows"]
     tensor: str | None = None
     rows: tuple[int, ...] = ()
     expected: bool = False
@@ -44,14 +48,15 @@ def diff_models(
 ) -> Iterator[Difference]:
     """Compare a pruned model with its base; tensors are read in blocks and never held as a whole.
 
-    Two folders are compared file by file, two .safetensors files byte by byte. Of a folder and a single file, and of
+    Two folders are compared file by file, and no file of the pruned one may hold the base's masked rows, whatever
+    its name. Two .safetensors files are compared tensor by tensor. Of a folder and a single file, and of
     a .ckpt, the tensors are compared: what a conversion leaves out is accounted for.
 
     Args:
         base: the unpruned diffusers folder or single file.
         out: the pruned one.
-        mask: rows that may differ; none may without it.
-        variant: of a folder's weights, where the other is a single file.
+        mask: rows that may differ; without it none may.
+        variant: of a folder's weights, if the other is a single file.
 
     Yields:
         What differs.
@@ -71,7 +76,7 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
     Args:
         base: the unpruned diffusers folder.
         out: the pruned one.
-        mask: rows that may differ; none may without it.
+        mask: rows that may differ; without it none may.
 
     Yields:
         What differs, file by file.
@@ -79,7 +84,8 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
     Raises:
         ModelError: a safetensors file of either is damaged.
     """
-    copied, left_out = (set(map(Path.as_posix, paths)) for paths in files_to_export(base))
+    files = scan_folder(base)
+    copied, left_out = (set(map(Path.as_posix, paths)) for paths in (files.kept, files.left_out))
     ours = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     for name in sorted(copied | left_out | ours):
         if name not in ours:
@@ -87,19 +93,30 @@ def diff_folders(base: Path, out: Path, mask: NeuronMask | None = None) -> Itera
         elif name.startswith(_OF_THE_RELEASE):
             yield Difference(name, "added", expected=True)
         elif name not in copied:
-            # A publisher puts the licence's text there where the base had none.
+            # A publisher adds the licence's text if the base had none.
             yield Difference(name, "added", expected="/" not in name and is_licence_file(name))
-        elif name.endswith(".safetensors"):
+        elif name.endswith(SAFETENSORS):
             yield from _diff_tensors(base / name, out / name, name, mask)
         elif file_hash(base / name) != file_hash(out / name):
-            yield Difference(name, "changed")
+            yield Difference(name, "changed", expected=_is_cleaned(base, out, Path(name)))
+    if mask is not None:
+        for path in files_with_rows(out, base_rows(files, mask)):
+            yield Difference(path.as_posix(), "unpruned rows")
+
+
+def _is_cleaned(base: Path, out: Path, path: Path) -> bool:
+    """Whether a config differs only by what must not be published."""
+    cleaned = cleaned_config(base, path)
+    return cleaned is not None and read_json(out / path) == cleaned[0]
 
 
 def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> Iterator[Difference]:
     before, after = read_header(base), read_header(out)
-    if before != after or _header_bytes(base, before) != _header_bytes(out, after):
+    if _forms(before) != _forms(after) or not _metadata_fits(base, out):
         yield Difference(name, "changed")
         return
+    if read_metadata(base) != read_metadata(out):
+        yield Difference(name, "metadata", expected=True)
     masked = mask.tensor_rows if mask and name.startswith("unet/") else {}
     for tensor, stored in before.items():
         rows = differing_rows(stored_tensor(base, stored), stored_tensor(out, after[tensor]))
@@ -107,16 +124,22 @@ def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> 
             yield Difference(name, "rows", tensor, rows, expected=set(rows) <= set(masked.get(tensor, ())))
 
 
-def _header_bytes(path: Path, tensors: Mapping[str, StoredTensor]) -> bytes:
-    """Everything before the first tensor's first byte."""
-    first = min((tensor.start for tensor in tensors.values()), default=path.stat().st_size)
-    with path.open("rb") as file:
-        return file.read(first)
+def _metadata_fits(base: Path, out: Path) -> bool:
+    """Whether a pruned file's metadata are the base's, without what must not be published."""
+    before, after = read_metadata(base), read_metadata(out)
+    after.pop(METADATA_KEY, None)
+    return after in (before, *(cleaned_metadata(before, changed)[0] for changed in (True, False)))
+
+
+def _forms(tensors: Mapping[str, StoredTensor]) -> list[tuple]:
+    """Names, dtypes and shapes in the order of the file; where they begin depends on the length of the header."""
+    in_file = sorted(tensors, key=lambda name: tensors[name].start)
+    return [(name, tensors[name].dtype, tensors[name].shape) for name in in_file]
 
 
 @dataclass(frozen=True)
 class _Named:
-    """A tensor under the name that both sides share, and how its own side calls it."""
+    """A tensor under the name that both sides share, and its name on its own side."""
 
     file: str
     name: str
@@ -125,8 +148,11 @@ class _Named:
 
 def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | None) -> Iterator[Difference]:
     in_place = base.suffix == out.suffix == SAFETENSORS
-    if in_place and _header_bytes(base, read_header(base)) != _header_bytes(out, read_header(out)):
-        yield Difference(out.name, "changed")
+    if in_place:
+        if _forms(read_header(base)) != _forms(read_header(out)) or not _metadata_fits(base, out):
+            yield Difference(out.name, "changed")
+        elif read_metadata(base) != read_metadata(out):
+            yield Difference(out.name, "metadata", expected=True)
     before, after = _tensors(base, variant), _tensors(out, variant)
     masked, pruned = (masked_tensors(mask, after), mask.tensor_rows) if mask else ({}, {})
     for name in sorted(before.keys() | after.keys()):
@@ -148,7 +174,8 @@ def _tensors(path: Path, variant: str | None) -> dict[str, _Named]:
     """The tensors of a folder or a single file, by the full names of single files."""
     if path.is_dir():
         return {
-            name: _Named(each.file, each.name, each.content) for name, each in folder_tensors(path, variant).items()
+            name: _Named(each.file, each.name, each.content)
+            for name, each in folder_tensors(scan_folder(path), variant).items()
         }
     return {full_name(name): _Named(path.name, name, content) for name, content in read_tensors(path).items()}
 

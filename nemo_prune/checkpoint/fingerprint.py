@@ -1,27 +1,25 @@
 """Which base a mask was made for: digests of the tensors that it touches."""
 
-from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from nemo_prune.checkpoint.export import unet_weights
-from nemo_prune.checkpoint.stored import FLOAT_DTYPES, StoredTensor, read_header
+from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.errors import MaskError
+from nemo_prune.facts import Digests
+from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor, read_header
 from nemo_prune.mask import NeuronMask
 
-# A base is published in any of these.
+# A base may be published in any of these.
 _ALSO_AS = ("F16", "BF16")
 
-Digests = dict[str, list[str]]
 
-
-def tensor_digests(base: Path, mask: NeuronMask) -> Digests:
+def tensor_digests(base: CheckpointFiles, mask: NeuronMask) -> Digests:
     """Digests of the tensors of a base that a mask touches.
 
     Args:
-        base: the unpruned diffusers folder; shards and variants count.
+        base: the files of the unpruned model; shards and variants count.
         mask: layers without a pruned neuron are left out.
 
     Returns:
@@ -29,14 +27,14 @@ def tensor_digests(base: Path, mask: NeuronMask) -> Digests:
     """
     touched = mask.tensor_rows
     digests: dict[str, set[str]] = {}
-    for path in unet_weights(base):
-        for name, stored in read_header(base / path).items():
+    for path in base.unet_weights:
+        for name, stored in read_header(base.folder / path).items():
             if name in touched and stored.dtype in FLOAT_DTYPES and stored.length:
-                digests.setdefault(name, set()).update(_digests(base / path, stored))
-    return {name: sorted(digests[name]) for name in sorted(digests)}
+                digests.setdefault(name, set()).update(_digests(base.folder / path, stored))
+    return {name: tuple(sorted(digests[name])) for name in sorted(digests)}
 
 
-def check_base(found: Digests, recorded: Mapping[str, list[str]]) -> None:
+def check_base(found: Digests, recorded: Digests) -> None:
     """Refuse a base whose tensors are not those that a mask was made for.
 
     Args:
@@ -48,10 +46,10 @@ def check_base(found: Digests, recorded: Mapping[str, list[str]]) -> None:
     """
     if not recorded:
         raise MaskError(
-            "The mask does not say which base tensors it was made for, so that it can't be checked. Use --force if "
+            "The mask does not say which base tensors it was made for, so it can't be checked. Use --force if "
             "you know that it belongs to this model."
         )
-    differing = [name for name in recorded if not set(recorded[name]) & set(found.get(name, []))]
+    differing = [name for name in recorded if not set(recorded[name]) & set(found.get(name, ()))]
     if differing:
         raise MaskError(
             f"The mask was made for another base: {len(differing)} of {len(recorded)} tensors differ, the first is "

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 from nemo_prune.errors import ModelError
 
-# Component of a diffusers pipeline -> what its names begin with in a single file.
+# Component of a diffusers pipeline -> prefix of its names in a single file.
 PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -46,7 +46,7 @@ _VAE_ATTENTION = {
     "to_k": "k",
     "to_v": "v",
     "to_out.0": "proj_out",
-    # As diffusers named them before 0.17; Stable Diffusion v1-4 is published so.
+    # The names in diffusers before 0.17; Stable Diffusion v1-4 is published with them.
     "query": "q",
     "key": "k",
     "value": "v",
@@ -59,8 +59,8 @@ def ldm_names(component: str, names: Iterable[str]) -> dict[str, str]:
 
     Args:
         component: ``unet``, ``vae`` or ``text_encoder``.
-        names: all of its tensors, as any version of diffusers stored them; they show how many blocks there are
-            and how long they are.
+        names: all of its tensors, as any version of diffusers stored them; they show the number and the
+            length of the blocks.
 
     Returns:
         Name in the folder -> name in a single file.
@@ -90,7 +90,7 @@ def ldm_names(component: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def ldm_shape(ldm_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a tensor has in a single file: the VAE's attention is 1x1 convolutions there."""
+    """The shape of a tensor in a single file: the VAE's attention is 1x1 convolutions there."""
     is_convolution = ldm_name.startswith(PREFIXES["vae"]) and ".attn_1." in ldm_name and len(shape) == 2
     return (*shape, 1, 1) if is_convolution else shape
 
@@ -109,7 +109,7 @@ def layer_names(names: Iterable[str], file_names: Iterable[str]) -> dict[str, st
 
 
 def ema_name(ldm_name: str) -> str:
-    """What the moving average of a U-Net tensor is called: the original code drops the dots."""
+    """The name of the moving average of a U-Net tensor: the original code drops the dots."""
     return EMA_PREFIX + ldm_name.removeprefix("model.").replace(".", "")
 
 
@@ -121,7 +121,7 @@ def full_name(file_name: str) -> str:
 
 
 def refuse_other_families(file_names: Iterable[str]) -> None:
-    """Refuse a single file that is no whole checkpoint of SD 1.x.
+    """Refuse a single file that is not a whole checkpoint of SD 1.x.
 
     Raises:
         ModelError: it is of another family, or holds a part of a model.

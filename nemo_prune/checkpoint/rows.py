@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from nemo_prune.checkpoint.stored import FLOAT_DTYPES, StoredTensor
 from nemo_prune.errors import MaskError, ModelError
+from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor
 from nemo_prune.mask import NeuronMask
 
 
 def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask) -> None:
-    """Refuse tensors whose rows are not those that a mask speaks of, or can't be changed.
+    """Refuse tensors whose rows do not fit a mask or can't be changed.
 
     Args:
         file: its name, for the messages.
-        tensors: name, as in a diffusers folder -> where it lies; layers that are not there are passed over.
+        tensors: name, as in a diffusers folder -> where it is in the file; missing layers are skipped.
         mask: what to prune.
 
     Raises:
@@ -42,8 +42,8 @@ def scale_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[st
 
     Args:
         path: the file.
-        tensors: where its tensors lie.
-        rows: name of a tensor -> its rows to change; tensors that are not there are passed over.
+        tensors: where its tensors are.
+        rows: name of a tensor -> its rows to change; missing tensors are skipped.
         scale: the factor.
     """
     here = {name: indices for name, indices in rows.items() if name in tensors}

@@ -5,19 +5,29 @@ average (EMA) under ``model_ema.``. Every copy of a masked layer is pruned, in b
 weights, as diffusers loads them. A conversion leaves the averages out, and the record says so.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
 from nemo_prune.checkpoint.rows import check_rows, scale_rows
-from nemo_prune.checkpoint.stored import read_header
-from nemo_prune.checkpoint.tensors import TensorBytes, equal_bytes, loaded_tensor, stored_tensor, write_tensors
+from nemo_prune.checkpoint.tensors import (
+    FORMAT_ONLY,
+    TensorBytes,
+    equal_bytes,
+    loaded_tensor,
+    stored_tensor,
+    write_tensors,
+)
 from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
-from nemo_prune.files.layout import SAFETENSORS
-from nemo_prune.mask import NeuronMask
+from nemo_prune.files.layout import SAFETENSORS, has_ending
+from nemo_prune.files.pointers import refuse_pointer
+from nemo_prune.files.safetensors_header import read_header
+from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
@@ -31,22 +41,50 @@ class FolderTensor:
     content: TensorBytes
 
 
-def read_tensors(file: Path) -> dict[str, TensorBytes]:
-    """The tensors of a file, by name; none is read yet.
+@dataclass(frozen=True)
+class StoredWeights:
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: by name; none is read yet.
+        wrapper: the key that a training state has them under; None where they are the file's own content.
+        others: further sets of tensors -> how many, which are left out.
+    """
+
+    tensors: dict[str, TensorBytes]
+    wrapper: str | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether a name is that of a checkpoint in one file, in upper or lower case."""
+    return has_ending(path, *SUFFIXES)
+
+
+def read_weights(file: Path) -> StoredWeights:
+    """The tensors of a file, and where in it they are.
 
     Args:
         file: .safetensors, or one that torch saved.
 
     Raises:
-        ModelError: it is damaged, or a pickle that wants more than tensors.
+        ModelError: it is damaged, a Git LFS pointer, or a pickle that wants more than tensors.
     """
-    if file.suffix == SAFETENSORS:
-        return {name: stored_tensor(file, stored) for name, stored in read_header(file).items()}
-    return {name: loaded_tensor(name, tensor) for name, tensor in read_pickled(file).items()}
+    refuse_pointer(file, file.name)
+    if has_ending(file, SAFETENSORS):
+        return StoredWeights({name: stored_tensor(file, stored) for name, stored in read_header(file).items()})
+    pickled = read_pickled(file)
+    tensors = {name: loaded_tensor(name, tensor) for name, tensor in pickled.tensors.items()}
+    return StoredWeights(tensors, pickled.wrapper, pickled.others)
 
 
-def folder_tensors(folder: Path, variant: str | None) -> dict[str, FolderTensor]:
-    """What a single file made from a diffusers folder holds: name in a single file -> tensor.
+def read_tensors(file: Path) -> dict[str, TensorBytes]:
+    """The tensors of a file, by name; see :func:`read_weights`."""
+    return read_weights(file).tensors
+
+
+def folder_tensors(files: CheckpointFiles, variant: str | None) -> dict[str, FolderTensor]:
+    """The content of a single file made from a diffusers folder: name in the single file -> tensor.
 
     Raises:
         ModelError: the folder has a tensor that has no place in a single file, or lacks weights.
@@ -54,8 +92,8 @@ def folder_tensors(folder: Path, variant: str | None) -> dict[str, FolderTensor]
     found = {}
     for component in PREFIXES:
         here: dict[str, FolderTensor] = {}
-        for path in safetensors_of(folder, component, variant):
-            for name, content in read_tensors(folder / path).items():
+        for path in safetensors_of(files, component, variant):
+            for name, content in read_tensors(files.folder / path).items():
                 here[name] = FolderTensor(path.as_posix(), name, content)
         for name, ldm_name in ldm_names(component, here).items():
             shape = ldm_shape(ldm_name, here[name].content.shape)
@@ -75,7 +113,7 @@ def masked_tensors(mask: NeuronMask, names: Collection[str]) -> dict[str, str]:
     return {copy: name for copy, name in copies.items() if copy in names}
 
 
-def patch_single_file(file: Path, mask: NeuronMask, scale: float) -> tuple[int, int]:
+def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
     """Zero or scale the masked rows of every copy in a .safetensors file, in place.
 
     Returns:
@@ -85,38 +123,58 @@ def patch_single_file(file: Path, mask: NeuronMask, scale: float) -> tuple[int, 
         MaskError: a masked layer is not in the file or has another number of rows.
         ModelError: the file is damaged.
     """
-    stored, pruned = read_header(file), mask.tensor_rows
-    copies = masked_tensors(mask, stored)
+    stored, pruned = read_header(file), pruning.mask.tensor_rows
+    copies = masked_tensors(pruning.mask, stored)
     for name in pruned:
         if name.endswith(".weight") and name not in copies.values():
             raise MaskError(f"Mask layer `{name.removesuffix('.weight')}` is not in the single file.")
     for copy, name in copies.items():
-        check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, mask)
+        check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, pruning.mask)
     rows = {copy: pruned[name] for copy, name in copies.items()}
     averages = sum(len(indices) for copy, indices in rows.items() if copy.startswith(EMA_PREFIX))
-    return scale_rows(file, stored, rows, scale), averages
+    return scale_rows(file, stored, rows, pruning.scale), averages
 
 
-def write_single_file(folder: Path, variant: str | None, out: Path) -> None:
+def written_metadata(kept: Mapping[str, str], base_sha256: str, pruning: Pruning) -> dict[str, str]:
+    """The metadata of a pruned single file: the base's, and what was done to it as one JSON string under one key.
+
+    Args:
+        kept: of the base's, see :mod:`nemo_prune.checkpoint.privacy`.
+        base_sha256: of the base.
+        pruning: what was done.
+    """
+    done = {"base_sha256": base_sha256, "mask_digest": pruning.mask.digest, "scale": pruning.scale}
+    return {**kept, METADATA_KEY: json.dumps(done, sort_keys=True)}
+
+
+def write_single_file(
+    files: CheckpointFiles, variant: str | None, out: Path, metadata: Mapping[str, str] = FORMAT_ONLY
+) -> None:
     """Write the weights of a diffusers folder as one file, with the names of single files.
+
+    Args:
+        files: of the diffusers folder.
+        variant: of its weights.
+        out: the file to write.
+        metadata: of the file.
 
     Raises:
         ModelError: the folder has a tensor that has no place in a single file.
         OSError: the file can't be written.
     """
-    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(folder, variant).items()})
+    write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(files, variant).items()}, metadata)
 
 
-def check_single_file(file: Path, folder: Path, variant: str | None) -> None:
+def check_single_file(file: Path, files: CheckpointFiles, variant: str | None) -> None:
     """Make sure that a single file holds every tensor of a folder, byte for byte.
 
     Raises:
         OutputError: one is missing or differs.
     """
     written = {full_name(name): stored_tensor(file, each) for name, each in read_header(file).items()}
-    for name, tensor in folder_tensors(folder, variant).items():
+    for name, tensor in folder_tensors(files, variant).items():
         if name not in written or not equal_bytes(tensor.content, written[name]):
             raise OutputError(
-                f"The single file was not written as it should: `{name}` is not what the pruned folder holds. Is the "
+                f"The single file was not written correctly: `{name}` is not what the pruned folder holds. Is the "
                 "disk damaged, or was the model changed meanwhile? Run the same command again."
             )

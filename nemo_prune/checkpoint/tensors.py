@@ -1,6 +1,5 @@
-"""Tensors whose bytes are read when they are needed, and safetensors files that are written from them."""
+"""Tensors whose bytes are read on demand, and safetensors files written from them."""
 
-import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nemo_prune.checkpoint.stored import StoredTensor
 from nemo_prune.errors import ModelError
+from nemo_prune.files.safetensors_header import StoredTensor, encode_header
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+FORMAT_ONLY: Mapping[str, str] = {"format": "pt"}
 _BLOCK_BYTES = 16 << 20
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """A tensor that lies somewhere.
+    """A tensor whose content is stored somewhere.
 
     Attributes:
         dtype: as safetensors names it.
@@ -51,10 +50,10 @@ def stored_tensor(path: Path, stored: StoredTensor) -> TensorBytes:
 
 
 def loaded_tensor(name: str, tensor: torch.Tensor) -> TensorBytes:
-    """A tensor in memory, or mapped to it.
+    """A tensor in memory, or mapped into it.
 
     Raises:
-        ModelError: safetensors have no such dtype, or the tensor is not there as a whole.
+        ModelError: safetensors have no such dtype, or the tensor is incomplete.
     """
     is_dense = tensor.layout == torch.strided and not tensor.is_meta
     if not is_dense or tensor.dtype not in _DTYPES:
@@ -62,9 +61,11 @@ def loaded_tensor(name: str, tensor: torch.Tensor) -> TensorBytes:
             f"`{name}` is a tensor of {tensor.dtype} that safetensors do not hold as it is. Use the float32, float16 "
             "or bfloat16 weights."
         )
-    # A few bytes can stand for any number of elements.
+    # A few bytes can claim any number of elements.
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise ModelError(f"`{name}` claims {tensor.numel()} elements that the file does not hold. Fetch the file anew.")
+        raise ModelError(
+            f"`{name}` claims {tensor.numel()} elements that the file does not hold. Fetch the file again."
+        )
     shape = tuple(tensor.shape)
 
     def blocks(size: int) -> Iterator[bytes]:
@@ -84,7 +85,7 @@ def equal_bytes(first: TensorBytes, second: TensorBytes) -> bool:
 
 
 def differing_rows(first: TensorBytes, second: TensorBytes) -> tuple[int, ...]:
-    """Rows whose bytes differ, of two tensors of one length; a tensor without rows counts as one."""
+    """Rows whose bytes differ, of two tensors of equal length; a tensor without rows counts as one row."""
     num_rows = first.shape[0] if first.shape and first.shape[0] else 1
     row_bytes = first.length // num_rows
     if not row_bytes:
@@ -100,23 +101,27 @@ def differing_rows(first: TensorBytes, second: TensorBytes) -> tuple[int, ...]:
     return tuple(found)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, TensorBytes], metadata: Mapping[str, str] = FORMAT_ONLY) -> None:
     """Write a safetensors file block by block; the same tensors give the same bytes.
+
+    Args:
+        path: the file.
+        tensors: by their names.
+        metadata: of the file.
 
     Raises:
         OSError: it can't be written.
     """
     # Wide elements first keep every tensor at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].length // max(prod(tensors[name].shape), 1), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     start = 0
     for name in order:
         tensor = tensors[name]
         end = start + tensor.length
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    encoded = encode_header(header)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in order:

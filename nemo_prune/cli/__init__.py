@@ -1,9 +1,12 @@
-"""The command line: a thin skin over the library, a file a command. Heavy imports wait inside the commands."""
+"""The command line: a thin skin over the library, one file per command. Heavy imports wait inside the commands."""
 
 import sys
 
-# Importing a command adds it to the program, in the order in which the help lists them.
-from nemo_prune.cli import calibrate, demo, diff, export, inspect, localize, merge, push, run, screen  # noqa: F401
+# Importing a command adds it to the program, in the order of the help.
+# isort: off
+from nemo_prune.cli import run, screen, calibrate, localize, merge, export, diff, inspect, push, demo  # noqa: F401
+
+# isort: on
 from nemo_prune.cli.console import app
 
 __all__ = ["app", "entry"]

@@ -1,7 +1,8 @@
-"""The program and what its commands share: named errors, the progress bar, quiet libraries."""
+"""The program and what its commands share: named errors, the progress bar, JSON, quiet libraries."""
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -21,31 +23,13 @@ from rich.text import Text
 from nemo_prune import __version__
 from nemo_prune.errors import NemoPruneError
 from nemo_prune.files.untrusted import printable
-
-_STAGE_NAMES = {
-    "load": "Load the model",
-    "calibrate": "Calibrate",
-    "sieve ordinary": "Sieve ordinary captions",
-    "sieve": "Sieve",
-    "score what passed": "Score what passed",
-    "confirm on images": "Confirm on images",
-    "weigh neurons": "Weigh the neurons",
-    "localize": "Localize",
-    "merge": "Merge",
-    "score again": "Score under the mask",
-    "images before": "Images before",
-    "export": "Export",
-    "images after": "Images after",
-    "check files": "Check the files",
-    "upload": "Upload, megabytes",
-}
+from nemo_prune.progress import Advance, Listener, Stage
 
 app = typer.Typer(
-    help="Find the neurons that make a text-to-image model give training images back, and prune them.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
@@ -61,7 +45,10 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Find the neurons that make a text-to-image model give training images back, and prune them."""
+    """Find the neurons that make a text-to-image model give training images back, and prune them.
+
+    Exit codes: 0 done, 1 a named error (of `diff` also a difference), 2 wrong usage, 130 interrupted.
+    """
 
 
 @contextmanager
@@ -75,44 +62,61 @@ def errors_reported() -> Iterator[None]:
         console.print(printable(str(error)), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
-        console.print("Stopped. The same command goes on from here.")
+        console.print("Stopped. Run the same command again to resume.")
         raise typer.Exit(130) from interrupt
 
 
 class _Speed(ProgressColumn):
-    """Prompts a second, once it is known."""
+    """Prompts per second, once they are known."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f} prompts/s" if task.speed else "")
 
 
-@contextmanager
-def progress_bar(
-    quiet: bool, show_speed: bool = False, first: str = "Load the model"
-) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar on stderr: stage, i of N, time left; off where stderr is no terminal.
+class ConsoleListener(Listener):
+    """Shows one bar on stderr, with the stage, i of N and the time left; messages appear above it.
 
     Args:
-        quiet: show nothing.
-        show_speed: also show prompts a second.
-        first: what is done until a stage is told.
+        bar: the bar.
+        task: its only task.
+    """
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[Advance]:
+        begun = False
+
+        def advance(done: int, total: int) -> None:
+            nonlocal begun
+            if begun:
+                self._bar.update(self._task, completed=done, total=total)
+            else:
+                # The work of an earlier run must not count as speed.
+                begun = True
+                self._bar.reset(self._task, description=stage.label, total=total, completed=done)
+
+        self._bar.reset(self._task, description=stage.label, total=None)
+        yield advance
+
+    def say(self, text: str) -> None:
+        tell(text)
+
+
+@contextmanager
+def console_listener(quiet: bool, show_speed: bool = False) -> Iterator[Listener]:
+    """A listener for the terminal; its bar is off where stderr is not a terminal.
+
+    Args:
+        quiet: show no bar.
+        show_speed: also show prompts per second.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                *([_Speed()] if show_speed else []))  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(first, total=None)
-        stage_shown = ""
-
-        def update(stage: str, done: int, total: int) -> None:
-            nonlocal stage_shown
-            if stage != stage_shown:
-                stage_shown = stage
-                # What an earlier run did must not count as speed.
-                bar.reset(task, description=_STAGE_NAMES[stage], total=total, completed=done)
-            bar.update(task, completed=done)
-
-        yield update
+        yield ConsoleListener(bar, bar.add_task(Stage.LOAD.label, total=None))
 
 
 def tell(message: str) -> None:
@@ -120,8 +124,13 @@ def tell(message: str) -> None:
     typer.echo(printable(message), err=True)
 
 
+def print_json(values: object) -> None:
+    """The one JSON object of a command, on stdout."""
+    typer.echo(json.dumps(values, indent=2))
+
+
 def quieten_hub_client() -> None:
-    """The Hub's client has bars of its own and tells of every retry, with addresses; who asks for that gets it."""
+    """Silence the Hub client's own bars and its message per retry, with addresses, unless the user asks for them."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -131,7 +140,7 @@ def quieten_hub_client() -> None:
 
 
 def quieten_libraries() -> None:
-    """Stock loaders chat about optional parts that are none of the user's business here."""
+    """Silence the stock loaders' remarks on optional parts, which do not matter here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar

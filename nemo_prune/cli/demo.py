@@ -12,14 +12,15 @@ from nemo_prune.cli.console import app, errors_reported
 def demo(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
     """Write out the demo model with its captions and training images.
 
-    Example: [bold]nemo-prune demo demo-model/[/]
+    Example: `nemo-prune demo demo-model/`
     """
-    from nemo_prune.demo import CALIBRATION_FILE, PROMPTS_FILE, write_demo
+    from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, write_demo
+    from nemo_prune.models.known import DEMO
 
     with errors_reported():
         write_demo(folder)
-    typer.echo(f"The demo model lies in {folder}. The same run by path:")
+    typer.echo(f"The demo model is in {folder}. The same run by path:")
     typer.echo(
-        f"nemo-prune run --model {folder} --prompts {folder / PROMPTS_FILE} "
-        f"--calibration-prompts {folder / CALIBRATION_FILE} --guidance-scale 3 --out pruned/"
+        f"nemo-prune run --model {folder} --prompts {folder / PROMPTS_FILE} --calibration-prompts "
+        f"{folder / CALIBRATION_FILE} --guidance-scale {DEMO.guidance_scale:g} --out pruned/"
     )

@@ -1,14 +1,13 @@
-"""What a release changed: `nemo-prune diff`."""
+"""What differs between a base and a release: `nemo-prune diff`."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemo_prune.cli.console import app, errors_reported, quieten_libraries
+from nemo_prune.cli.console import app, errors_reported, print_json, quieten_libraries
 from nemo_prune.cli.options import JsonOption, RevisionOption, VariantOption
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.untrusted import printable
 
 
@@ -26,20 +25,22 @@ def diff(
 ) -> None:
     """List every file, tensor and row that differs; exit code 1 if anything but masked rows does.
 
-    Example: [bold]nemo-prune diff demo pruned/[/]
+    Both models may be folders or single files, in any pairing.
+
+    Example: `nemo-prune diff demo pruned/`
     """
     with errors_reported():
         quieten_libraries()
         from nemo_prune.checkpoint.diff import diff_models
-        from nemo_prune.hub.mask_source import find_mask
         from nemo_prune.mask import NeuronMask
+        from nemo_prune.models.mask_source import find_mask
 
         before, after = _place(base, revision, variant), _place(out, None, variant)
         file = find_mask(mask) if mask else _own_mask(after)
         differences = list(diff_models(before, after, NeuronMask.load(file) if file else None, variant))
         unexpected = [each for each in differences if not each.expected]
     if as_json:
-        typer.echo(json.dumps({"differences": [asdict(each) for each in differences], "unexpected": len(unexpected)}))
+        print_json({"differences": to_json(differences), "unexpected": len(unexpected)})
     else:
         for each in differences:
             rows = f" rows {', '.join(map(str, each.rows))}" if each.rows else ""
@@ -49,22 +50,22 @@ def diff(
             typer.echo(printable(f"{each.file}: {what}{layer}{rows}{mark}"))
         typer.echo(
             f"{len(unexpected)} differences that no mask accounts for." if unexpected
-            else "Nothing but masked rows differs, beside the files that a release adds or leaves out."
+            else "Nothing but masked rows differs, apart from the files that a release adds or leaves out."
         )  # fmt: skip
     raise typer.Exit(1 if unexpected else 0)
 
 
 def _place(name: str, revision: str | None, variant: str | None) -> Path:
     """The folder or the single file of a model."""
-    from nemo_prune.checkpoint.source import resolve_model
+    from nemo_prune.models.source import resolve_model
 
     path = Path(name)
     return path if path.is_file() else resolve_model(name, revision, variant).folder
 
 
 def _own_mask(out: Path) -> Path | None:
-    """The mask that lies in a release, or beside one in a single file."""
-    from nemo_prune.files.layout import MASK_FILE, folder_beside
+    """The mask of a release."""
+    from nemo_prune.files.layout import ReleaseLayout
 
-    mask = out / MASK_FILE if out.is_dir() else folder_beside(out) / Path(MASK_FILE).name
+    mask = ReleaseLayout.found(out).mask
     return mask if mask.is_file() else None

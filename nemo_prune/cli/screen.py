@@ -1,17 +1,24 @@
 """Which captions are memorized: `nemo-prune screen`."""
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from nemo_prune.cli.console import app, errors_reported, progress_bar, quieten_libraries
+from nemo_prune.cli.console import app, console_listener, errors_reported, print_json, quieten_libraries
 from nemo_prune.cli.options import (
+    CAPTIONS,
+    DEFAULT_DTYPE,
+    DEFAULT_PRESET,
+    DEFAULT_SIEVE,
+    DEFAULTS,
+    MEASURING,
+    METHOD,
     MODEL_DEFAULTS,
+    RELEASE,
     BatchSizeOption,
     ColumnOption,
     ConfigOption,
@@ -20,135 +27,124 @@ from nemo_prune.cli.options import (
     JsonOption,
     LimitOption,
     ModelOption,
+    OrdinaryColumnOption,
     OrdinaryOption,
     PromptsOption,
     RayOption,
     RayWorkersOption,
     RevisionOption,
     SeedOption,
+    SieveOption,
     VariantOption,
-    image_guidance,
-    ordinary_texts,
-    own_prompts,
+    method_settings,
+    model_options,
+    option,
+    ordinary_captions,
+    setting,
 )
-from nemo_prune.settings import LocalizationSettings, ModelOptions, ScreenOptions, SieveSettings, VerificationSettings
+from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettings
 
-SIEVE_DEFAULTS = SieveSettings()
-_LAST_STEP = LocalizationSettings().num_inference_steps - 1
+_SIEVE_DEFAULTS = SieveSettings()
 
 
 @app.command()
 def screen(
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="The file to write: .parquet or .jsonl, the likeliest captions first.")],
-    work: Annotated[
-        Path | None, typer.Option(help="Folder of what the screening knows; not for publication. (default: OUT.work)")
-    ] = None,
+    out: Annotated[Path, setting(RELEASE, ScreenOptions, "out")],
+    work: Annotated[Path | None, setting(RELEASE, ScreenOptions, "work")] = None,
     prompts: PromptsOption = None,
     prompt_column: ColumnOption = None,
     limit: LimitOption = None,
     calibration_prompts: OrdinaryOption = None,
+    calibration_column: OrdinaryColumnOption = None,
     label_column: Annotated[
         str | None,
-        typer.Option("--label-column", help="Column that says which are memorized (VM, TM, 1, 0, ordinary ...)."),
-    ] = None,
-    sieve: Annotated[
-        str, typer.Option(help="`anisotropy`: two passes a caption, the better one; or `norm`: one.")
-    ] = SIEVE_DEFAULTS.sieve,
-    sieve_samples: Annotated[
-        int, typer.Option("--sieve-samples", min=1, help="Initial latents that the sieve takes the mean over.")
-    ] = SIEVE_DEFAULTS.num_samples,
-    norm_step: Annotated[
-        int | None,
-        typer.Option(
-            "--norm-step",
-            min=0,
-            max=_LAST_STEP,
-            help="Step of 50 at which the norm is taken, 0 the noisiest. "
-            f"(default: {SIEVE_DEFAULTS.norm_step}, demo 25)",
+        option(
+            CAPTIONS,
+            "Column with VM, TM, 1, true, memorized, or 0, false, ordinary: report AUROC and TPR at 1% false alarms of "
+            "each computed sieve, with 95% intervals. They leave out captions without a label.",
+            "--label-column",
         ),
     ] = None,
-    cosine_weight: Annotated[
-        float, typer.Option("--cosine-weight", help="Weight of anisotropy's cosine: 2 for SD v1-4, 0.1 for SD 2.")
-    ] = SIEVE_DEFAULTS.cosine_weight,
-    fdr: Annotated[float, typer.Option(help="Share of false alarms among what passes that is accepted.")] = 0.1,
-    confirm: Annotated[
-        bool, typer.Option("--confirm", help="Draw four images of what passes and measure whether they agree.")
-    ] = False,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help=f"Guidance of these images. (default: {VerificationSettings().guidance_scale:g}, demo 3)"),
+    sieve: SieveOption = DEFAULT_SIEVE,
+    sieve_samples: Annotated[
+        int, setting(METHOD, SieveSettings, "num_samples", "--sieve-samples", min=1)
+    ] = _SIEVE_DEFAULTS.num_samples,
+    norm_step: Annotated[
+        int | None,
+        setting(METHOD, SieveSettings, "norm_step", "--norm-step", min=0, max=DEFAULTS.num_inference_steps - 1),
     ] = None,
-    seed: SeedOption = None,
+    cosine_weight: Annotated[
+        float, setting(METHOD, SieveSettings, "cosine_weight", "--cosine-weight")
+    ] = _SIEVE_DEFAULTS.cosine_weight,
+    fdr: Annotated[float, setting(METHOD, ScreenOptions, "fdr")] = ScreenOptions.fdr,
+    confirm: Annotated[bool, setting(MEASURING, ScreenOptions, "confirm", "--confirm")] = False,
+    guidance_scale: Annotated[float | None, setting(MEASURING, VerificationSettings, "guidance_scale")] = None,
+    seed: SeedOption = DEFAULTS.seed,
     config: ConfigOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = MODEL_DEFAULTS.device,
+    dtype: DtypeOption = DEFAULT_DTYPE,
     batch_size: BatchSizeOption = None,
     ray: RayOption = None,
     ray_workers: RayWorkersOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, and discard another screening's work folder.")
-    ] = False,
+    overwrite: Annotated[bool, setting(RELEASE, ScreenOptions, "overwrite", "--overwrite")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find out which captions of a large corpus are memorized; `run --from-screen` goes on from there.
 
-    Example: [bold]nemo-prune screen --model demo --label-column type --out screened.parquet[/]
+    Every caption goes through a sieve, one or two U-Net passes on pure noise. Captions that pass the cut get NeMo's
+    memorization score. OUT holds all captions, the highest value first, with the columns score, norm, anisotropy,
+    passed, memorization_score and their own. Run the same command again to resume after a stop.
+
+    The cut is set on the ordinary captions (--calibration-prompts). It keeps the false discovery rate, on average, if
+    they resemble the ordinary captions of the corpus; with captions from elsewhere it means nothing. If they are too
+    few, there is no cut, nothing passes, and the command says how many are needed: to find 1,000 memorized captions
+    among 10 million, about 100,000. The picture distributions.png in the work folder shows all values. If memorized
+    and ordinary captions overlap there, try another --norm-step on captions with labels.
+
+    Example: `nemo-prune screen --model demo --label-column type --out screened.parquet`
     """
-    with errors_reported(), progress_bar(quiet=as_json, show_speed=True) as progress:
-        settings = LocalizationSettings.preset("released-code", seed=seed)
-        out = out.absolute()
-        options = ScreenOptions(
-            out=out,
-            work=work or out.with_name(f"{out.name}.work"),
-            model=ModelOptions(device, dtype, batch_size, MODEL_DEFAULTS.margin),
-            fdr=fdr,
-            confirm=confirm,
-            overwrite=overwrite,
-        )
-        from nemo_prune.demo import DEMO_MODEL, DEMO_NORM_STEP
-
-        if norm_step is None:
-            norm_step = DEMO_NORM_STEP if model == DEMO_MODEL else SIEVE_DEFAULTS.norm_step
-        sieve_settings = SieveSettings(sieve, sieve_samples, norm_step, cosine_weight=cosine_weight)
+    with errors_reported(), console_listener(quiet=as_json, show_speed=True) as listener:
+        settings = method_settings(DEFAULT_PRESET, seed=seed)
+        options = ScreenOptions(out, work, model_options(device, dtype, batch_size), fdr, confirm, overwrite)
+        sieve_settings = SieveSettings(sieve.value, sieve_samples, norm_step, cosine_weight=cosine_weight)
         quieten_libraries()
-        from nemo_prune.checkpoint.source import resolve_model
-        from nemo_prune.corpus.screen import screen_captions
+        from nemo_prune.compute.opening import open_session
         from nemo_prune.corpus.stream import CaptionStream
-        from nemo_prune.session import open_session
+        from nemo_prune.files.work import claim_work_folder
+        from nemo_prune.models.source import resolve_model
+        from nemo_prune.screening.screen import screen_captions
 
-        captions = CaptionStream(lambda: _captions(model, prompts, prompt_column), limit, label_column)
-        ordinary = ordinary_texts(model, calibration_prompts)
-        with open_session(
-            resolve_model(model, revision, variant, config), options.model, settings, ray, ray_workers
-        ) as session:
-            result = screen_captions(
-                session, captions, ordinary, options, sieve_settings,
-                VerificationSettings(guidance_scale=image_guidance(model, guidance_scale)), progress,
-            )  # fmt: skip
+        captions = CaptionStream(partial(_captions, model, prompts, prompt_column), limit, label_column)
+        ordinary = ordinary_captions(model, calibration_prompts, calibration_column).texts
+        claim_work_folder(options.work)
+        source = resolve_model(model, revision, variant, config)
+        verification = VerificationSettings(guidance_scale=guidance_scale)
+        with open_session(source, options.model, settings, ray, ray_workers) as session:
+            result = screen_captions(session, captions, ordinary, options, sieve_settings, verification, listener)
     if as_json:
-        typer.echo(json.dumps({**result.facts, "out": str(out), "distributions": str(result.picture)}, indent=2))
+        print_json({**result.facts, "out": str(options.out), "distributions": str(result.picture)})
     else:
-        _show_result(result, out)
+        _show_result(result, options.out)
 
 
 def _captions(model: str, prompts: str | None, column: str | None) -> Iterator[Any]:
-    """The captions to screen; the demo's own are those that it memorized and its ordinary ones, labelled."""
+    """The captions to screen; a known model has memorized ones and further ordinary ones, with labels."""
     from dataclasses import replace
 
     from nemo_prune.corpus.prompts import iter_prompts
     from nemo_prune.corpus.stream import ORDINARY
-    from nemo_prune.demo import DEMO_MODEL, TEST_FILE, demo_folder
+    from nemo_prune.models.known import known_model, memorized_captions
 
-    yield from iter_prompts(prompts or own_prompts(model, "memorized"), column)
-    if prompts is None and model == DEMO_MODEL:
-        yield from (replace(prompt, kind=ORDINARY) for prompt in iter_prompts(demo_folder() / TEST_FILE))
+    yield from iter_prompts(prompts or memorized_captions(model), column, keep_empty=True)
+    if prompts is None and (test := known_model(model).test):
+        yield from (replace(prompt, kind=ORDINARY) for prompt in iter_prompts(test.locate()))
 
 
 def _show_result(result: Any, out: Path) -> None:
-    """What passed, with what certainty, and where to look."""
+    """Show what passed, how certain that is, and where to look."""
     console = Console()
     if result.separations:
         table = Table("sieve", "captions", "number", "AUROC", "TPR at 1% FPR", title="How well the sieves separate")
@@ -160,9 +156,9 @@ def _show_result(result: Any, out: Path) -> None:
     for line in _cut_lines(result.cut):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if result.facts["confirmed"] is not None:
-        console.print(f"{result.facts['confirmed']} of them confirmed: their images of four seeds copy each other.")
+        console.print(f"{result.facts['confirmed']} of them are confirmed: their images of four seeds copy each other.")
     speed, passes = result.facts["prompts_per_second"], result.facts["sample_passes_per_prompt"]
-    console.print(f"{passes:.2f} sample passes a caption" + (f", {speed:.1f} captions a second." if speed else "."))
+    console.print(f"{passes:.2f} sample passes per caption" + (f", {speed:.1f} captions per second." if speed else "."))
     console.print(f"Captions by value, not for publication: {out}", markup=False, soft_wrap=True)
     console.print(f"Distributions: {result.picture}", markup=False, soft_wrap=True)
 
@@ -176,11 +172,11 @@ def _cut_lines(cut: Any) -> list[str]:
         ]
     asked = f"No cut keeps false alarms to {cut.asked:.0%} of what passes"
     if cut.needed_ordinary is None:
-        return [f"{asked}: no caption is above all {cut.num_ordinary:,} ordinary ones, so that none stands out."]
+        return [f"{asked}: no caption is above all {cut.num_ordinary:,} ordinary ones, so none stands out."]
     return [
-        f"{asked}: among {cut.num_prompts:,} captions, {cut.num_ordinary:,} ordinary ones are too few to tell.",
-        f"As the captions lie it takes about {cut.needed_ordinary:,} (--calibration-prompts), or a higher --fdr. "
-        "All captions are in the file by their value.",
+        f"{asked}: for {cut.num_prompts:,} captions, {cut.num_ordinary:,} ordinary ones are too few.",
+        f"With these values about {cut.needed_ordinary:,} are needed (--calibration-prompts), or a higher --fdr. "
+        "The file holds all captions, sorted by value.",
     ]
 
 

@@ -1,1 +1,1 @@
-"""Captions: where they come from, and which of many deserve a closer look."""
+"""Captions: where they come from, in memory or as a stream."""

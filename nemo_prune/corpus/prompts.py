@@ -1,25 +1,32 @@
 """Where prompts come from: text files, tables and data sets of the Hub."""
 
-import csv
 import glob
-import gzip
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
+from nemo_prune.corpus.caption_folders import CaptionFile, files_of_folder, files_of_pattern
+from nemo_prune.corpus.rows import (
+    FORMATS,
+    Row,
+    caption_column,
+    captions_of,
+    find_column,
+    folded,
+    plain_text,
+    read_rows,
+)
 from nemo_prune.errors import PromptError
+from nemo_prune.files.tables import TableError
 
-CAPTION_COLUMNS = ("Caption", "caption", "prompt", "text")
 NEAR_DUPLICATE_OVERLAP = 0.5
-_DELIMITERS = ",;\t|"
-_FORMATS = ".txt, .csv, .tsv, .jsonl or .parquet, each also as .gz"
 MOST_PROMPTS_COMPARED = 20_000
-
-Row = Mapping[str, object]
+_KIND_COLUMN = "type"
+# The second is what the `imagefolder` data sets of the Hub call it.
+_IMAGE_COLUMNS = ("image", "file_name")
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Prompt:
     Attributes:
         text: the caption.
         kind: what its file's ``type`` column says, such as ``VM``, ``TM`` or ``ordinary``.
-        image: the training image that it may give back, where the ``image`` column names a file.
+        image: the training image that it may give back, if the ``image`` column names a file.
         columns: the other columns of its row, as text.
     """
 
@@ -46,10 +53,17 @@ class Corpus:
     Attributes:
         prompts: in the order of their source.
         num_duplicates: how many more captions were exactly the same as one of them.
+        num_empty: how many rows had no caption.
     """
 
     prompts: tuple[Prompt, ...]
     num_duplicates: int
+    num_empty: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions."""
+        return [prompt.text for prompt in self.prompts]
 
 
 def read_prompts(source: str | Path, column: str | None = None, limit: int | None = None) -> list[Prompt]:
@@ -61,33 +75,52 @@ def read_corpus(source: str | Path, column: str | None = None, limit: int | None
     """Read prompts, every caption once, in the order of their source.
 
     Args:
-        source: a local file: .txt with one prompt a line; .csv or .tsv with any delimiter, .jsonl or
-            .parquet with a caption column; each also as .gz. A pattern such as ``captions/*.jsonl``
-            takes several. Or a data set of the Hub: ``owner/name``, ``owner/name:split`` or
-            ``owner/name:split:column``.
-        column: name of the caption column; Caption, caption, prompt or text unless given. Columns
-            ``type`` and ``image`` (a path relative to the file) are understood, others travel along.
+        source: a local file: .txt with one prompt per line; .csv or .tsv with any delimiter, .json, .jsonl or .parquet
+            with a caption column; each also as .gz. A folder or a pattern such as ``captions/*.jsonl`` takes several;
+            there a .txt beside a picture of its name is the caption of that training image. Or a data set of the Hub:
+            ``owner/name``, ``owner/name:split`` or ``owner/name:split:column``.
+        column: name of the caption column; caption, prompt or text unless given. Case, and spaces around a name, do
+            not matter. Columns ``type`` and ``image`` (a path relative to the file) are understood, others travel
+            along. A list in the caption column gives one prompt for each of its texts.
         limit: take the first so many prompts only.
 
     Raises:
         PromptError: the source is missing, damaged, has no caption column or holds no prompt.
     """
     unique: dict[str, Prompt] = {}
-    num_duplicates = 0
-    for prompt in iter_prompts(source, column):
-        if prompt.text in unique:
+    num_duplicates = num_empty = 0
+    for prompt in iter_prompts(source, column, keep_empty=True):
+        if not prompt.text:
+            num_empty += 1
+        elif prompt.text in unique:
             num_duplicates += 1
         else:
             if len(unique) == limit:
                 break
             unique[prompt.text] = prompt
     if not unique:
-        raise PromptError(f"{source} holds no prompt.")
-    return Corpus(tuple(unique.values()), num_duplicates)
+        raise PromptError(f"{source} holds no prompt{without_captions(num_empty)}.")
+    return Corpus(tuple(unique.values()), num_duplicates, num_empty)
 
 
-def iter_prompts(source: str | Path, column: str | None = None) -> Iterator[Prompt]:
-    """The prompts of a source one by one, duplicates too; see :func:`read_corpus`."""
+def without_captions(num_empty: int) -> str:
+    """Why a source holds no prompt although it has rows, in words; nothing where it has none."""
+    if not num_empty:
+        return ""
+    return (
+        f": the caption column is empty in all of its {num_empty} rows. Name another with --prompt-column, or with "
+        "--calibration-column for ordinary captions"
+    )
+
+
+def iter_prompts(source: str | Path, column: str | None = None, keep_empty: bool = False) -> Iterator[Prompt]:
+    """The prompts of a source one by one, duplicates too; see :func:`read_corpus`.
+
+    Args:
+        source: where they are.
+        column: name of the caption column.
+        keep_empty: also give a prompt without text for each row that has no caption, to be counted.
+    """
     files = _files(str(source))
     if files:
         found = (prompt for file in files for prompt in _read_file(file, column))
@@ -95,24 +128,24 @@ def iter_prompts(source: str | Path, column: str | None = None) -> Iterator[Prom
         found = _read_dataset(str(source), column)
     else:
         raise PromptError(
-            f"There is no prompts file at {source}. Give a file ({_FORMATS}), a pattern, or a data set of the Hub "
-            "(owner/name, owner/name:split:column)."
+            f"There is no prompts file at {source}. Give a file ({FORMATS}), a folder of such files, a pattern, or a "
+            "data set of the Hub (owner/name, owner/name:split:column)."
         )
-    yield from (prompt for prompt in found if prompt.text)
+    yield from (prompt for prompt in found if keep_empty or prompt.text)
 
 
 def near_duplicates(texts: Sequence[str], overlap: float = NEAR_DUPLICATE_OVERLAP) -> list[list[int]]:
     """Group texts that share most of their words.
 
-    Two texts are near-duplicates when the words that both have are at least a share of the words
-    that either has; a chain of them is one group.
+    Two texts are near-duplicates if the words they share are at least a given share of all their words;
+    a chain of near-duplicates is one group.
 
     Args:
         texts: captions.
         overlap: that share.
 
     Returns:
-        Positions, a list a group, in the order of the first of each.
+        Positions, one list per group, in the order of the first of each.
     """
     words = [frozenset(re.findall(r"\w+", text.casefold())) for text in texts]
     group_of = list(range(len(texts)))
@@ -134,113 +167,99 @@ def near_duplicates(texts: Sequence[str], overlap: float = NEAR_DUPLICATE_OVERLA
     return list(groups.values())
 
 
-# --- files ---
+def _files(source: str) -> list[CaptionFile]:
+    path = Path(source)
+    if path.is_dir():
+        return files_of_folder(path)
+    return [CaptionFile(path)] if path.is_file() else files_of_pattern(map(Path, glob.glob(source)))
 
 
-def _files(source: str) -> list[Path]:
-    if Path(source).is_file():
-        return [Path(source)]
-    return sorted(path for path in map(Path, glob.glob(source)) if path.is_file())
+def _read_file(file: CaptionFile, column: str | None) -> Iterator[Prompt]:
+    # Pictures with their captions have no columns that one could name.
+    rows = read_rows(file.path, None if file.picture else column)
+    yield from _prompts(rows, file.path, None if file.picture else column, file.path.parent, file.picture)
 
 
-def _read_file(path: Path, column: str | None) -> Iterator[Prompt]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2:-1] if packed else suffixes[-1:]
-    readers = {".txt": _text_rows, ".csv": _table_rows, ".tsv": _table_rows, ".jsonl": _json_rows,
-               ".parquet": _parquet_rows}  # fmt: skip
-    if not kind or kind[0] not in readers:
-        raise PromptError(f"{path} is none of {_FORMATS}. Name it by what it holds.")
-    try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            yield from _prompts(readers[kind[0]](file, path, column), path, column)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8 and try again.") from error
-    except (OSError, EOFError) as error:
-        raise PromptError(f"The prompts file {path} can't be read: {error}.") from error
+def _prompts(
+    rows: Iterable[Row], source: object, column: str | None, folder: Path | None = None, picture: Path | None = None
+) -> Iterator[Prompt]:
+    """The prompts of rows: the caption column is found in the first.
 
-
-def _prompts(rows: Iterable[Row], source: object, column: str | None) -> Iterator[Prompt]:
-    """The prompts of rows: the caption column is found in the first."""
+    Args:
+        rows: of one source.
+        source: how messages call it.
+        column: name of the caption column.
+        folder: what paths of images are relative to; None where they lead nowhere.
+        picture: the training image of all captions, where the source is the caption of one.
+    """
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
         return
-    name = _caption_column(list(first), source, column)
-    folder = source.parent if isinstance(source, Path) else None
-    for row in chain([first], rows):
-        others = {key: _text(value) for key, value in row.items()
-                  if key and key not in (name, "type", "image") and isinstance(value, str | int | float)}  # fmt: skip
-        image = row.get("image")
-        yield Prompt(
-            text=_text(row.get(name) or "").strip(),
-            kind=_text(row["type"]) if row.get("type") else None,
-            image=folder / image if folder and isinstance(image, str) and image else None,
-            columns=others,
-        )
-
-
-def _text(value: object) -> str:
-    """As text that can be written: JSON can hold halves of characters, which become ``?``."""
-    return str(value).encode(errors="replace").decode()
-
-
-def _caption_column(columns: Sequence[str], source: object, wanted: str | None) -> str:
-    if wanted is not None:
-        if wanted not in columns:
-            raise PromptError(f"{source} has no column `{wanted}`. It has: {', '.join(map(str, columns))}.")
-        return wanted
-    found = next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if found is None:
-        raise PromptError(
-            f"{source} has no caption column. It has: {', '.join(map(str, columns))[:200]}; expected is one named "
-            f"{', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}. Name another with --prompt-column."
-        )
-    return found
-
-
-def _text_rows(file: io.BufferedIOBase, path: Path, column: str | None) -> Iterator[Row]:
-    name = column or CAPTION_COLUMNS[0]
-    for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
-        yield {name: line.strip()}
-
-
-def _table_rows(file: io.BufferedIOBase, path: Path, column: str | None) -> Iterator[Row]:
-    csv.field_size_limit(2**30)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    header = text.readline()
-    names = {column} if column else set(CAPTION_COLUMNS)
-    splits = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in _DELIMITERS}
-    fitting = next((delimiter for delimiter, columns in splits.items() if names & set(columns)), None)
-    if fitting is None:
-        # The delimiter that splits it most is the likely one.
-        _caption_column(max(splits.values(), key=len), path, column)
-    yield from csv.DictReader(text, fieldnames=splits[fitting], delimiter=fitting)
-
-
-def _json_rows(file: io.BufferedIOBase, path: Path, column: str | None) -> Iterator[Row]:
-    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PromptError(f"Line {number} of {path} is no JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise PromptError(f"Line {number} of {path} is no JSON object. Expected is one a line, with a caption.")
-            yield row
-
-
-def _parquet_rows(file: io.BufferedIOBase, path: Path, column: str | None) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
+    place = ""
     try:
-        # A packed file can't be read from its end, where parquet has its index.
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file)
-        for batch in table.iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise PromptError(f"{path} can't be read as parquet: {error}") from error
+        name = caption_column(list(first.cells), column)
+        for row in chain([first], rows):
+            place = f", {row.place}"
+            yield from _prompts_of_row(row.cells, _roles(tuple(row.cells), name), folder, picture)
+    except TableError as error:
+        raise PromptError(f"{source} can't be read{place}: {error}.") from error
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """Which columns of a row mean what; None, or nothing, where there is none.
+
+    Attributes:
+        caption: the text, or several.
+        kind: such as ``VM``.
+        images: the training image, the first that names a file counts.
+        others: what travels along.
+    """
+
+    caption: str | None
+    kind: str | None
+    images: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+# Rows of one source have the same columns, or few different ones.
+@lru_cache(maxsize=256)
+def _roles(names: tuple[str, ...], caption: str) -> _Roles:
+    caption, kind = find_column(names, caption), find_column(names, _KIND_COLUMN)
+    images = (find_column(names, name) for name in _IMAGE_COLUMNS)
+    return _Roles(
+        caption,
+        kind if kind != caption else None,
+        tuple(name for name in images if name not in (None, caption)),
+        tuple(name for name in names if name.strip() and name not in (caption, kind)),
+    )
+
+
+def _prompts_of_row(
+    cells: Mapping[str, object], roles: _Roles, folder: Path | None, picture: Path | None
+) -> Iterator[Prompt]:
+    image_column, image = _image(cells, roles.images, folder)
+    others = {
+        name.strip(): text
+        for name in roles.others
+        if name != image_column and (text := plain_text(cells[name])) is not None
+    }
+    kind = plain_text(cells[roles.kind]) if roles.kind is not None else None
+    for text in captions_of(cells[roles.caption] if roles.caption is not None else None):
+        yield Prompt(text, kind, picture or image, others)
+
+
+def _image(cells: Mapping[str, object], columns: Sequence[str], folder: Path | None) -> tuple[str | None, Path | None]:
+    """The column that names the training image, and its file; neither where there is none on this machine."""
+    for name in columns:
+        value = cells[name]
+        if folder and isinstance(value, str) and value.strip() and "://" not in value:
+            path = folder / value.strip()
+            # `image` is this program's own column; a `file_name` may be that of a picture which is elsewhere.
+            if folded(name) == _IMAGE_COLUMNS[0] or path.is_file():
+                return name, path
+    return None, None
 
 
 # --- data sets of the Hub ---
@@ -252,19 +271,19 @@ def _is_dataset_name(source: str) -> bool:
 
 def _read_dataset(source: str, column: str | None) -> Iterator[Prompt]:
     """Stream a data set's prompts."""
-    # The library takes a second to load and is of no use for local files.
+    # The library takes a second to load and is not needed for local files.
     import datasets
 
     name, split, named = [*source.split(":"), "", ""][:3]
-    column = column or named or None
     try:
         dataset = datasets.load_dataset(name, split=split or "train", streaming=True)
-        for feature in (dataset.features or {}).items():
-            if isinstance(feature[1], datasets.Image):
-                dataset = dataset.remove_columns(feature[0])
-        yield from _prompts(dataset, f"The data set {name}", column)
+        for column_name, feature in (dataset.features or {}).items():
+            if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+                dataset = dataset.remove_columns(column_name)
+        rows = (Row(f"row {number}", cells) for number, cells in enumerate(dataset, start=1))
+        yield from _prompts(rows, f"The data set {name}", column or named or None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise PromptError(
-            f"{source} is no local file, and as a data set of the Hub it can't be read: {error}\n"
+            f"{source} is not a local file, and as a data set of the Hub it can't be read: {error}\n"
             "Check the name and the split (owner/name:split:column); for a private one log in: `hf auth login`."
         ) from error

@@ -44,9 +44,9 @@ class ActivationStatistics:
     num_prompts: int
 
     def z_scores(self, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """How far activations lie from the usual, in standard deviations (Alg. 2).
+        """How far activations are from the usual, in standard deviations (Alg. 2).
 
-        A neuron that never varied scores 0 where it is as ever, and infinity where it is not.
+        A neuron that never varied scores 0 if its activation is unchanged, and infinity otherwise.
 
         Args:
             activations: dotted module name -> [..., out_features].
@@ -88,7 +88,7 @@ class ActivationStatisticsFitter:
 
     @property
     def statistics(self) -> ActivationStatistics:
-        """The statistics of everything seen so far; two prompts are the least."""
+        """The statistics of everything seen so far; at least two prompts are needed."""
         divisor = max(self._count - 1, 1)
         return ActivationStatistics(
             mean={name: mean.float() for name, mean in self._mean.items()},

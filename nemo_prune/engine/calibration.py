@@ -2,7 +2,7 @@
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from nemo_prune.engine.activations import ActivationStatistics, ActivationStatis
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError, PromptError
 from nemo_prune.files.staging import staged_file
+from nemo_prune.progress import Advance, ignored
 from nemo_prune.settings import MIN_CALIBRATION_PROMPTS
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Calibration:
     Attributes:
         similarity_mean: mean pairwise similarity of the seeds over ordinary prompts (all pairs).
         similarity_std: its standard deviation.
-        num_std: standard deviations above the mean at which the threshold lies.
+        num_std: number of standard deviations from the mean up to the threshold.
         statistics: usual activation of every neuron.
-        origin: how they were come by, for the record.
+        origin: where the values come from, for the record.
     """
 
     similarity_mean: float
@@ -40,11 +39,11 @@ class Calibration:
 
     @property
     def threshold(self) -> float:
-        """Tau: the similarity above which seeds agree more than ordinary prompts' do (Sec. 3.1)."""
+        """Tau: seeds that are more similar than this agree more than those of ordinary prompts (Sec. 3.1)."""
         return self.similarity_mean + self.num_std * self.similarity_std
 
     def save(self, path: Path, identity: dict) -> None:
-        """Write to a safetensors file, which is either the old one or the whole new one.
+        """Write a safetensors file in one step: at any time the old file or the whole new one is there.
 
         Args:
             path: the file.
@@ -70,7 +69,7 @@ class Calibration:
 
         Args:
             path: the file.
-            identity: what it must have been made with; keys that are not given may be anything.
+            identity: what it must have been made with; keys that are not given are not checked.
 
         Raises:
             OutputError: the file is missing, damaged, or was made with something else.
@@ -81,7 +80,9 @@ class Calibration:
                 mean = {name: file.get_tensor(f"mean.{name}") for name in facts["layers"]}
                 std = {name: file.get_tensor(f"std.{name}") for name in facts["layers"]}
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise OutputError(f"{path} is no calibration: {error}. Make one with `nemo-prune calibrate`.") from error
+            raise OutputError(
+                f"{path} is not a valid calibration: {error}. Make one with `nemo-prune calibrate`."
+            ) from error
         expected = json.loads(json.dumps(identity))
         if changed := [key for key in expected if facts["identity"].get(key) != expected[key]]:
             raise OutputError(
@@ -112,13 +113,13 @@ class MeasuredPrompt:
     similarities: Tensor
 
     def as_record(self) -> dict:
-        """JSON values, to the last bit."""
+        """As JSON values, exact to the last bit."""
         activations = {name: b64encode(values.numpy().tobytes()).decode() for name, values in self.activations.items()}
         return {"prompt": self.prompt, "activations": activations, "similarities": self.similarities.tolist()}
 
     @classmethod
     def from_record(cls, record: dict) -> "MeasuredPrompt":
-        """What :meth:`as_record` made."""
+        """The inverse of :meth:`as_record`."""
         activations = {
             name: torch.frombuffer(bytearray(b64decode(values)), dtype=torch.float32)[None]
             for name, values in record["activations"].items()
@@ -126,13 +127,13 @@ class MeasuredPrompt:
         return cls(record["prompt"], activations, torch.tensor(record["similarities"]))
 
 
-def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda done, total: None) -> Calibration:
+def calibrate(scorer: Scorer, texts: Sequence[str], advance: Advance = ignored) -> Calibration:
     """Measure threshold and activation statistics on prompts that are not memorized (Sec. 3.1, 3.2).
 
     Args:
         scorer: the model.
         texts: at least 50 different ordinary prompts.
-        progress: called with the prompts done and their number.
+        advance: called with the prompts done and their number.
 
     Raises:
         PromptError: there are too few prompts.
@@ -141,12 +142,12 @@ def calibrate(scorer: Scorer, texts: Sequence[str], progress: Progress = lambda 
     measured = []
     for each in measure_prompts(scorer, texts):
         measured.append(each)
-        progress(len(measured), len(texts))
+        advance(len(measured), len(texts))
     return fit_calibration(measured, scorer.predictor.settings.threshold_num_std)
 
 
 def enough_prompts(texts: Sequence[str]) -> list[str]:
-    """The different ones of ordinary prompts.
+    """Ordinary prompts without duplicates.
 
     Raises:
         PromptError: there are too few.
@@ -161,7 +162,7 @@ def enough_prompts(texts: Sequence[str]) -> list[str]:
 
 
 def measure_prompts(scorer: Scorer, texts: Sequence[str]) -> Iterator[MeasuredPrompt]:
-    """Measure prompts for a calibration, S sample passes a prompt.
+    """Measure prompts for a calibration, S sample passes per prompt.
 
     The noise is predicted exactly as the detection does: same latents, timestep and no guidance.
     """
@@ -177,7 +178,7 @@ def fit_calibration(measured: Iterable[MeasuredPrompt], num_std: float) -> Calib
 
     Args:
         measured: the prompts.
-        num_std: standard deviations above the mean at which the threshold lies.
+        num_std: number of standard deviations from the mean up to the threshold.
     """
     fitter = ActivationStatisticsFitter()
     pairs = []

@@ -77,10 +77,10 @@ class NoisePredictor:
     Args:
         pipe: a Stable Diffusion pipeline in evaluation mode.
         settings: number of samples, seed, schedule and timestep.
-        batch_size: latents that go through the U-Net at once, always as many: the last digits of a
+        batch_size: latents that go through the U-Net at once, always the same number: the last digits of a
             prediction depend on it, but on nothing else in the batch, as long as a sample's tensors fill the
-            processor's vectors, as those of published models do. Halved where memory is short.
-            By default those of one prompt, on a GPU of four.
+            processor's vectors, as those of published models do. Halved if memory is short.
+            By default those of one prompt; on a GPU those of four.
         scale: what the outputs of suppressed neurons are multiplied by.
 
     Attributes:
@@ -105,7 +105,7 @@ class NoisePredictor:
         self.layers = find_text_projections(pipe.unet, settings.projections)
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = 0
-        # The U-Net walks through all of its weights whenever it is asked for its dtype.
+        # Asking the U-Net for its dtype walks through all of its weights, so ask once.
         self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps)
@@ -173,21 +173,21 @@ class NoisePredictor:
     ) -> Tensor:
         """Predict the noise of latents, each for a text of its own and with neurons of its own suppressed.
 
-        A batch that is not full is filled up, so that a prediction does not depend on what it shares a
-        batch with. Where the device's memory does not take a batch, the batch size is halved, for good.
+        A batch that is not full is filled up, so a prediction does not depend on what it shares a
+        batch with. If a batch does not fit into the device's memory, the batch size is halved, for good.
 
         Args:
             latents: initial latents [batch, channels, height, width].
             prompt_embeds: text embeddings [batch, positions, width].
-            suppressed: the neurons to suppress, one collection a sample.
-            batch_size: how many at once, where it is not the predictor's own.
-            timestep: of the model's training, where it is not the predictor's own.
+            suppressed: the neurons to suppress, one collection per sample.
+            batch_size: how many at once, if not the predictor's own.
+            timestep: of the model's training schedule, if not the predictor's own.
 
         Returns:
             Predicted noise [batch, channels, height, width], float32, on the model's device.
 
         Raises:
-            ModelError: the device's memory does not take a single sample.
+            ModelError: a single sample does not fit into the device's memory.
         """
         latents = latents.to(self.pipe.unet.device)
         timestep = self.timestep if timestep is None else timestep
@@ -203,7 +203,7 @@ class NoisePredictor:
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise ModelError(
-                        "The device's memory does not take the model and one sample. Use --dtype float16, or another "
+                        "The model and one sample do not fit into the device's memory. Use --dtype float16, or another "
                         "--device."
                     ) from error
                 self.batch_size = size // 2
@@ -232,7 +232,7 @@ class NoisePredictor:
         return self.to_noise(output[:count].float(), latents, torch.full((count,), timestep))
 
     def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
-        """Dotted module name -> bool [batch, out_features], for the layers where anything is suppressed."""
+        """Dotted module name -> bool [batch, out_features], for the layers in which neurons are suppressed."""
         places: dict[str, tuple[list[int], list[int]]] = {}
         for sample, neurons in enumerate(suppressed):
             for layer, index in neurons:
@@ -246,7 +246,7 @@ class NoisePredictor:
         return gates
 
     def to_noise(self, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model predicts, as noise (the identities of arXiv 2202.00512, App. D).
+        """The model's prediction as noise (the identities of arXiv 2202.00512, App. D).
 
         Args:
             output: of the U-Net, [batch, channels, height, width].

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
-from nemo_prune.engine.scoring import memorization_scores, noise_difference, similarity
+from nemo_prune.engine.similarity import memorization_scores, noise_difference, similarity
 from nemo_prune.mask import Neuron
 
 # Seed of latents that no search for a mask has seen.

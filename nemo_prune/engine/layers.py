@@ -26,7 +26,7 @@ def find_text_projections(unet: nn.Module, projections: str = "value") -> dict[s
         Dotted module name -> layer, in the order of execution: down blocks, then the mid block.
 
     Raises:
-        ModelError: the projections are fused, wrapped by a LoRA or quantised, or there is none.
+        ModelError: the projections are fused, wrapped by a LoRA or quantised, or none was found.
     """
     refuse_altered_projections(unet)
     suffixes = _SUFFIXES[projections]

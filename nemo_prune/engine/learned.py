@@ -27,7 +27,7 @@ from nemo_prune.engine.gates import (
 )
 from nemo_prune.engine.gone import Corpus, correlation
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
-from nemo_prune.engine.soft_scoring import soft_noise_difference, soft_similarity
+from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.files.staging import staged_file
 
 # Of the captions that a step sees, this share is the hardest; the others are drawn evenly.

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
-from typing import Literal
 
 from torch import Tensor
 
@@ -16,10 +15,9 @@ from nemo_prune.engine.scorer import ScoredPrompt, Scorer
 from nemo_prune.engine.search import SearchResult, search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.engine.trials import Trial
+from nemo_prune.facts import Status
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import LocalizationSettings
-
-Status = Literal["localized", "not_memorized", "unresolved"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,14 @@ class PromptLocalization:
         kept_seeds: positions of the seeds that agree with another one.
         candidates: the initial set.
         neurons: the refined set, a part of the candidates.
-        candidates_score: the highest suppressed similarity that was seen under the initial set; not
-            every seed need have been tried. None without a set.
+        candidates_score: the highest suppressed similarity that was seen under the initial set, on the
+            seeds that were tried. None without a set.
         neurons_score: the highest suppressed similarity under the refined set, over all kept seeds.
         theta: the cut on |z| that gave the candidates.
-        k: how many of the most active neurons of each layer are among them.
-        margin: the smallest distance of any similarity from the threshold that decided about it.
-        silenced_by_others: whether other prompts' neurons silence it, so that it needs none of its own.
-        fell_back: whether the scores were not monotone, so that every set had to be tried in turn.
+        k: number of the most active neurons of each layer among them.
+        margin: the smallest distance of any similarity from the threshold it was compared with.
+        silenced_by_others: whether other prompts' neurons silence it, so it needs none of its own.
+        fell_back: whether the scores were not monotone, so every set had to be tried in turn.
         sample_passes: latents that went through the U-Net for it.
         seconds: its share of the wall time.
     """
@@ -62,9 +60,31 @@ class PromptLocalization:
     sample_passes: int = 0
     seconds: float = 0.0
 
+    @property
+    def is_memorized(self) -> bool:
+        """Whether the model memorizes the prompt, resolved or not."""
+        return self.status != "not_memorized"
+
+
+@dataclass(frozen=True)
+class Localizer:
+    """What a localization works with.
+
+    Attributes:
+        scorer: the model, with the settings of the localization.
+        calibration: the usual activations.
+        threshold: tau.
+        preserve: how to spare ordinary captions, beyond the paper; None follows the paper.
+    """
+
+    scorer: Scorer
+    calibration: Calibration
+    threshold: float
+    preserve: Preserve | None = None
+
 
 def count_statuses(localizations: Sequence[PromptLocalization]) -> dict[str, int]:
-    """How many prompts have each status, also where it is none."""
+    """How many prompts have each status, zeros included."""
     statuses = [each.status for each in localizations]
     return {status: statuses.count(status) for status in ("localized", "not_memorized", "unresolved")}
 
@@ -82,7 +102,7 @@ def select_candidates(
 
     Returns:
         Layer by layer: |z| > theta by index, then the k most active, the most active first. A neuron
-        that is both stands at its last place: there the refinement's real test comes.
+        that is both keeps its last place, because the refinement's real test comes there.
     """
     candidates = []
     for name, activation in activations.items():
@@ -104,8 +124,8 @@ def candidate_schedule(
     Args:
         activations: dotted module name -> [out_features], of one prompt.
         statistics: what is usual.
-        settings: where theta starts, falls by and ends.
-        suppressed: neurons that are no candidates any more.
+        settings: where theta starts, by how much it falls, and where it ends.
+        suppressed: neurons that are no longer candidates.
     """
     z_scores = statistics.z_scores(activations)
     schedule: list[Candidates] = []
@@ -119,69 +139,51 @@ def candidate_schedule(
     return schedule
 
 
-def localize_prompts(
-    scorer: Scorer,
-    prompts: Sequence[str],
-    calibration: Calibration,
-    threshold: float,
-    preserve: Preserve | None = None,
-) -> Iterator[PromptLocalization]:
-    """Find the memorization neurons of prompts, of those that are memorized at all (Sec. 3).
+def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[PromptLocalization]:
+    """Find the memorization neurons of those prompts that are memorized (Sec. 3).
 
-    As many prompts as fit into a batch are searched side by side, each trial a sample of the batch.
+    As many prompts as fit into a batch are searched side by side; each trial is one sample of the batch.
 
     Args:
-        scorer: the model, with the settings of the localization.
+        localizer: the model and what is usual for it.
         prompts: the texts.
-        calibration: usual activations.
-        threshold: tau.
-        preserve: depart from the paper in favour of ordinary captions.
 
     Yields:
-        One result a prompt, in the order in which they are finished.
+        One result per prompt, in the order in which they are finished.
 
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
+    scorer = localizer.scorer
     waiting = list(prompts)[::-1]
     running: list[_Running] = []
     while waiting or running:
         while waiting and len(running) < scorer.predictor.batch_size:
             group = [waiting.pop() for _ in range(min(len(waiting), scorer.prompts_at_once))]
-            for detected in detect(scorer, group, threshold):
+            for detected in detect(scorer, group, localizer.threshold):
                 if detected.kept_seeds:
-                    running.append(_Running(scorer, detected, calibration, threshold, preserve))
+                    running.append(_Running(localizer, detected))
                 else:
                     yield detected.not_memorized()
         yield from _take_a_step(scorer, running)
 
 
-def localize_prompt(scorer: Scorer, prompt: str, calibration: Calibration, threshold: float) -> PromptLocalization:
+def localize_prompt(localizer: Localizer, prompt: str) -> PromptLocalization:
     """Find the memorization neurons of one prompt; see :func:`localize_prompts`."""
-    return next(localize_prompts(scorer, [prompt], calibration, threshold))
+    return next(localize_prompts(localizer, [prompt]))
 
 
-def localize_on_top(
-    scorer: Scorer,
-    detected: "Detected",
-    calibration: Calibration,
-    threshold: float,
-    suppressed: Collection[Neuron],
-    preserve: Preserve | None = None,
-) -> PromptLocalization:
+def localize_on_top(localizer: Localizer, detected: "Detected", suppressed: Collection[Neuron]) -> PromptLocalization:
     """Find the neurons that a prompt needs beyond those that are suppressed already.
 
     Args:
-        scorer: the model.
+        localizer: the model and what is usual for it.
         detected: a memorized prompt.
-        calibration: usual activations.
-        threshold: tau.
-        suppressed: what stays suppressed throughout; it alone must not be enough.
-        preserve: depart from the paper in favour of ordinary captions.
+        suppressed: what stays suppressed throughout. It must not be enough by itself.
     """
-    running = [_Running(scorer, detected, calibration, threshold, preserve, frozenset(suppressed))]
-    # Most steps ask a single trial, so that a larger batch would be filled up for nothing.
-    while not (finished := list(_take_a_step(scorer, running, batch_size=1))):
+    running = [_Running(localizer, detected, frozenset(suppressed))]
+    # Most steps ask a single trial; filling up a larger batch would be wasted.
+    while not (finished := list(_take_a_step(localizer.scorer, running, batch_size=1))):
         pass
     return finished[0]
 
@@ -192,7 +194,7 @@ class Detected:
 
     Attributes:
         scored: its seeds with nothing suppressed.
-        kept_seeds: positions of those that agree with another one; without any it is not memorized.
+        kept_seeds: positions of the seeds that agree with another one; without any the prompt is not memorized.
         sample_passes: latents that went through the U-Net for it.
         seconds: its share of the wall time.
     """
@@ -228,16 +230,8 @@ def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Det
 class _Running:
     """A prompt whose search waits for the answers to its trials."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        detected: Detected,
-        calibration: Calibration,
-        threshold: float,
-        preserve: Preserve | None,
-        suppressed: frozenset[Neuron] = frozenset(),
-    ) -> None:
-        predictor = scorer.predictor
+    def __init__(self, localizer: Localizer, detected: Detected, suppressed: frozenset[Neuron] = frozenset()) -> None:
+        predictor, preserve = localizer.scorer.predictor, localizer.preserve
         activations = {
             name: values[0]
             for name, values in neuron_activations(predictor.layers, detected.scored.prompt_embeds[None]).items()
@@ -248,9 +242,9 @@ class _Running:
         self._suppressed = suppressed
         self._sample_passes, self._seconds = detected.sample_passes, detected.seconds
         self._search = search_neurons(
-            candidate_schedule(activations, calibration.statistics, predictor.settings, suppressed),
+            candidate_schedule(activations, localizer.calibration.statistics, predictor.settings, suppressed),
             detected.kept_seeds,
-            threshold,
+            localizer.threshold,
             list(predictor.layers)[:: -1 if predictor.settings.layers_backwards else 1],
             preserve.costs if preserve else None,
             preserve.strength if preserve else 0.0,

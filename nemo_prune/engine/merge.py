@@ -1,19 +1,17 @@
 """One mask for a corpus: the union of its prompts' neurons, or prompt by prompt on top of the mask so far."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_prune.engine.calibration import Calibration
-from nemo_prune.engine.localize import Detected, PromptLocalization, detect, localize_on_top
-from nemo_prune.engine.preserve import Preserve
+from nemo_prune.engine.localize import Detected, Localizer, PromptLocalization, detect, localize_on_top
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.trials import Trial
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.progress import Advance, ignored
 
-Progress = Callable[[int, int], None]
 ROUNDS = 3
 
 
@@ -34,8 +32,8 @@ def prompts_per_neuron(
 ) -> dict[str, dict[int, int]]:
     """How many prompts need each neuron of a mask, without saying which.
 
-    In an incremental merge a prompt that others silence has no set of its own and counts nowhere, so that these are
-    the prompts that brought a neuron into the mask.
+    In an incremental merge a prompt that others silence has no set of its own and does not count; the prompts counted
+    are those that brought a neuron into the mask.
 
     Returns:
         Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
@@ -53,28 +51,21 @@ def _merged(localizations: Sequence[PromptLocalization], include_unresolved: boo
 
 
 def localize_incrementally(
-    scorer: Scorer,
-    prompts: Sequence[str],
-    calibration: Calibration,
-    threshold: float,
-    suppressed: Collection[Neuron] = (),
-    preserve: Preserve | None = None,
+    localizer: Localizer, prompts: Sequence[str], suppressed: Collection[Neuron] = ()
 ) -> Iterator[PromptLocalization]:
     """Go through a corpus in its order, each prompt on top of the neurons of those before it.
 
     A prompt that these silence already needs no neuron of its own and costs one score.
 
     Args:
-        scorer: the model.
+        localizer: the model and what is usual for it.
         prompts: texts, in the order of the corpus.
-        calibration: usual activations.
-        threshold: tau.
         suppressed: neurons of prompts that were done before.
-        preserve: depart from the paper in favour of ordinary captions.
 
     Yields:
-        One result a prompt, in the order of the corpus; its neurons are those that came on top.
+        One result per prompt, in the order of the corpus; its neurons are those that came on top.
     """
+    scorer, threshold = localizer.scorer, localizer.threshold
     neurons = set(suppressed)
     waiting = list(prompts)[::-1]
     while waiting:
@@ -90,7 +81,7 @@ def localize_incrementally(
             if silent:
                 yield _silenced(detected)
                 continue
-            found = localize_on_top(scorer, detected, calibration, threshold, neurons, preserve)
+            found = localize_on_top(localizer, detected, neurons)
             if found.status == "localized":
                 neurons.update(found.neurons)
             yield found
@@ -101,7 +92,7 @@ class SettledMask:
     """A corpus' mask that was scored again as a whole.
 
     Attributes:
-        mask: what no prompt needs is not in it.
+        mask: without the neurons that no prompt needs.
         localizations: the prompts; those that the others' neurons silenced, or that were localized
             on top of them, carry their new result.
         rounds: how often prompts had to be localized again.
@@ -115,41 +106,41 @@ class SettledMask:
 
 
 def settle_mask(
-    scorer: Scorer,
+    localizer: Localizer,
     localizations: Sequence[PromptLocalization],
-    calibration: Calibration,
-    threshold: float,
-    preserve: Preserve | None = None,
-    progress: Progress = lambda done, total: None,
+    advance: Advance = ignored,
     log_file: Path | None = None,
 ) -> SettledMask:
     """Score every memorized prompt under the merged mask, localize what came back, drop what is not needed.
 
     Args:
-        scorer: the model.
-        localizations: one a prompt, in the order of the corpus.
-        calibration: usual activations.
-        threshold: tau.
-        preserve: the most costly neurons are tried first when neurons are dropped.
-        progress: called with the neurons that were tried and their number.
-        log_file: where it is kept which neurons are needed, as it comes; what it holds is not tried again.
+        localizer: the model and what is usual for it; with ``preserve`` the most costly neurons are tried first when
+            neurons are dropped.
+        localizations: one per prompt, in the order of the corpus.
+        advance: called with the neurons that were tried and their number.
+        log_file: keeps which neurons are needed, as each is tried; neurons in it are not tried again.
     """
+    scorer, threshold, preserve = localizer.scorer, localizer.threshold, localizer.preserve
     results = {each.prompt: each for each in localizations}
-    memorized = [each.prompt for each in localizations if each.status != "not_memorized"]
+    memorized = [each.prompt for each in localizations if each.is_memorized]
     corpus = _Corpus(scorer, [d for prompt in memorized for d in detect(scorer, [prompt], threshold)], threshold)
     neurons = set(union_mask(localizations, scorer.predictor.sizes).neurons)
     rounds, awake = 0, corpus.awake_under(neurons)
     while awake and rounds < ROUNDS:
         rounds += 1
         for detected in awake:
-            # What was added for another one may silence it already.
+            # Neurons added for another prompt may silence it already.
             if corpus.is_silent(detected, neurons):
                 continue
-            found = localize_on_top(scorer, detected, calibration, threshold, neurons, preserve)
+            found = localize_on_top(localizer, detected, neurons)
             if found.status == "localized":
                 neurons.update(found.neurons)
                 results[found.prompt] = _joined(results[found.prompt], found)
         awake = corpus.awake_under(neurons)
+    for detected in awake:
+        # Whatever was found for it is not enough under the mask.
+        prompt = detected.scored.prompt
+        results[prompt] = replace(results[prompt], status="unresolved", silenced_by_others=False)
     silenced = corpus.without({detected.scored.prompt for detected in awake})
     for detected in silenced.detected:
         if results[detected.scored.prompt].status == "unresolved":
@@ -158,7 +149,7 @@ def settle_mask(
     tried = sorted(neurons, key=lambda n: (-preserve.costs[n], n) if preserve else (order.index(n.layer), n.index))
     needing = {neuron: each.prompt for each in results.values() for neuron in each.neurons}
     log = LineLog(log_file, {"tried": tried, "threshold": threshold}) if log_file else None
-    needed = _needed(silenced, tried, needing, log, progress)
+    needed = _needed(silenced, tried, needing, log, advance)
     return SettledMask(
         mask=NeuronMask.from_neurons(needed, scorer.predictor.sizes),
         localizations=tuple(results[each.prompt] for each in localizations),
@@ -172,16 +163,16 @@ def _needed(
     tried: Sequence[Neuron],
     needing: Mapping[Neuron, str],
     log: LineLog | None,
-    progress: Progress,
+    advance: Advance,
 ) -> set[Neuron]:
-    """What remains of neurons that are let go one after the other as long as all prompts stay silent.
+    """Drop neurons one after the other as long as all prompts stay silent, and return what remains.
 
     Args:
         silenced: the prompts.
         tried: the neurons, in the order in which they are tried.
         needing: neuron -> the prompt to ask first.
-        log: what is known already, and where it is kept.
-        progress: called with the neurons that were tried and their number.
+        log: holds what is known already, and takes what is found.
+        advance: called with the neurons that were tried and their number.
     """
     neurons = set(tried)
     known = {Neuron(layer, index): is_needed for layer, index, is_needed in log or ()}
@@ -192,7 +183,7 @@ def _needed(
                 log.append([*neuron, known[neuron]])
         if not known[neuron]:
             neurons.remove(neuron)
-        progress(done, len(tried))
+        advance(done, len(tried))
     return neurons
 
 
@@ -235,7 +226,7 @@ class _Corpus:
         return _Corpus(self._scorer, kept, self._threshold)
 
     def is_silenced_by(self, neurons: Collection[Neuron], first: str | None = None) -> bool:
-        """Whether all prompts are silent; ends with the first seed that is not.
+        """Whether all prompts are silent; stops at the first seed that is not.
 
         Args:
             neurons: what is suppressed.

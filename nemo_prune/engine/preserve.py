@@ -1,6 +1,6 @@
-"""What suppressing a neuron costs ordinary captions, and how much the search minds."""
+"""What suppressing a neuron costs ordinary captions, and how much the search takes it into account."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,17 +8,16 @@ import torch
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
-
-Progress = Callable[[int, int], None]
+from nemo_prune.progress import Advance, ignored
 
 
 @dataclass(frozen=True)
 class Preserve:
-    """How much the search goes out of its way to leave ordinary captions alone; not in the paper.
+    """How far the search departs from the paper to spare ordinary captions.
 
     Attributes:
         costs: neuron -> relative change of the noise prediction on ordinary captions when it is suppressed.
-        strength: 0 to 1: how far the candidates are widened so that costly ones can be spared.
+        strength: 0 to 1: how far the candidates are widened, which lets the search spare costly ones.
     """
 
     costs: Mapping[Neuron, float]
@@ -28,16 +27,16 @@ class Preserve:
 def neuron_costs(
     predictor: NoisePredictor,
     texts: Sequence[str],
-    progress: Progress = lambda done, total: None,
+    advance: Advance = ignored,
     log: LineLog | None = None,
 ) -> dict[Neuron, float]:
-    """The change of the noise prediction that each neuron alone makes: a small batch of passes a neuron.
+    """The change of the noise prediction that each neuron alone makes: a small batch of passes per neuron.
 
     Args:
         predictor: the model.
         texts: ordinary prompts, with one latent each.
-        progress: called with the neurons done and their number.
-        log: where the costs are kept as they come; those that it holds are not measured again.
+        advance: called with the neurons done and their number.
+        log: keeps the costs as they are measured; those that it holds are not measured again.
 
     Returns:
         Neuron -> norm of the change over the norm of the prediction, the mean over the prompts.
@@ -62,5 +61,5 @@ def neuron_costs(
         if log is not None:
             log.append([[neuron.layer, neuron.index, cost] for neuron, cost in found.items()])
         costs.update(found)
-        progress(len(costs), len(neurons))
+        advance(len(costs), len(neurons))
     return costs

@@ -1,4 +1,4 @@
-"""The refined set (Alg. 4): what of the initial set can't be spared, in the order of the greedy sweep."""
+"""The refined set (Alg. 4): the neurons of the initial set that cannot be dropped, in the order of the greedy sweep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from nemo_prune.mask import Neuron
 
 @dataclass(frozen=True)
 class Sweep:
-    """Where the greedy sweep stands.
+    """The state of the greedy sweep.
 
     Attributes:
         kept: what is suppressed, in the order of the tests.
@@ -28,11 +28,11 @@ class Sweep:
     tested: int = 0
 
     def without(self, groups: int) -> frozenset[Neuron]:
-        """What remains suppressed when so many pending groups act again."""
+        """What remains suppressed when the first pending groups, so many, are switched back on."""
         return frozenset(self.kept).difference(*self.pending[:groups])
 
     def after(self, dropped: int, needed: int) -> "Sweep":
-        """The sweep after so many groups were dropped and so many after them found to be needed."""
+        """The sweep after dropping a number of groups and finding the next ones to be needed."""
         remaining = self.without(dropped)
         return Sweep(
             kept=tuple(neuron for neuron in self.kept if neuron in remaining),
@@ -48,7 +48,7 @@ class Sweep:
 
     @property
     def likely_run(self) -> int:
-        """How many groups at once are dispensable with about even odds, going by those so far."""
+        """How many groups at once are dispensable with about even odds, judging by the groups so far."""
         share_needed = (self.needed + 1) / (self.tested + 3)
         return min(len(self.pending), max(1, round(log(2) / share_needed)))
 
@@ -66,11 +66,11 @@ def sweep_by_cost(neurons: Sequence[Neuron], costs: Mapping[Neuron, float]) -> S
 
 
 def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[Neuron, ...] | None]:
-    """The greedy sweep, with runs dropped at once; None where the result can't be proven.
+    """The greedy sweep, with runs dropped at once; None if the result cannot be proven.
 
-    While the sweep goes on a set is refuted by one seed alone. What it ends with is tried on all. A
-    seed that refutes it takes the sweep back to where this seed was still under the limit, and is
-    the first to be asked from then on. If that is nowhere, the initial set was not enough.
+    During the sweep a single seed tests each set. The final set is tried on all seeds. A seed that refutes it
+    takes the sweep back to the last set that this seed did not refute, and is asked first from then on. If there
+    is no such set, the initial set was not enough.
     """
     limit, sweeps = selection.limit, [start]
     while True:
@@ -95,15 +95,15 @@ def _is_enough(sweep: Sweep, start: Sweep, selection: Selection, record: Record)
     limit = selection.limit
     if sweep.kept == start.kept:
         if not selection.resolved:
-            # Nothing could be spared, and the initial set can't be below its own score.
+            # Nothing could be dropped, and the initial set cannot be below its own score.
             return True
-        # The initial set need only not be above tau; what is a part of it must be below.
+        # The initial set may reach tau exactly; any part of it must be strictly below.
         limit = Limit(limit.value, strict=False)
     return (yield from record.refuting_seed(sweep.without(0), limit)) is None
 
 
 def _next_needed(sweep: Sweep, limit: Limit, record: Record) -> Search[Sweep]:
-    """Drop the likely run of groups, or find the first of them that can't be spared."""
+    """Drop the likely run of groups, or find the first of them that is needed."""
     passes, fails = 0, sweep.likely_run + 1
     probe = sweep.likely_run
     is_refuted = record.is_closely_refuted if sweep.of_layers else record.is_refuted
@@ -120,7 +120,7 @@ def _next_needed(sweep: Sweep, limit: Limit, record: Record) -> Search[Sweep]:
 
 
 def _still_unrefuted(sweeps: Sequence[Sweep], selection: Selection, record: Record) -> Search[list[Sweep]]:
-    """The part of the way along which the first seed refuted nothing, found by halving."""
+    """The steps up to which the first seed refuted nothing, found by halving."""
     passes, fails = 0, len(sweeps) - 1
     if selection.resolved:
         of_selection = Limit(selection.limit.value, strict=False)
@@ -136,7 +136,7 @@ def _still_unrefuted(sweeps: Sequence[Sweep], selection: Selection, record: Reco
 
 
 def _none_can_be_spared(neurons: Sequence[Neuron], limit: Limit, record: Record) -> Search[bool]:
-    """Whether every neuron's absence is refuted by some seed: one trial a neuron, if all goes well."""
+    """Whether some seed refutes the set without each neuron: one trial per neuron in the best case."""
     smaller = [frozenset(neurons) - {neuron} for neuron in neurons]
     pairs = [(each, record.likely_refuter(each, limit)) for each in smaller]
     similarities = yield from record.ask(pairs, limit)

@@ -16,7 +16,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates, frozen_weights, p
 from nemo_prune.engine.gone import Corpus
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.settling import Jury
-from nemo_prune.engine.soft_scoring import soft_noise_difference, soft_similarity
+from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.mask import Neuron
 
 Advance = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""Score prompts: whether their seeds agree, and what remains of it with neurons suppressed."""
+"""Score prompts: whether their seeds agree, and how similar the predictions stay with neurons suppressed."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.scoring import MemorizationScore, memorization_scores, noise_difference, similarity
+from nemo_prune.engine.similarity import MemorizationScore, memorization_scores, noise_difference, similarity
 from nemo_prune.engine.trials import Trial
+from nemo_prune.facts import Rechecks
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import ModelOptions
 
@@ -34,27 +35,14 @@ class ScoredPrompt:
     memorization: MemorizationScore
 
 
-@dataclass(frozen=True)
-class Rechecks:
-    """Similarities near the threshold that float32 decided.
-
-    Attributes:
-        made: how many.
-        overturned: how many of them the lower precision had on the other side of the threshold.
-    """
-
-    made: int = 0
-    overturned: int = 0
-
-
 class Scorer:
     """Scores prompts, many of them in one batch.
 
-    In half precision, similarities near the threshold are taken again from the float32 weights.
+    In half precision, similarities near the threshold are computed again with the float32 weights.
 
     Args:
         predictor: the model.
-        reference: the same model in float32, where the predictor's precision is lower.
+        reference: the same model in float32, if the predictor's precision is lower.
         margin: distance from the threshold within which the reference decides.
 
     Attributes:
@@ -85,17 +73,17 @@ class Scorer:
     def score_prompts(
         self, prompts: Sequence[str], latents: Tensor | None = None, neurons: Collection[Neuron] = ()
     ) -> list[ScoredPrompt]:
-        """The memorization score of prompts (Alg. 1), S sample passes a prompt.
+        """The memorization score of prompts (Alg. 1), S sample passes per prompt.
 
         Args:
             prompts: texts.
             latents: initial latents [S, channels, height, width]; those of the settings unless given.
-            neurons: what is suppressed meanwhile.
+            neurons: what is suppressed while scoring.
         """
         prompts = list(prompts)
         latents = self.predictor.initial_latents() if latents is None else latents
         latents = latents.to(self.predictor.pipe.unet.device)
-        # The last digits depend on how much is computed together, so that it is always as much: a prompt's result
+        # The last digits depend on how much is computed together, so it is always as much: a prompt's result
         # must not depend on the prompts beside it. Scores are taken prompt by prompt for the same reason.
         filled = prompts + prompts[-1:] * (self.prompts_at_once - len(prompts))
         prompt_embeds = self.predictor.encode(filled)[: len(prompts)]
@@ -122,11 +110,11 @@ class Scorer:
         return tuple(kept.nonzero().flatten().tolist())
 
     def answer(self, asked: Sequence[tuple[ScoredPrompt, Trial]], batch_size: int | None = None) -> list[float]:
-        """How similar the noise differences with and without suppression are; one sample pass a trial.
+        """How similar the noise differences with and without suppression are; one sample pass per trial.
 
         Args:
             asked: trials, each with its prompt.
-            batch_size: how many go through the U-Net at once, where it is not the predictor's own.
+            batch_size: how many go through the U-Net at once, if not the predictor's own.
         """
         similarities = self._similarities(asked, batch_size)
         if self._reference:
@@ -169,7 +157,7 @@ class Scorer:
         return similarities[: len(asked)]
 
     def _exact_similarities(self, asked: Sequence[tuple[ScoredPrompt, Trial]]) -> list[float]:
-        """The same by the float32 weights; the unsuppressed seeds are predicted along."""
+        """The same with the float32 weights, which also predict the unsuppressed seeds."""
         return self._reference.answer([(self._exact(scored), trial) for scored, trial in asked])
 
     def _exact(self, scored: ScoredPrompt) -> ScoredPrompt:

@@ -13,7 +13,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         theta: the cut on |z|.
-        k: how many of the most active neurons of each layer are added.
+        k: number of the most active neurons of each layer that are added.
         neurons: the candidates, in the order in which the refinement tests them within a layer.
     """
 
@@ -35,10 +35,10 @@ class Selection:
 
 
 def select(schedule: Sequence[Candidates], record: Record, threshold: float) -> Search[Selection]:
-    """Search the nested sets for the first that the first seed does not refute: doubling, then halving.
+    """Find the first of the nested sets that the first seed does not refute: doubling, then halving.
 
-    The other seeds are asked about the refined set alone: if they are under the limit there, they
-    are so under this larger one.
+    The other seeds are asked about the refined set only: seeds under the limit there are also under it
+    with this larger set.
     """
     limit = Limit(threshold, strict=False)
     sets = [frozenset(step.neurons) for step in schedule]

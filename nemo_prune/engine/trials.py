@@ -15,7 +15,7 @@ class Trial(NamedTuple):
     Attributes:
         neurons: what is suppressed; never empty.
         seed: position of the seed.
-        threshold: what the similarity will be compared with; whoever answers may take more care near it.
+        threshold: what the similarity will be compared with; an answer near it may need more precision.
     """
 
     neurons: frozenset[Neuron]
@@ -46,21 +46,21 @@ class Limit(NamedTuple):
         return similarity < self.value or (similarity == self.value and not self.strict)
 
 
-# Seeds differ by about as much where a whole layer acts again.
+# Seeds differ by about as much when a whole layer is switched back on.
 _CLOSE = 0.1
 
 
 class Record:
-    """The trials made so far; none is made twice.
+    """The trials made so far; none is repeated.
 
-    Similarities are monotone as long as suppressing more never raises them. What a set's similarity on a seed
-    must then be on others is only *reckoned*, with a slack for how far scores were seen to be from it.
+    Similarities are monotone as long as suppressing more never raises them. What follows from a set's similarity
+    for larger and smaller sets is only *reckoned*, with a slack for how far scores were seen to depart from this.
 
     Attributes:
-        seeds: the seeds, the one that refuted a set last in front.
+        seeds: the seeds, first the one that refuted a set last.
         margin: the smallest distance of any similarity from its threshold.
         slack: how much higher the similarity of a set may be than that of a part of it; with infinity
-            nothing is reckoned, and everything asked.
+            nothing is reckoned and everything is asked.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -71,7 +71,7 @@ class Record:
         self._limits: dict[tuple[frozenset[Neuron], int], set[Limit]] = {}
 
     def ask(self, pairs: Sequence[tuple[frozenset[Neuron], int]], limit: Limit) -> Search[list[float]]:
-        """Similarities of sets on seeds. To suppress nothing is never enough, and is not tried."""
+        """Similarities of sets on seeds. The empty set is never enough and is not tried."""
         known = self._similarities
         unknown = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair[0] not in known[pair[1]]]
         if unknown:
@@ -85,7 +85,7 @@ class Record:
         return [known[seed].get(neurons, inf) for neurons, seed in pairs]
 
     def score(self, neurons: frozenset[Neuron], limit: Limit) -> Search[float]:
-        """The highest similarity over all seeds, NaN where any is."""
+        """The highest similarity over all seeds, NaN if any is NaN."""
         similarities = yield from self.ask([(neurons, seed) for seed in self.seeds], limit)
         return max(similarities, key=lambda value: (value != value, value))
 
@@ -99,7 +99,7 @@ class Record:
         return not limit.holds(similarity)
 
     def is_closely_refuted(self, neurons: frozenset[Neuron], limit: Limit) -> Search[bool]:
-        """The same, but where that seed is close to the limit all seeds are asked."""
+        """The same, but if that seed is close to the limit, all seeds are asked."""
         (similarity,) = yield from self.ask([(neurons, self.seeds[0])], limit)
         if similarity < limit.value - _CLOSE:
             return False
@@ -108,7 +108,7 @@ class Record:
     def refuting_seed(self, neurons: frozenset[Neuron], limit: Limit) -> Search[int | None]:
         """A seed that is not under the limit, None if all are; it becomes the first to be asked.
 
-        What must be so, going by other sets and the slack, is not asked.
+        Answers that follow from other sets and the slack are not asked.
         """
         found = next((seed for seed in self.seeds if self._must_be_above(neurons, seed, limit)), None)
         if found is None:
@@ -125,7 +125,7 @@ class Record:
         return found
 
     def likely_refuter(self, neurons: frozenset[Neuron], limit: Limit) -> int:
-        """The seed to ask first: one that even a larger set did not pass, if there is one."""
+        """The seed to ask first: one on which even a larger set failed, if there is one."""
         for seed in self.seeds:
             for larger, similarity in self._similarities[seed].items():
                 if neurons <= larger and not limit.holds(similarity):
@@ -133,7 +133,7 @@ class Record:
         return self.seeds[0]
 
     def contradicts_monotonicity(self) -> bool:
-        """Whether a set failed a seed that a part of it passed."""
+        """Whether a set failed on a seed on which a part of it passed."""
         passed, failed = [], []
         for (neurons, seed), limits in self._limits.items():
             for limit in limits:
@@ -146,7 +146,7 @@ class Record:
         )
 
     def largest_violation(self) -> float:
-        """By how much, at most, a set's similarity was seen to be higher than that of a part of it; NaN is endless."""
+        """By how much, at most, a set's similarity was seen to exceed that of a part of it; infinite for NaN."""
         found = [
             similarity - of_part
             for known in self._similarities.values()
@@ -157,7 +157,7 @@ class Record:
         return max((inf if value != value else value for value in found), default=0.0)
 
     def _must_be_above(self, neurons: frozenset[Neuron], seed: int, limit: Limit) -> bool:
-        """Whether a seed is known not to be under the limit, or must be so because a larger set is far above it."""
+        """Whether a seed is known to be at or above the limit, or must be because a larger set is far above it."""
         known = self._similarities[seed]
         if neurons in known:
             return not limit.holds(known[neurons])

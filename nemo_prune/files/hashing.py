@@ -1,5 +1,6 @@
-"""sha256 of files, without loading anything heavy."""
+"""sha256 of files and texts, without loading anything heavy."""
 
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,3 +14,8 @@ def file_hash(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """sha256 of texts in their order."""
+    return sha256("\0".join(texts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Images in the work folder: drawn once, also where a run is stopped in between."""
+"""Images in the work folder: each is drawn once, even if a run is stopped in between."""
 
 import json
 import shutil
@@ -14,12 +14,11 @@ _IDENTITY = "depends_on.json"
 
 
 class ImageFolder:
-    """A folder of images without loss, one file an image.
+    """A folder of lossless images, one file per image.
 
     Args:
-        path: the folder; it is made where it is missing.
-        depends_on: what the images depend on, as JSON values; a folder that depends on something else is
-            begun anew.
+        path: the folder; created if missing.
+        depends_on: what the images depend on, as JSON values; a folder of other images is emptied first.
     """
 
     def __init__(self, path: Path, depends_on: dict) -> None:
@@ -32,7 +31,7 @@ class ImageFolder:
             write_atomically(identity, described)
 
     def kept_or_drawn(self, name: str, number: int, draw: Callable[[], Sequence[Image.Image]]) -> list[Image.Image]:
-        """Images under a name: those that are kept, or new ones, which are kept.
+        """Images under a name: the kept ones, or new ones, which are then kept.
 
         Args:
             name: beginning of their file names.

@@ -1,6 +1,5 @@
 """Write beside, then rename: what a run leaves is either the old folder or the whole new one."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,17 +9,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from nemo_prune.errors import OutputError
+from nemo_prune.files.locks import sole_lock
 
 
 @contextmanager
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that takes the place of ``out`` in one step when all went well, and else vanishes.
+    """A folder that replaces ``out`` in one step if all went well, and is removed otherwise.
 
-    An old folder is moved aside first, as no rename replaces one that is not empty. Who is killed between the two
-    renames leaves no ``out``; the old one comes back when the next folder is staged for it.
+    An old folder is moved aside first, because a rename cannot replace a folder that is not empty. A kill between
+    the two renames leaves no ``out``; the old folder is restored when the next one is staged for it.
 
     Args:
-        out: the target; what stands there stays until the new one is complete.
+        out: the target; what is there stays until the new one is complete.
         overwrite: whether a target that is not empty may be replaced.
 
     Yields:
@@ -30,10 +30,11 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputError: the target is not empty, can't be written, or is written by another process.
     """
     check_target(out, overwrite)
-    # A link stays one: what it leads to is replaced.
+    # A link stays a link: its target is replaced.
     out = Path(os.path.realpath(out))
     staging, old = _beside(out, "partial"), _beside(out, "old")
-    with writing(out), _alone(out):
+    busy = OutputError(f"Another process writes {out}. Wait until it is done, or choose another --out.")
+    with writing(out), sole_lock(_beside(out, "lock"), busy):
         _remove(staging)
         if old.exists() and not out.exists():
             os.replace(old, out)
@@ -53,7 +54,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise
             sync(out.parent)
             if old.exists():
-                # Under its own name it must never be half removed: that one comes back.
+                # Under its own name it must never be half removed, because that name is restored.
                 os.replace(old, staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -61,10 +62,10 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """A file that takes the place of ``path`` in one step when all went well, and else vanishes.
+    """A file that replaces ``path`` in one step if all went well, and is removed otherwise.
 
     Yields:
-        A path beside the target, this process's own, to write to.
+        A path beside the target, used by this process alone, to write to.
 
     Raises:
         OutputError: it can't be written.
@@ -81,7 +82,7 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Name what the system refuses while something is written: a full disk, a missing right.
+    """Turn the system's errors while writing into named ones: a full disk, a missing permission.
 
     Raises:
         OutputError: instead of the system's error.
@@ -90,12 +91,12 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"{out} can't be written: {error}. Make room, mend the rights, or choose another place."
+            f"{out} can't be written: {error}. Make room, correct the permissions, or choose another place."
         ) from error
 
 
 def check_new_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file that is there already, and make the folder that it will lie in.
+    """Refuse a file that is there already, and create its folder.
 
     Raises:
         OutputError: it exists and may not be replaced.
@@ -117,7 +118,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
         if real.exists() and not real.is_dir():
             raise OutputError(f"{out} is a file. Give a folder.")
         if os.path.ismount(real):
-            raise OutputError(f"{out} is mounted, so that no folder can take its place. Give a folder inside of it.")
+            raise OutputError(f"{out} is mounted, so no folder can replace it. Give a folder inside it.")
         if real.exists() and any(real.iterdir()) and not overwrite:
             raise OutputError(f"{out} exists and is not empty. Choose another folder or use --overwrite.")
         parent = _existing_parent(real)
@@ -126,7 +127,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
 
 
 def check_release_target(out: Path, base: Path, size: int, overwrite: bool = False) -> None:
-    """Refuse a target that :func:`check_target` refuses, that would take the model's place, or without room for it.
+    """Refuse a target that :func:`check_target` refuses, that would replace the model, or that lacks room for it.
 
     Args:
         out: the folder of the pruned model.
@@ -140,9 +141,9 @@ def check_release_target(out: Path, base: Path, size: int, overwrite: bool = Fal
     check_target(out, overwrite)
     real, base = Path(os.path.realpath(out)), Path(os.path.realpath(base))
     if real.is_relative_to(base):
-        raise OutputError(f"{out} lies in the model's own folder. Choose another --out.")
+        raise OutputError(f"{out} is inside the model's own folder. Choose another --out.")
     if base.is_relative_to(real):
-        raise OutputError(f"The model {base} lies in {out}, which would be replaced. Choose another --out.")
+        raise OutputError(f"The model {base} is inside {out}, which would be replaced. Choose another --out.")
     parent = _existing_parent(real)
     free = shutil.disk_usage(parent).free
     if size > free:
@@ -150,29 +151,6 @@ def check_release_target(out: Path, base: Path, size: int, overwrite: bool = Fal
             f"{parent} has {free / 1e9:.1f} GB free, the pruned model takes {size / 1e9:.1f} GB. Make room or "
             "choose another --out."
         )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes from a target while the context lasts; the lock of one that is killed ends with it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = _beside(out, "lock")
-    busy = OutputError(f"Another process writes {out}. Wait until it is done, or choose another --out.")
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        except OSError:
-            # A file system without locks; then nobody is told of the other.
-            pass
-        # Who had it may have removed it since.
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise busy
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _beside(out: Path, what: str) -> Path:
@@ -184,7 +162,7 @@ def _existing_parent(out: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove what a killed process left, also where it is no folder."""
+    """Remove what a killed process left, folder or not."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Text of unknown origin: JSON that is parsed strictly, and names that a terminal shows as they are."""
+"""Text of unknown origin: JSON that is parsed strictly, and names made safe for a terminal."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ _MAX_DEPTH = 64
 
 
 def parse_json(content: bytes) -> object:
-    """Parse UTF-8 JSON in which no key stands twice, and which whoever goes through it can go through.
+    """Parse UTF-8 JSON; reject duplicate keys and nesting deeper than 64 levels.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such JSON.
     """
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
@@ -27,21 +27,21 @@ def parse_json(content: bytes) -> object:
 
 
 def read_json(path: Path) -> object:
-    """Parse a file, see :func:`parse_json`; a pipe, a device and a file without end are not read.
+    """Parse a file, see :func:`parse_json`; pipes, devices and overlong files are not read.
 
     Raises:
-        ValueError: it is no such JSON.
+        ValueError: it is not such JSON.
         OSError: it can't be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is no file")
+        raise FileNotFoundError(f"{path.name} is not a file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes")
     return parse_json(path.read_bytes())
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: characters that would steer it, or hide something, are spelled out."""
+    """Text for a terminal: characters that would control it, or hide something, are spelled out."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )
@@ -50,7 +50,7 @@ def printable(text: str) -> str:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return parsed
 
 

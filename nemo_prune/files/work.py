@@ -1,4 +1,4 @@
-"""The work folder: what a run knows and resumes from, and never publishes."""
+"""The work folder: what a run resumes from and never publishes."""
 
 import json
 import os
@@ -9,29 +9,53 @@ from pathlib import Path
 from typing import Any
 
 from nemo_prune.errors import OutputError
+from nemo_prune.files.locks import lock_for_this_process
 from nemo_prune.files.staging import staged_file, writing
 
-_IDENTITY = "run.json"
-_LONGEST_LINE = 2**22
+_IDENTITY, _LOCK = "run.json", ".lock"
+
+
+def claim_work_folder(path: Path) -> None:
+    """Make a work folder where it is missing, and keep other processes out of it until this one ends.
+
+    Raises:
+        OutputError: another process works there, the folder holds something else, or it can't be used.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _refuse_what_is_not_a_work_folder(path)
+    except OSError as error:
+        raise OutputError(f"The work folder {path} can't be used: {error}. Use another --work.") from error
+    busy = OutputError(
+        f"Another process works in {path}. Wait until it is done, stop it, or use another --work: two would mix up "
+        "what they find."
+    )
+    lock_for_this_process(path / _LOCK, busy)
+
+
+def _refuse_what_is_not_a_work_folder(path: Path) -> None:
+    names = {each.name for each in path.iterdir()}
+    if names - {_LOCK} and _IDENTITY not in names:
+        raise OutputError(f"{path} is not empty and not a work folder. Use another --work.")
 
 
 class WorkFolder:
     """The folder with the identity of what it holds.
 
     Args:
-        path: the folder; it is made where it is missing.
+        path: the folder; created if missing.
         identity: what the results depend on (model, settings, prompts), as JSON values.
-        overwrite: start afresh where the folder holds results of another identity.
+        overwrite: start afresh if the folder holds results of another identity.
 
     Raises:
-        OutputError: the folder holds results of another identity, or can't be used.
+        OutputError: the folder holds results of another identity, another process works in it, or it can't be used.
     """
 
     def __init__(self, path: Path, identity: dict, overwrite: bool = False) -> None:
         self.path = path
         identity = json.loads(json.dumps(identity))
+        claim_work_folder(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             known = self._read_identity()
             if known is not None and known != identity:
                 changed = sorted(key for key in identity if known.get(key) != identity[key])
@@ -40,45 +64,44 @@ class WorkFolder:
                         f"The work folder {path} holds another run's results; changed since: "
                         f"{', '.join(changed)}. Use another --work, or --overwrite to start afresh."
                     )
-                shutil.rmtree(path)
-                path.mkdir()
+                self._clear()
             write_atomically(path / _IDENTITY, json.dumps(identity, indent=2))
         except OSError as error:
             raise OutputError(f"The work folder {path} can't be used: {error}") from error
 
     @property
     def calibration(self) -> Path:
-        """Where the calibration lies, once it is finished."""
+        """The calibration, once it is finished."""
         return self.path / "calibration.safetensors"
 
     @property
     def localizations(self) -> Path:
-        """Where the results lie, a line a prompt."""
+        """The results, one line per prompt."""
         return self.path / "localizations.jsonl"
 
     @property
     def costs(self) -> Path:
-        """Where the neurons' costs lie, a line a batch."""
+        """The neurons' costs, one line per batch."""
         return self.path / "costs.jsonl"
 
     @property
     def needed(self) -> Path:
-        """Where it lies which neurons of an incremental merge are needed, a line a neuron."""
+        """Which neurons of an incremental merge are needed, one line per neuron."""
         return self.path / "needed.jsonl"
 
     @property
     def verified(self) -> Path:
-        """Where the scores under the mask lie, a line a prompt."""
+        """The scores under the mask, one line per prompt."""
         return self.path / "verified.jsonl"
 
     @property
     def images(self) -> Path:
-        """Where the images lie that were drawn before and after."""
+        """The images that were drawn before and after."""
         return self.path / "images"
 
     @property
     def prompt_key(self) -> Path:
-        """Where the secret key lies that makes references to prompts."""
+        """The secret key of the references to prompts."""
         return self.path / "prompt_key"
 
     def _read_identity(self) -> dict | None:
@@ -88,18 +111,24 @@ class WorkFolder:
                 return json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 return {}
-        if any(self.path.iterdir()):
-            raise OutputError(f"{self.path} is not empty and no work folder. Use another --work.")
+        # A process that was killed before it wrote the identity leaves its lock, and nothing else.
+        _refuse_what_is_not_a_work_folder(self.path)
         return None
+
+    def _clear(self) -> None:
+        """Remove everything but the lock, which this process has."""
+        for each in self.path.iterdir():
+            if each.name != _LOCK:
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
 
 
 class LineLog:
     """A file of JSON lines that grows; every line that was appended survives a kill.
 
     Args:
-        path: the file; it is begun with the first line. A last line that a kill cut off is dropped.
-        depends_on: what the records depend on, as JSON values; it is the file's first line. A file that
-            depends on something else is begun anew.
+        path: the file; created with the first line. A last line that a kill cut off is dropped.
+        depends_on: what the records depend on, as JSON values; it is the file's first line. A file with
+            another first line is started afresh.
     """
 
     def __init__(self, path: Path, depends_on: dict | None = None) -> None:
@@ -134,6 +163,6 @@ class LineLog:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either the old one or the whole new one."""
+    """Write a text file in one step: at any time the old file or the whole new one is there."""
     with staged_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""The Hub: releases and masks pushed in one commit, masks fetched."""
+"""The Hub: its errors by name, and downloads."""

@@ -1,7 +1,7 @@
-"""What the Hub's client raises, as named errors: one place, for every version of the client that is supported."""
+"""Named errors for what the Hub's client raises, in any supported version of the client."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from huggingface_hub import get_token
@@ -23,13 +23,13 @@ from nemo_prune.errors import NemoPruneError
 NO_ANSWER = HfHubHTTPError.__bases__
 _TRANSPORT_ERRORS = (*(base for base in NO_ANSWER if base is not OSError), ConnectionError, TimeoutError)
 
-_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, which goes before the login."
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, which overrides the login."
 _MISSING = f"the Hub does not have it, or does not show it to you. Check the name. {_LOG_IN}"
 _AGAIN = "Run the same command again."
 _BY_KIND = {
     LocalTokenNotFoundError: f"there is no token. {_LOG_IN}",
     OfflineModeIsEnabled: "HF_HUB_OFFLINE is set. Unset it.",
-    HFValidationError: "that is no name of a repo. Give owner/name.",
+    HFValidationError: "that is not a valid name of a repo. Give owner/name.",
     GatedRepoError: f"it is gated. Accept its terms on its page. {_LOG_IN}",
     RevisionNotFoundError: "the Hub has no such branch, tag or commit of it.",
     RepositoryNotFoundError: _MISSING,
@@ -50,28 +50,32 @@ _CUT = f"the Hub can't be reached, or the connection was cut. {_AGAIN} What was 
 _LONGEST_QUOTE = 300
 _HIDDEN = "[the token]"
 _IN_A_HEADER = re.compile(r"(?<=Bearer )[^\s'\"\[]+")
-# Of these the remedy says all.
+# The remedy says everything about these.
+_NO_REMEDIES: Mapping[type[BaseException], str] = {}
 _NOT_QUOTED = (LocalTokenNotFoundError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 
 
 @contextmanager
-def named_errors(kind: type[NemoPruneError], failing: str) -> Iterator[None]:
-    """Turn what the client raises into a named error that does not hold the token.
+def named_errors(
+    kind: type[NemoPruneError], failing: str, remedies: Mapping[type[BaseException], str] = _NO_REMEDIES
+) -> Iterator[None]:
+    """Turn what the client raises into a named error that does not contain the token.
 
     Args:
         kind: the error to raise.
-        failing: what failed then, such as "`owner/name` can't be read".
+        failing: what failed, such as "`owner/name` can't be read".
+        remedies: what to say instead of the usual text, by the client's error; the first that fits is used.
     """
     try:
         yield
-    except (*NO_ANSWER, RuntimeError, ValueError) as error:
-        # The client wraps what happens in the threads of an upload.
+    except (*NO_ANSWER, OSError, RuntimeError, ValueError) as error:
+        # The client wraps errors from the threads of an upload.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise kind(f"{failing}: {_remedy(cause)}{quoted(cause)}") from error
+        raise kind(f"{failing}: {_remedy(cause, remedies)}{_quoted(cause)}") from error
 
 
-def _remedy(error: BaseException) -> str:
-    for kind, remedy in _BY_KIND.items():
+def _remedy(error: BaseException, remedies: Mapping[type[BaseException], str]) -> str:
+    for kind, remedy in (*remedies.items(), *_BY_KIND.items()):
         if isinstance(error, kind):
             return remedy
     if isinstance(error, HfHubHTTPError):
@@ -80,8 +84,8 @@ def _remedy(error: BaseException) -> str:
     return _CUT if isinstance(error, _TRANSPORT_ERRORS) else "the Hub's client gave up."
 
 
-def quoted(error: BaseException) -> str:
-    """What the Hub or the client says itself, in one line and without the token."""
+def _quoted(error: BaseException) -> str:
+    """The Hub's or the client's own words, in one line and without the token."""
     if isinstance(error, _NOT_QUOTED):
         return ""
     message = error.server_message if isinstance(error, HfHubHTTPError) else str(error)

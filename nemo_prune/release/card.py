@@ -3,25 +3,26 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from huggingface_hub import ModelCardData
 
-from nemo_prune.checkpoint.folder import INDEX_FILE
-from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE
-from nemo_prune.release.licence_notice import licence_notice
+from nemo_prune.facts import BaseFacts, ExportReport
+from nemo_prune.files.layout import GRID_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
+from nemo_prune.release.licence import licence_notice
 from nemo_prune.release.markdown import HUB, code, table
-from nemo_prune.release.measured import before_after_rows, layer_rows, prompt_rows
+from nemo_prune.release.record import Record
+from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows
 
 PAPER = "https://arxiv.org/abs/2406.02366"
 
 _NOT_CLAIMED = """\
-- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Whoever optimises a text \
-embedding against this model, or fine-tunes it, may bring images back.
+- **It has not forgotten.** Whatever was measured holds for the prompts that were examined. Optimising a text \
+embedding against this model, or fine-tuning it, may bring images back.
 - **It protects only where the unpruned weights were never released,** nor those of a sibling that was trained on the \
-same images. Base and mask together undo the pruning: whoever has the base copies the rows back, and the changed rows \
-show where to look.
+same images. Base and mask together undo the pruning: anyone who has the base can copy the rows back, and the changed \
+rows show where to look.
 - **Prompts that were not examined are not covered,** nor images that other prompts give back.
 - The files are not smaller: pruned rows take the same space."""
 
@@ -39,36 +40,37 @@ _CITATION = """\
 _PIPELINE_HERE, _HERE = 'from_pretrained("."', '  # "." is this folder'
 
 
-def model_card(facts: Mapping, examples: Sequence[str] = ()) -> str:
-    """The card that lies beside the pruned weights; it names no caption and shows no image unless asked.
+def model_card(record: Record, layout: ReleaseLayout, examples: Sequence[str] = ()) -> str:
+    """The card that is beside the pruned weights; it names no caption and shows no image unless asked.
 
     Args:
-        facts: the record of a run or of an export.
+        record: of a run or of an export.
+        layout: of the release, whose files the card names.
         examples: captions to publish, in the order of the rows of the before/after grid.
     """
-    is_run = "scores" in facts
+    is_run = record.measured is not None
     parts = [
-        f"---\n{_metadata(facts).to_yaml()}\n---",
-        f"# {_title(facts['base'])}",
-        f"{_base(facts['base'])}, pruned against the memorization of training images by nemo-prune "
-        f"{facts['versions']['nemo-prune']} with the method NeMo ([Hintersdorf et al., NeurIPS 2024]({PAPER})). "
+        f"---\n{_metadata(record).to_yaml()}\n---",
+        f"# {_title(record.base)}",
+        f"{_base(record.base)}, pruned against the memorization of training images by nemo-prune "
+        f"{record.versions['nemo-prune']} with the method NeMo ([Hintersdorf et al., NeurIPS 2024]({PAPER})). "
         "It loads with stock diffusers.",
         "## What is not claimed",
         _NOT_CLAIMED,
         "## What was changed",
-        _changes(facts),
+        _changes(record),
         "## What was found",
-        *([table(("prompts", "number"), prompt_rows(facts["prompts"]))] if is_run else _told_by_the_mask(facts)),
-        f"![Pruned neurons per layer]({PLOT_FILE})",
-        table(("layer", "pruned", "of"), layer_rows(facts["mask"])),
-        *(["## Before and after", table(("measured", "before", "after"), before_after_rows(facts))] if is_run else []),
-        *(_examples(examples) if examples else []),
+        *([table(("prompts", "number"), prompt_rows(record.prompts))] if is_run else _told_by_the_mask(record)),
+        f"![Pruned neurons per layer]({layout.name(layout.plot)})",
+        table(("layer", "pruned", "of"), layer_rows(record.mask)),
+        *(["## Before and after", table(("measured", "before", "after"), before_after_rows(record))] if is_run else []),
+        *(_examples(examples, layout) if examples else []),
         "## Use",
-        _use(facts),
+        _use(record.base, layout),
         "## Rebuild it",
-        _rebuilding(facts),
+        _rebuilding(record, layout),
         "## Licence",
-        licence_notice(facts["licence"]),
+        licence_notice(record.licence),
         "## Citation",
         _CITATION,
     ]
@@ -85,26 +87,26 @@ def named(card: str, repo_id: str) -> str:
     card = card.replace(_PIPELINE_HERE, f'from_pretrained("{repo_id}"').replace(_HERE, "")
     card = re.sub(r" --mask .+ --out ", f" --mask {repo_id} --out ", card)
     card = re.sub(r"from_single_file\(\"(?!https:)", f'from_single_file("{HUB}/{repo_id}/blob/main/', card)
-    # Beside a single file all lies flat; in a repo it lies as in a folder.
+    # A repo has the pictures where a folder has them, and a single file beside the card.
     for picture in (PurePath(PLOT_FILE), PurePath(GRID_FILE)):
         card = card.replace(f"]({picture.name})", f"]({picture.as_posix()})")
     return card
 
 
-def _metadata(facts: Mapping) -> ModelCardData:
-    repo_id = facts["base"]["repo_id"]
+def _metadata(record: Record) -> ModelCardData:
+    repo_id = record.base.repo_id
     return ModelCardData(
         base_model=repo_id,
         base_model_relation="finetune" if repo_id else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["nemo-prune", "memorization", "stable-diffusion"],
-        **facts["licence"]["fields"],
+        **record.licence.fields,
     )
 
 
-def _title(base: Mapping) -> str:
-    name = (base["repo_id"] or "").rpartition("/")[2]
+def _title(base: BaseFacts) -> str:
+    name = (base.repo_id or "").rpartition("/")[2]
     if not name:
         return "Pruned against memorization"
     # Nothing in such a name is Markdown.
@@ -112,76 +114,79 @@ def _title(base: Mapping) -> str:
     return f"{name if is_plain else code(name)}, pruned against memorization"
 
 
-def _base(base: Mapping) -> str:
-    if base["stated_by_publisher"]:
-        return f"A local checkpoint ({code(base['repo_id'])} by its publisher's word, which was not checked)"
-    if base["repo_id"]:
-        return f"{code(base['repo_id'])} at commit {code(base['commit'])}"
-    return base["name"][:1].upper() + base["name"][1:]
+def _base(base: BaseFacts) -> str:
+    if base.stated_by_publisher:
+        return f"A local checkpoint ({code(base.repo_id)} by its publisher's word, which was not checked)"
+    if base.repo_id:
+        return f"{code(base.repo_id)} at commit {code(base.commit)}"
+    return base.name[:1].upper() + base.name[1:]
 
 
-def _changes(facts: Mapping) -> str:
-    mask, files = facts["mask"], facts["files"]
-    done = f"multiplied by {mask['scale']:g}" if mask["scale"] else "set to zero"
+def _changes(record: Record) -> str:
+    mask = record.mask
+    done = f"multiplied by {mask.scale:g}" if mask.scale else "set to zero"
     changed = ", ".join(
-        f"{code(path)} ({rows} {'row' if rows == 1 else 'rows'} {done})" for path, rows in files["rows_changed"].items()
+        f"{code(path)} ({rows} {'row' if rows == 1 else 'rows'} {done})"
+        for path, rows in record.files.rows_changed.items()
     )
     parts = [
-        f"> **Notice: files of the base model were changed:** {changed}. They belong to **{mask['num_neurons']} of "
-        f"{sum(mask['sizes'].values())} neurons** of the layers through which the text enters. No other weight "
+        f"> **Notice: files of the base model were changed:** {changed}. They belong to **{mask.num_neurons} of "
+        f"{sum(mask.sizes.values())} neurons** of the layers through which the text enters. No other weight "
         "differs from the base."
     ]
-    if mask.get("forced_on_another_base"):
-        made_for = (mask["made_for"] or {}).get("name") or "an unknown base"
+    if mask.forced_on_another_base:
+        made_for = (mask.made_for and mask.made_for.name) or "an unknown base"
         parts.append(f"**The mask was made for another base ({code(made_for)}) and was forced on this one.**")
-    parts += files["notes"]
-    if files["left_out"]:
-        paths_of: dict[str, list[str]] = {}
-        for path, reason in files["left_out"].items():
-            paths_of.setdefault(reason, []).append(code(path))
-        listed = "\n".join(f"- {', '.join(paths)}: {reason}" for reason, paths in paths_of.items())
-        parts.append(f"Left out of the base's files:\n\n{listed}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *record.files.notes, *_left_out(record.files)])
 
 
-def _told_by_the_mask(facts: Mapping) -> list[str]:
+def _left_out(files: ExportReport) -> list[str]:
+    """What of the base is not there, one line per reason."""
+    if not files.left_out:
+        return []
+    paths_of: dict[str, list[str]] = {}
+    for path, reason in files.left_out.items():
+        paths_of.setdefault(reason, []).append(code(path))
+    listed = "\n".join(f"- {', '.join(paths)}: {reason}" for reason, paths in paths_of.items())
+    return [f"Left out of the base's files:\n\n{listed}"]
+
+
+def _told_by_the_mask(record: Record) -> list[str]:
     """What stands in for findings where a finished mask was used."""
     parts = [
         "**Nothing was measured on this model.** It was made from a base and a finished mask (`nemo-prune export`); "
-        "what was measured when the mask was found stands in the card that the mask was published with."
+        "what was measured when the mask was found is in the card that the mask was published with."
     ]
-    if facts["prompts"]:
-        name = (facts["mask"]["made_for"] or {}).get("name")
+    if record.prompts:
+        name = record.mask.made_for and record.mask.made_for.name
         base = f" in {code(name)}" if name else ""
         parts.append(
             f"The metadata of the mask say that it was found{base} with these prompts; nobody checked it here:"
         )
-        parts.append(table(("prompts", "number"), prompt_rows(facts["prompts"])))
+        parts.append(table(("prompts", "number"), prompt_rows(record.prompts)))
     return parts
 
 
-def _examples(captions: Sequence[str]) -> list[str]:
+def _examples(captions: Sequence[str], layout: ReleaseLayout) -> list[str]:
     listed = "\n".join(f"- {code(caption)}" for caption in captions)
     return [
         "## Examples",
-        f"![Training images, and images before and after pruning]({GRID_FILE})",
-        f"A row is a caption: its training image, where one is known, images before the pruning, and the same seeds "
+        f"![Training images, and images before and after pruning]({layout.name(layout.grid)})",
+        f"Each row is a caption: its training image, where one is known, images before the pruning, and the same seeds "
         f"after it. The captions of the rows:\n\n{listed}",
     ]
 
 
-def _use(facts: Mapping) -> str:
-    base, files = facts["base"], facts["files"]
-    if _is_single_file(facts):
-        (name,) = files["rows_changed"]
+def _use(base: BaseFacts, layout: ReleaseLayout) -> str:
+    if layout.file:
         return f"""\
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_single_file({json.dumps(name)})
+pipe = StableDiffusionPipeline.from_single_file({json.dumps(layout.file.name)})
 image = pipe("a caption").images[0]
 ```"""
-    variant = f", variant={json.dumps(base['variant'])}" if base["variant"] else ""
+    variant = f", variant={json.dumps(base.variant)}" if base.variant else ""
     return f"""\
 ```python
 from diffusers import DiffusionPipeline
@@ -191,21 +196,20 @@ image = pipe("a caption").images[0]
 ```"""
 
 
-def _rebuilding(facts: Mapping) -> str:
+def _rebuilding(record: Record, layout: ReleaseLayout) -> str:
     """The commands that make the same files from base and mask, and what must come out."""
-    base, mask, files = facts["base"], facts["mask"], facts["files"]
-    model = base["model"] or "base"
-    version = _options(("--revision", base["commit"]), ("--variant", base["variant"]))
+    base, mask, files = record.base, record.mask, record.files
+    model = base.model or "base"
+    version = _options(("--revision", base.commit), ("--variant", base.variant))
     # A folder of configs has no name that means anything elsewhere.
-    config = _options(("--config", base["config"] if base["config"] and " " not in base["config"] else None))
-    is_single = _is_single_file(facts)
-    out = "rebuilt.safetensors" if is_single else "rebuilt"
-    # The mask of a single file is found by its name, as it lies beside it.
-    mask_file = shlex.quote(next(iter(files["rows_changed"]))) if is_single else MASK_FILE
-    scale = _options(("--scale", repr(mask["scale"]) if mask["scale"] else None))
-    force = " --force" if mask.get("forced_on_another_base") else ""
-    where = "" if base["model"] else " `base` stands for the base model, wherever it lies."
-    hashes = "\n".join(f"- {code(path)}: {code(files['sha256'][path])}" for path in files["rows_changed"])
+    config = _options(("--config", base.config if base.config and " " not in base.config else None))
+    out = "rebuilt.safetensors" if layout.file else "rebuilt"
+    # The mask of a single file is found by the file's name.
+    mask_file = shlex.quote(layout.file.name) if layout.file else layout.name(layout.mask)
+    scale = _options(("--scale", repr(mask.scale) if mask.scale else None))
+    force = " --force" if mask.forced_on_another_base else ""
+    where = "" if base.model else " `base` stands for the base model, wherever it is."
+    hashes = "\n".join(f"- {code(path)}: {code(files.sha256[path])}" for path in files.rows_changed)
     return f"""\
 Base and mask give the same files again, byte for byte.{where}
 
@@ -221,10 +225,6 @@ must come out:
 {hashes}
 
 `{RECORD_FILE}` has the hashes of all files, versions, settings and seeds."""
-
-
-def _is_single_file(facts: Mapping) -> bool:
-    return INDEX_FILE not in facts["files"]["sha256"]
 
 
 def _options(*pairs: tuple[str, str | None]) -> str:

@@ -13,7 +13,7 @@ _INVISIBLE = ("Cc", "Cf", "Cs")
 def code(text: str) -> str:
     """Untrusted text, such as a caption or a name, as one span of code.
 
-    Nothing in a code span is Markdown, HTML or an address to link to, so that no list of characters has to be
+    Nothing in a code span is Markdown, HTML or an address to link to, so no list of characters has to be
     complete. White space becomes one space; control characters, what turns the direction of the text or can't
     be seen, and lone surrogates become U+FFFD; what is very long is cut.
 

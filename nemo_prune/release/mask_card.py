@@ -1,15 +1,15 @@
 """The card of a mask that is published alone: what it is, for which model, and how to apply it."""
 
 import re
-from collections.abc import Mapping
 
 from huggingface_hub import ModelCardData
 
+from nemo_prune.facts import BaseFacts, MaskFacts
 from nemo_prune.mask import NeuronMask
 from nemo_prune.release.markdown import code, table
 
 _NOT_CLAIMED = """\
-- **It protects only models that are released pruned by it.** It holds no weights: whoever has the base can use it \
+- **It protects only models that are released pruned by it.** It holds no weights: anyone who has the base can use it \
 with the mask or without, and the mask shows which rows matter.
 - A pruned model has not forgotten: optimised text embeddings and fine-tuning may bring images back. Prompts that \
 were not examined are not covered."""
@@ -18,23 +18,23 @@ were not examined are not covered."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
-def mask_card(mask: NeuronMask, described: Mapping, repo_id: str) -> str:
+def mask_card(mask: NeuronMask, facts: MaskFacts, repo_id: str) -> str:
     """A card from what the mask knows; it names no caption.
 
     Args:
         mask: what is published.
-        described: what was saved beside it.
+        facts: what its file says beside it.
         repo_id: where it is published.
     """
-    base = described.get("base", {})
-    base_id = base["repo_id"] if _HUB_ID.fullmatch(base.get("repo_id") or "") else None
-    at_commit = f" at commit {code(base['commit'])}" if base.get("commit") else ""
+    base = facts.base or BaseFacts()
+    base_id = base.repo_id if _HUB_ID.fullmatch(base.repo_id or "") else None
+    at_commit = f" at commit {code(base.commit)}" if base.commit else ""
     data = ModelCardData(base_model=base_id, tags=["nemo-prune", "memorization", "neuron-mask"])
-    model = code(base_id or base.get("name") or "a model that it does not name")
+    model = code(base_id or base.name or "a model that it does not name")
     counts = [(code(name), count, mask.sizes[name]) for name, count in mask.counts.items()]
     # `demo` names its model here, too.
-    named = next((name for name in (base.get("model"), base_id) if _HUB_ID.fullmatch(name or "")), None)
-    where = "" if named else " `base` stands for the base model, wherever it lies."
+    named = next((name for name in (base.model, base_id) if _HUB_ID.fullmatch(name or "")), None)
+    where = "" if named else " `base` stands for the base model, wherever it is."
     rebuild = f"nemo-prune export --model {named or 'base'} --mask {repo_id} --out pruned/"
     parts = [
         f"---\n{data.to_yaml()}\n---",

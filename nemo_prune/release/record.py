@@ -1,219 +1,252 @@
-"""From what a run found to the facts that its card, its report and its record are made of.
+"""The record of a release: what was done and measured, sealed when it is saved and checked when it is loaded.
 
-No caption is among them. A number that is one prompt's alone is published coarsely or not at all: whoever guesses a
-caption and has the base could compute the same number, and would find the caption by it.
+No caption is in it. It is read without torch, which takes a second to load.
 """
 
 import dataclasses
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from statistics import mean, median
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nemo_prune.checkpoint.export import ExportReport
-from nemo_prune.checkpoint.source import ModelSource
-from nemo_prune.corpus.prompts import MOST_PROMPTS_COMPARED, near_duplicates
-from nemo_prune.demo import DEMO_MODEL
-from nemo_prune.engine.calibration import Calibration
-from nemo_prune.engine.localize import PromptLocalization, count_statuses
-from nemo_prune.engine.scorer import Rechecks
-from nemo_prune.errors import SettingsError
-from nemo_prune.mask import NeuronMask
+from nemo_prune.errors import RecordError, SettingsError
+from nemo_prune.facts import BaseFacts, Cost, ExportReport, PromptFacts, Rechecks, Status, StatusCounts
+from nemo_prune.files.json_values import from_json, to_json
+from nemo_prune.files.untrusted import read_json
 from nemo_prune.release.licence import Licence
-from nemo_prune.settings import LocalizationSettings, RunOptions, Statement, VerificationSettings
-from nemo_prune.verify import ImageEvidence, PromptVerification
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
 
-_PACKAGES = ("nemo-prune", "torch", "diffusers", "transformers", "safetensors", "torchmetrics")
-_DECIMALS = 3
+if TYPE_CHECKING:
+    from nemo_prune.mask import NeuronMask
 
-
-def described_base(source: ModelSource, statement: Statement) -> dict:
-    """The base of a release for its record, as JSON values.
-
-    Args:
-        source: the base.
-        statement: may name the Hub id of a local one.
-
-    Returns:
-        ``name``, ``repo_id``, ``commit`` and ``variant``; ``model``: what `--model` takes, None for a local folder;
-        ``stated_by_publisher``: whether nobody checked that it is this repo's model.
-
-    Raises:
-        SettingsError: the publisher names another repo than the base is from.
-    """
-    base = source.described()
-    stated = statement.base_model
-    if stated and source.repo_id and stated != source.repo_id:
-        raise SettingsError(
-            f"The base is {source.repo_id} of the Hub, and --base-model says {stated}. Leave --base-model out."
-        )
-    model = DEMO_MODEL if source.is_demo else source.repo_id
-    is_stated = bool(stated) and not source.repo_id
-    named = {"name": stated, "repo_id": stated} if is_stated else {}
-    return {**base, **named, "model": model, "stated_by_publisher": is_stated}
+_SEAL = "seal"
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that a run found, with captions; :meth:`facts` leaves them out.
+class MaskRecord:
+    """The mask of a release.
 
     Attributes:
-        localizations: one a prompt, in the order of the corpus.
-        verified: the same prompts under the final mask.
-        cost: relative change of the noise prediction on ordinary prompts under ``mask``, under as
-            many ``random`` neurons, and with ``everything`` suppressed.
-        num_duplicates: captions of the corpus that were exactly the same as another one.
-        rechecks: scores that float32 decided again, where the precision was lower.
-        base: the base model, see :func:`described_base`.
-        licence: what is known about the base's.
-        references: prompt -> what published files call it.
-        evidence: images of some prompts before and after; empty where nothing was pruned.
-        exported: what was written; None where nothing was pruned.
+        num_neurons: pruned neurons.
+        counts: layer -> pruned neurons.
+        sizes: layer -> all neurons.
+        scale: what their rows were multiplied by; 0 zeroed them.
+        merge: how the prompts' neurons became one mask; None for a finished mask.
+        preserve: how much the search favoured ordinary captions; None for a finished mask.
+        made_for: the base that a finished mask was made for.
+        forced_on_another_base: whether the base is another one.
+        sha256: of the mask's file; None before it is written.
     """
 
-    source: ModelSource
-    options: RunOptions
-    settings: LocalizationSettings
-    verification: VerificationSettings
-    calibration: Calibration
+    num_neurons: int
+    counts: Mapping[str, int]
+    sizes: Mapping[str, int]
+    scale: float = 0.0
+    merge: str | None = None
+    preserve: float | None = None
+    made_for: BaseFacts | None = None
+    forced_on_another_base: bool = False
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, mask: "NeuronMask", **more: object) -> "MaskRecord":
+        """The record of a mask, with the other attributes as given."""
+        return cls(mask.num_neurons, mask.counts, mask.sizes, **more)
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """What was usual: the attributes are those of :class:`~nemo_prune.engine.calibration.Calibration`."""
+
     threshold: float
-    localizations: Sequence[PromptLocalization]
-    mask: NeuronMask
-    verified: Sequence[PromptVerification]
-    cost: dict[str, float]
-    rechecks: Rechecks
-    num_duplicates: int
-    base: Mapping
+    similarity_mean: float
+    similarity_std: float
+    num_prompts: int
+    origin: str
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """What became of one prompt, which only the work folder can look up.
+
+    Attributes:
+        prompt: its reference, a keyed hash.
+        status: of its localization.
+        above_threshold_before: whether its memorization score on fresh seeds is above the threshold.
+        above_threshold_after: the same under the mask.
+        copies_before: share of its images that copy a training image; None where none were compared.
+        copies_after: the same after pruning.
+    """
+
+    prompt: str
+    status: Status
+    above_threshold_before: bool
+    above_threshold_after: bool
+    copies_before: float | None
+    copies_after: float | None
+
+
+@dataclass(frozen=True)
+class ScoreFacts:
+    """Scores of the memorized prompts.
+
+    Attributes:
+        above_threshold_before: prompts whose memorization score on fresh seeds is above the threshold.
+        above_threshold_after: the same under the mask.
+        suppressed_above_threshold: prompts whose suppressed similarity on a kept seed is above it under the mask.
+        median_before: median of the memorization scores on fresh seeds; None without a memorized prompt.
+        median_after: the same under the mask.
+        median_suppressed_similarity: median of the suppressed similarities.
+    """
+
+    above_threshold_before: int
+    above_threshold_after: int
+    suppressed_above_threshold: int
+    median_before: float | None
+    median_after: float | None
+    median_suppressed_similarity: float | None
+
+
+@dataclass(frozen=True)
+class ImageAverages:
+    """Number of prompts, and the mean of each measure of :class:`~nemo_prune.proof.images.ImageEvidence`."""
+
+    num_prompts: int
+    copies_before: float | None = None
+    copies_after: float | None = None
+    nearest_before: float | None = None
+    nearest_after: float | None = None
+    to_unpruned: float | None = None
+    between_seeds_before: float | None = None
+    between_seeds_after: float | None = None
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the images show.
+
+    Attributes:
+        per_prompt: images per prompt, before and after.
+        cut: similarity from which an image counts as a copy.
+        memorized: averages over the memorized prompts that images were drawn for.
+        ordinary: the same over ordinary prompts.
+    """
+
+    per_prompt: int
+    cut: float
+    memorized: ImageAverages
+    ordinary: ImageAverages
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured, and with which numbers.
+
+    Attributes:
+        settings: the numbers of the method.
+        verification_settings: of the images and fresh scores.
+        dtype: precision of the weights.
+        float32_rechecks: similarities that float32 decided.
+        calibration: what was usual.
+        prompt_results: one per prompt, in the order of the references, which does not tell that of the corpus.
+        scores: of the memorized prompts.
+        images: before and after.
+        cost: change on ordinary prompts.
+        export_verified: whether the exported files predict what the suppressed model does.
+        seconds: wall time per stage.
+    """
+
+    settings: LocalizationSettings
+    verification_settings: VerificationSettings
+    dtype: str
+    float32_rechecks: Rechecks
+    calibration: CalibrationFacts
+    prompt_results: tuple[PromptResult, ...]
+    scores: ScoreFacts
+    images: ImageFacts
+    cost: Cost
+    export_verified: bool
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of a release.
+
+    Attributes:
+        versions: package -> version.
+        base: the unpruned model.
+        licence: what is known about its licence.
+        mask: what was pruned.
+        prompts: what was examined; None where a finished mask does not say it.
+        files: what was written.
+        measured: what a run measured; None for a release that was made from a finished mask.
+    """
+
+    versions: Mapping[str, str]
+    base: BaseFacts
     licence: Licence
-    references: Mapping[str, str]
-    evidence: Sequence[ImageEvidence] = ()
-    exported: ExportReport = field(default_factory=ExportReport)
+    mask: MaskRecord
+    prompts: PromptFacts | StatusCounts | None
+    files: ExportReport
+    measured: Measured | None = None
 
-    @property
-    def memorized(self) -> list[str]:
-        """Prompts that were found to be memorized, whether resolved or not."""
-        return [each.prompt for each in self.localizations if each.status != "not_memorized"]
+    def to_json(self) -> dict:
+        """JSON values, what was measured beside the rest."""
+        values = to_json(self)
+        return {**{name: values[name] for name in values if name != "measured"}, **(values["measured"] or {})}
 
-    def facts(self, seconds: dict[str, float]) -> dict:
-        """The record of the run as JSON values, without any caption or path of the machine.
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> "Record":
+        """What :meth:`to_json` made.
 
-        Args:
-            seconds: wall time per stage.
+        Raises:
+            ValueError, SettingsError: it is not such a record.
         """
-        memorized = set(self.memorized)
-        return {
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-            "base": dict(self.base),
-            "licence": self.licence.described(),
-            "settings": dataclasses.asdict(self.settings),
-            "verification_settings": dataclasses.asdict(self.verification),
-            "dtype": self.options.model.dtype,
-            "float32_rechecks": dataclasses.asdict(self.rechecks),
-            "calibration": {
-                "threshold": self.threshold,
-                "similarity_mean": self.calibration.similarity_mean,
-                "similarity_std": self.calibration.similarity_std,
-                "num_prompts": self.calibration.statistics.num_prompts,
-                "origin": self.calibration.origin,
-            },
-            "prompts": {
-                "total": len(self.localizations),
-                "memorized": len(memorized),
-                **count_statuses(self.localizations),
-                "duplicates": self.num_duplicates,
-                "groups": self._groups(),
-                "unresolved_included": self.options.include_unresolved,
-                "silenced_by_others": sum(each.silenced_by_others for each in self.localizations),
-                "not_monotone": sum(each.fell_back for each in self.localizations),
-                "smallest_margin": self._smallest_margin(),
-                "sample_passes": sum(each.sample_passes for each in self.localizations),
-            },
-            "prompt_results": self._prompt_results(),
-            "mask": {
-                "merge": self.options.merge,
-                "preserve": self.options.preserve,
-                "num_neurons": self.mask.num_neurons,
-                "counts": self.mask.counts,
-                "sizes": self.mask.sizes,
-                "scale": self.options.scale,
-            },
-            "scores": self._scores([each for each in self.verified if each.prompt in memorized]),
-            "images": {
-                "per_prompt": self.verification.images_per_prompt,
-                "cut": self.verification.replication_cut,
-                "memorized": _averages([each for each in self.evidence if each.prompt in memorized]),
-                "ordinary": _averages([each for each in self.evidence if each.prompt not in memorized]),
-            },
-            "cost": self.cost,
-            # A run stops with an error where the exported files don't predict what the suppressed model does.
-            "export_verified": bool(self.exported.hashes),
-            "files": self.exported.described(),
-            "seconds": seconds,
-        }
+        names = {field.name for field in dataclasses.fields(Measured)}
+        measured = {name: value for name, value in values.items() if name in names}
+        others = {name: value for name, value in values.items() if name not in names}
+        record = from_json(cls, {**others, "measured": measured or None})
+        if record.measured and not isinstance(record.prompts, PromptFacts):
+            raise ValueError("`prompts` is not what a run found, though `settings` and `scores` are of a run")
+        return record
 
-    def _smallest_margin(self) -> float | None:
-        margins = [each.margin for each in self.localizations if each.margin]
-        return float(f"{min(margins):.1g}") if margins else None
+    def save(self, path: Path) -> None:
+        """Write the record with a seal over everything in it.
 
-    def _prompt_results(self) -> list[dict]:
-        """What became of each prompt, in the order of the references, so that the corpus' order is not told.
-
-        Scores and numbers of neurons are left out; see the module.
+        The seal detects accidental edits; anyone can recompute it.
         """
-        evidence = {each.prompt: each for each in self.evidence}
-        results = []
-        for localization, verified in zip(self.localizations, self.verified, strict=True):
-            seen = evidence.get(localization.prompt)
-            results.append(
-                {
-                    "prompt": self.references[localization.prompt],
-                    "status": localization.status,
-                    "above_threshold_before": verified.score_before > self.threshold,
-                    "above_threshold_after": verified.score_after > self.threshold,
-                    "copies_before": seen.copies_before if seen else None,
-                    "copies_after": seen.copies_after if seen else None,
-                }
-            )
-        return sorted(results, key=lambda result: result["prompt"])
+        values = self.to_json()
+        path.write_text(json.dumps({**values, _SEAL: _seal(values)}, indent=2), encoding="utf-8")
 
-    def _groups(self) -> dict[str, int] | None:
-        """The same counts with near-duplicates counted once; None where there are too many to compare."""
-        if len(self.localizations) > MOST_PROMPTS_COMPARED:
-            return None
-        groups = near_duplicates([each.prompt for each in self.localizations])
-        statuses = [{self.localizations[position].status for position in group} for group in groups]
-        memorized = [group - {"not_memorized"} for group in statuses if group != {"not_memorized"}]
-        return {
-            "total": len(groups),
-            "memorized": len(memorized),
-            "localized": sum(group == {"localized"} for group in memorized),
-        }
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Read a record that :meth:`save` wrote, and check its seal.
 
-    def _scores(self, memorized: Sequence[PromptVerification]) -> dict:
-        before, after = [each.score_before for each in memorized], [each.score_after for each in memorized]
-        suppressed = [each.suppressed_similarity for each in memorized]
-        return {
-            "above_threshold_before": sum(score > self.threshold for score in before),
-            "above_threshold_after": sum(score > self.threshold for score in after),
-            "suppressed_above_threshold": sum(score > self.threshold for score in suppressed),
-            "median_before": _median(before),
-            "median_after": _median(after),
-            "median_suppressed_similarity": _median(suppressed),
-        }
+        Raises:
+            RecordError: there is none, it is damaged, or it was changed since.
+        """
+        try:
+            values = read_json(path)
+            if not isinstance(values, dict):
+                raise ValueError("it is not a JSON object")
+            seal = values.pop(_SEAL, None)
+            record = cls.from_json(values)
+        except FileNotFoundError as error:
+            raise RecordError(
+                f"There is no {path.name} in {path.parent}. Give a folder that nemo-prune wrote."
+            ) from error
+        except (ValueError, OSError, SettingsError) as error:
+            raise RecordError(
+                f"{path.name} is not a record of nemo-prune, or one of another version: {error}. Export the model "
+                "again."
+            ) from error
+        if seal != _seal(values):
+            raise RecordError(f"{path.name} was changed after the export. Export the model again.")
+        return record
 
 
-def _averages(evidence: Sequence[ImageEvidence]) -> dict[str, float | None]:
-    """Number of prompts, and the mean of every measure over those that have it."""
-    averages: dict[str, float | None] = {"num_prompts": len(evidence)}
-    for measure in dataclasses.fields(ImageEvidence)[1:]:
-        values = [value for each in evidence if (value := getattr(each, measure.name)) is not None]
-        average = mean(values) if values else None
-        # A share of copies is coarse by itself, and must not become none.
-        is_share = measure.name.startswith("copies")
-        averages[measure.name] = average if average is None or is_share else round(average, _DECIMALS)
-    return averages
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return round(median(values), _DECIMALS) if values else None
+def _seal(values: Mapping) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -3,49 +3,47 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from PIL import Image
-
-from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.work import write_atomically
+from nemo_prune.proof.images import save_grid
 from nemo_prune.release.markdown import code, number, share, table
-from nemo_prune.release.measured import before_after_rows, layer_rows, prompt_rows
-from nemo_prune.release.record import Findings
-from nemo_prune.verify import save_grid
-
-Images = Mapping[str, Sequence[Image.Image]]
+from nemo_prune.release.record import Record
+from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows
+from nemo_prune.stages.examined import ExaminedPrompt
+from nemo_prune.stages.prove import ImageProof
 
 _COLUMNS = ("status", "kind", "score", "neurons", "under the mask", "fresh before", "fresh after", "copies before",
             "copies after", "caption")  # fmt: skip
 
 
-def write_report(work: Path, findings: Findings, facts: Mapping, prompts: Sequence[Prompt]) -> Path:
+def write_report(work: Path, record: Record, examined: Sequence[ExaminedPrompt]) -> Path:
     """Write the full report, with every caption and what published files call it; returns its path."""
-    evidence = {each.prompt: asdict(each) for each in findings.evidence}
-    records = [
-        {
-            "reference": findings.references[prompt.text],
-            "kind": prompt.kind,
-            "columns": dict(prompt.columns),
-            **asdict(localization),
-            **asdict(verified),
-            **evidence.get(prompt.text, {}),
-        }
-        for prompt, localization, verified in zip(prompts, findings.localizations, findings.verified, strict=True)
-    ]
-    write_atomically(work / "report.json", json.dumps({"facts": facts, "prompts": records}, indent=2))
-    write_atomically(work / "report.md", run_report(facts, records))
+    rows = [_row(each) for each in examined]
+    write_atomically(work / "report.json", json.dumps({"facts": record.to_json(), "prompts": rows}, indent=2))
+    write_atomically(work / "report.md", run_report(record, rows))
     return work / "report.md"
 
 
-def run_report(facts: Mapping, prompts: Sequence[Mapping]) -> str:
+def _row(examined: ExaminedPrompt) -> dict:
+    """Everything about a prompt as JSON values."""
+    return {
+        "reference": examined.reference,
+        "kind": examined.prompt.kind,
+        "columns": to_json(examined.prompt.columns),
+        **to_json(examined.localization),
+        **to_json(examined.under_mask),
+        **(to_json(examined.images) if examined.images else {}),
+    }
+
+
+def run_report(record: Record, prompts: Sequence[Mapping]) -> str:
     """The report as text.
 
     Args:
-        facts: the record of the run.
-        prompts: a record a prompt, as they stand in report.json.
+        record: of the run.
+        prompts: one row per prompt, as report.json has them.
     """
     rows = [
         (
@@ -55,15 +53,15 @@ def run_report(facts: Mapping, prompts: Sequence[Mapping]) -> str:
         )
         for each in prompts
     ]  # fmt: skip
-    calibration = facts["calibration"]
+    calibration = record.measured.calibration
     parts = [
         "# nemo-prune: report of a run",
         "Holds captions and images: not for publication. `report.json` has for each caption what the published record "
         "calls it (`reference`).",
-        f"Base: {code(facts['base']['name'])}. Threshold {calibration['threshold']:.3f}, {calibration['origin']}.",
-        table(("prompts", "number"), prompt_rows(facts["prompts"])),
-        table(("layer", "pruned", "of"), layer_rows(facts["mask"])),
-        table(("measured", "before", "after"), before_after_rows(facts)),
+        f"Base: {code(record.base.name)}. Threshold {calibration.threshold:.3f}, {calibration.origin}.",
+        table(("prompts", "number"), prompt_rows(record.prompts)),
+        table(("layer", "pruned", "of"), layer_rows(record.mask)),
+        table(("measured", "before", "after"), before_after_rows(record)),
         "![before and after](grids/memorized.png)",
         "![ordinary prompts before and after](grids/ordinary.png)",
         table(_COLUMNS, rows),
@@ -71,9 +69,7 @@ def run_report(facts: Mapping, prompts: Sequence[Mapping]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def save_grids(
-    work: Path, memorized: Sequence[str], training_images: Mapping[str, Image.Image], before: Images, after: Images
-) -> Path:
+def save_grids(work: Path, memorized: Sequence[str], proof: ImageProof) -> Path:
     """Write two grids (training image, before, after) into the work folder.
 
     Returns:
@@ -82,11 +78,11 @@ def save_grids(
     shutil.rmtree(work / "grids", ignore_errors=True)
     (work / "grids").mkdir()
     grids = {
-        "memorized": [text for text in before if text in memorized],
-        "ordinary": [text for text in before if text not in memorized],
+        "memorized": [text for text in proof.texts if text in memorized],
+        "ordinary": [text for text in proof.texts if text not in memorized],
     }
     for name, texts in grids.items():
         if texts:
-            rows = [[training_images.get(text), *before[text], None, *after[text]] for text in texts]
+            rows = [[proof.training_images.get(text), *proof.before[text], None, *proof.after[text]] for text in texts]
             save_grid(work / "grids" / f"{name}.png", rows)
     return work / "grids" / "memorized.png"

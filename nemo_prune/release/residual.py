@@ -1,9 +1,9 @@
 """What remains in a release by its own record, and how a card that is published nevertheless says so."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
-from nemo_prune.errors import RecordError
+from nemo_prune.release.record import Record
 
 _BEGIN, _END = "<!-- nemo-prune push --allow-residual: begin -->", "<!-- nemo-prune push --allow-residual: end -->"
 _SECTION = re.compile(f"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
@@ -12,41 +12,34 @@ _NOT_CLAIMED = re.compile(r"^## What is not claimed$", re.MULTILINE)
 _METADATA = re.compile(r"\A---\n.*?^---$", re.MULTILINE | re.DOTALL)
 
 
-def residual_findings(record: Mapping) -> list[str]:
+def residual_findings(record: Record) -> list[str]:
     """Why a release should not be published without a word: a sentence each, none where nothing remains.
 
-    Images that were not compared with training images, because none are known, are no finding: the card says how
+    Images that were not compared with training images, because none are known, are not a finding: the card says how
     many were.
-
-    Args:
-        record: of the release.
-
-    Raises:
-        RecordError: it does not hold what records of this version hold.
     """
-    try:
-        return list(_findings(record))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordError(f"The record is one of another version: {error!r}. Export the model again.") from error
-
-
-def _findings(record: Mapping) -> Iterator[str]:
-    if "scores" not in record:
-        yield "Nothing was measured on these files: `nemo-prune export` made them from a base and a finished mask."
-        return
-    images, unresolved = record["images"]["memorized"], record["prompts"]["unresolved"]
-    if (images["copies_after"] or 0) > 0:
-        yield (
-            f"{images['copies_after']:.1%} of the images that were drawn for {images['num_prompts']:d} memorized "
-            "prompts still copy a training image after pruning."
+    measured = record.measured
+    if measured is None:
+        return ["Nothing was measured on these files: `nemo-prune export` made them from a base and a finished mask."]
+    findings = []
+    images, unresolved = measured.images.memorized, record.prompts.unresolved
+    if (images.copies_after or 0) > 0:
+        findings.append(
+            f"{images.copies_after:.1%} of the images that were drawn for {images.num_prompts} memorized prompts still "
+            "copy a training image after pruning."
         )
     if unresolved > 0:
-        yield f"{unresolved:d} memorized prompts stayed unresolved: no set of neurons was found that silences them."
-    awake = record["scores"]["suppressed_above_threshold"]
+        findings.append(
+            f"{unresolved} memorized prompts stayed unresolved: no set of neurons was found that silences them."
+        )
+    awake = measured.scores.suppressed_above_threshold
     if awake > 0:
-        yield f"{awake:d} memorized prompts still give nearly the unpruned model's noise prediction under the mask."
-    if record.get("export_verified") is not True:
-        yield "The exported files were not verified to predict what the suppressed model does."
+        findings.append(
+            f"{awake} memorized prompts still give nearly the unpruned model's noise prediction under the mask."
+        )
+    if not measured.export_verified:
+        findings.append("The exported files were not verified to predict what the suppressed model does.")
+    return findings
 
 
 def with_findings(card: str, findings: Sequence[str]) -> str:

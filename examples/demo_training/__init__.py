@@ -1,0 +1,1 @@
+"""How the demo model was made: its data, its training, its figures and its card."""

@@ -1,0 +1,174 @@
+"""What is recorded of base, prompts, mask and export; no caption and no path of the machine is among it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from nemo_prune.files.json_values import from_json, to_json
+
+Digests = Mapping[str, tuple[str, ...]]
+Status = Literal["localized", "not_memorized", "unresolved"]
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The unpruned model of a release.
+
+    Attributes:
+        name: what to call it.
+        repo_id: its Hub id; None for a local one.
+        commit: the commit on the Hub.
+        variant: weights variant, such as ``fp16``.
+        converted: what was converted, in words; None if nothing was.
+        config: where a single file took its configs from.
+        model: what ``--model`` takes; None for a local model.
+        stated_by_publisher: whether the publisher named the repo and nobody checked it.
+    """
+
+    name: str | None = None
+    repo_id: str | None = None
+    commit: str | None = None
+    variant: str | None = None
+    converted: str | None = None
+    config: str | None = None
+    model: str | None = None
+    stated_by_publisher: bool = False
+
+
+@dataclass(frozen=True)
+class StatusCounts:
+    """How many prompts have each status.
+
+    Attributes:
+        total: prompts that were examined.
+        localized: prompts whose neurons were found.
+        not_memorized: prompts of which no seed was kept.
+        unresolved: prompts whose selection ran out.
+        unresolved_included: whether the sets of unresolved prompts are in the mask.
+    """
+
+    total: int
+    localized: int
+    not_memorized: int
+    unresolved: int
+    unresolved_included: bool
+
+
+@dataclass(frozen=True)
+class PromptFacts(StatusCounts):
+    """What a run found out about its prompts.
+
+    Attributes:
+        memorized: prompts that are localized or unresolved.
+        duplicates: captions that are exact duplicates of another one.
+        groups: the counts with near-duplicates counted once; None if there are too many to compare.
+        silenced_by_others: prompts that other prompts' neurons silence.
+        not_monotone: prompts that were searched set by set.
+        smallest_margin: the smallest distance of a deciding similarity from its threshold, to one digit.
+        sample_passes: latents that went through the U-Net for the prompts.
+    """
+
+    memorized: int
+    duplicates: int
+    groups: Mapping[str, int] | None
+    silenced_by_others: int
+    not_monotone: int
+    smallest_margin: float | None
+    sample_passes: int
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What a mask's file says beside its rows: what it was made of, and for.
+
+    Attributes:
+        base: the model that it was made for.
+        settings: the numbers of the method.
+        prompts: what was examined.
+        versions: package -> version.
+        scale: what its rows are multiplied by in the release that it came with.
+        merge: how the prompts' neurons became one mask.
+        threshold: tau.
+        model: digest of the files of the model that the result files name.
+        prompts_per_neuron: layer -> row -> number of prompts whose own sets have the neuron.
+        base_tensors: tensor -> digests of its bytes in the base, see :mod:`nemo_prune.checkpoint.fingerprint`.
+        others: further facts in the file, shown but not used.
+    """
+
+    base: BaseFacts | None = None
+    settings: Mapping[str, object] | None = None
+    prompts: PromptFacts | StatusCounts | None = None
+    versions: Mapping[str, str] | None = None
+    scale: float | None = None
+    merge: str | None = None
+    threshold: float | None = None
+    model: str | None = None
+    prompts_per_neuron: Mapping[str, Mapping[int, int]] | None = None
+    base_tensors: Digests | None = None
+    others: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """As JSON values, without unknown facts."""
+        known = {each.name: getattr(self, each.name) for each in fields(self)[:-1]}
+        return {**self.others, **{name: to_json(value) for name, value in known.items() if value is not None}}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> "MaskFacts":
+        """The inverse of :meth:`to_json`, also for files of newer versions.
+
+        Raises:
+            ValueError: a fact that other code relies on is of another type.
+        """
+        names = {each.name for each in fields(cls)} - {"others"}
+        known = {name: value for name, value in values.items() if name in names}
+        others = {name: value for name, value in values.items() if name not in names}
+        return from_json(cls, {**known, "others": others}, only_known=False)
+
+
+@dataclass(frozen=True)
+class Rechecks:
+    """Similarities near the threshold that float32 decided.
+
+    Attributes:
+        made: how many.
+        overturned: how many of them the lower precision had on the other side of the threshold.
+    """
+
+    made: int = 0
+    overturned: int = 0
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        sha256: file relative to the release -> sha256 of its content, for every file of the base's.
+        base_sha256: the same of the base, for the files that were changed.
+        rows_changed: changed file -> number of rows that were set to zero or scaled in it.
+        left_out: what of the base is not in the release -> why.
+        dropped: file -> the keys that it does not have any more, because they told of a path, data or captions.
+        notes: what a publisher should say of the form of the weights, in sentences.
+    """
+
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    base_sha256: Mapping[str, str] = field(default_factory=dict)
+    rows_changed: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Relative change of the noise prediction on ordinary prompts, see :func:`nemo_prune.proof.cost.noise_change`.
+
+    Attributes:
+        mask: under the mask.
+        random: under as many random neurons, see :func:`nemo_prune.proof.cost.matched_random_mask`.
+        everything: with everything suppressed.
+    """
+
+    mask: float
+    random: float
+    everything: float

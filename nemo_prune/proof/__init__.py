@@ -1,0 +1,1 @@
+"""What a pruned model still gives back, and what pruning costs."""

@@ -1,0 +1,132 @@
+"""Images before and after pruning: drawn, compared with training images and with each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+from nemo_prune.engine.diffusion import draw_latents
+from nemo_prune.settings import VerificationSettings
+
+_COMPARED_SIDE = 64
+
+
+def draw_images(pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings) -> list[Image.Image]:
+    """Images of one prompt, by the pipeline's own scheduler; the same latents in every call."""
+    latents = draw_latents(pipe.unet, settings.images_per_prompt, settings.seed)
+    return pipe(
+        [text] * settings.images_per_prompt,
+        latents=latents.to(pipe.unet.device, pipe.unet.dtype),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    ).images
+
+
+def image_similarities(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+    """SSIM of images and references in colour, all resized to 64 pixels, [images, references]."""
+    a, b = _pixels(images), _pixels(references)
+    left = a.repeat_interleave(len(b), dim=0)
+    values = ssim(left, b.repeat(len(a), 1, 1, 1), data_range=1.0, reduction="none")
+    return values.reshape(len(a), len(b))
+
+
+def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> Tensor:
+    """How much images look like copies of training images, [images, training images], at most 1.
+
+    The lower of SSIM and the correlation of the pixels in colour, both at 64 pixels: SSIM alone takes
+    any two dark or flat pictures for alike, whatever they show.
+    """
+    a, b = (_pixels(each).flatten(1) for each in (images, training_images))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
+    return torch.minimum(image_similarities(images, training_images), a @ b.T / norms.clamp_min(1e-6))
+
+
+def seed_agreement(images: Sequence[Image.Image]) -> float:
+    """How much one prompt's images of several seeds are copies of each other: the median of all pairs."""
+    rows, columns = torch.triu_indices(len(images), len(images), offset=1)
+    return float(copy_similarities(images, images)[rows, columns].median())
+
+
+@dataclass(frozen=True)
+class ImageEvidence:
+    """Images of one prompt before and after pruning.
+
+    Attributes:
+        copies_before: share of the images that are near any of the training images, None where no
+            training image is known.
+        copies_after: the same after pruning.
+        nearest_before: similarity of the images to the nearest training image, their median.
+        nearest_after: the same after pruning.
+        to_unpruned: similarity to the unpruned model's image of the same latents, their mean.
+        between_seeds_before: similarity of the seeds' images to each other, their mean.
+        between_seeds_after: the same after pruning.
+    """
+
+    copies_before: float | None
+    copies_after: float | None
+    nearest_before: float | None
+    nearest_after: float | None
+    to_unpruned: float
+    between_seeds_before: float
+    between_seeds_after: float
+
+
+def compare_images(
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    training_images: Sequence[Image.Image],
+    cut: float,
+) -> ImageEvidence:
+    """Compare a prompt's images with all training images, with each other and with the unpruned ones.
+
+    Pruning one caption can call up another training image, so all of them count, not its own alone.
+    """
+    near = [None, None]
+    copies = [None, None]
+    if training_images:
+        for position, images in enumerate((before, after)):
+            nearest = copy_similarities(images, training_images).amax(dim=1)
+            near[position] = float(nearest.median())
+            copies[position] = float((nearest >= cut).float().mean())
+    return ImageEvidence(
+        copies_before=copies[0],
+        copies_after=copies[1],
+        nearest_before=near[0],
+        nearest_after=near[1],
+        to_unpruned=float(image_similarities(before, after).diagonal().mean()),
+        between_seeds_before=_between_seeds(before),
+        between_seeds_after=_between_seeds(after),
+    )
+
+
+def save_grid(path: Path, rows: Sequence[Sequence[Image.Image | None]], side: int = 96, gap: int = 6) -> None:
+    """Write rows of images as one picture; None leaves a place free."""
+    columns = max(len(row) for row in rows)
+    step = side + gap
+    grid = Image.new("RGB", (columns * step + gap, len(rows) * step + gap), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            if image is not None:
+                scaled = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+                grid.paste(scaled, (gap + x * step, gap + y * step))
+    grid.save(path)
+
+
+def _between_seeds(images: Sequence[Image.Image]) -> float:
+    values = image_similarities(images, images)
+    pairs = list(combinations(range(len(images)), 2))
+    return float(sum(values[i, j] for i, j in pairs) / len(pairs)) if pairs else 1.0
+
+
+def _pixels(images: Sequence[Image.Image]) -> Tensor:
+    size = (_COMPARED_SIDE, _COMPARED_SIDE)
+    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255

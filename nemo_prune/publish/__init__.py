@@ -1,0 +1,1 @@
+"""Publication on the Hub: releases and masks pushed in one commit."""

@@ -1,0 +1,1 @@
+"""Which captions of a large corpus are memorized."""

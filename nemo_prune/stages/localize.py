@@ -1,0 +1,90 @@
+"""Every prompt of a corpus localized; each result is kept as it comes."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from nemo_prune.compute.local import LocalSession
+from nemo_prune.compute.session import Session
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
+from nemo_prune.engine.merge import localize_incrementally, union_mask
+from nemo_prune.engine.preserve import Preserve, neuron_costs
+from nemo_prune.engine.results import ResultsFile
+from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.work import LineLog
+from nemo_prune.progress import Listener, Stage
+
+_NUM_WEIGHING_PROMPTS = 5
+
+
+def weigh_neurons(
+    session: LocalSession, texts: Sequence[str], strength: float, log_file: Path, listener: Listener
+) -> Preserve | None:
+    """What each neuron costs ordinary prompts; None where nobody minds.
+
+    Args:
+        session: the model.
+        texts: ordinary prompts, of which a few are used.
+        strength: how much the search departs from the paper in favour of them; 0 is not at all.
+        log_file: where the costs are kept as they come.
+        listener: hears the stage.
+    """
+    with listener.stage(Stage.WEIGH) as advance:
+        if not strength:
+            return None
+        texts = texts[:_NUM_WEIGHING_PROMPTS]
+        log = LineLog(log_file, {"prompts": text_hash(texts)})
+        return Preserve(neuron_costs(session.predictor, texts, advance, log), strength)
+
+
+def localize_corpus(
+    session: Session, texts: Sequence[str], calibration: Calibration, threshold: float, file: Path, listener: Listener
+) -> list[PromptLocalization]:
+    """Localize prompts each for itself, here or on workers.
+
+    Args:
+        session: the model.
+        texts: the prompts.
+        calibration: what is usual.
+        threshold: tau.
+        file: where the results are kept.
+        listener: hears the stage.
+
+    Returns:
+        One result per prompt, in their order.
+    """
+    task = partial(_localize_chunk, calibration=calibration, threshold=threshold)
+    results = ResultsFile(file, session.results_header(threshold))
+    with listener.stage(Stage.LOCALIZE) as advance:
+        return results.completed(texts, lambda waiting, _: session.map(task, session.chunks_of(waiting)), advance)
+
+
+def localize_for_a_mask(
+    session: LocalSession, localizer: Localizer, texts: Sequence[str], merge: str, file: Path, listener: Listener
+) -> list[PromptLocalization]:
+    """Localize the prompts of a run, each for itself or on top of those before it.
+
+    Args:
+        session: the model.
+        localizer: the same with what is usual for it.
+        texts: the prompts.
+        merge: ``union`` or ``incremental``.
+        file: where the results are kept.
+        listener: hears the stage.
+    """
+
+    def find(waiting: Sequence[str], known: Sequence[PromptLocalization]) -> Iterator[PromptLocalization]:
+        if merge == "incremental":
+            return localize_incrementally(localizer, waiting, union_mask(known, session.sizes).neurons)
+        return localize_prompts(localizer, waiting)
+
+    results = ResultsFile(file, session.results_header(localizer.threshold))
+    with listener.stage(Stage.LOCALIZE) as advance:
+        return results.completed(texts, find, advance)
+
+
+def _localize_chunk(
+    session: LocalSession, texts: Sequence[str], calibration: Calibration, threshold: float
+) -> Iterator[PromptLocalization]:
+    return localize_prompts(Localizer(session.scorer, calibration, threshold), texts)

@@ -1,0 +1,160 @@
+"""What the pruning does: prompts scored again, its cost for ordinary prompts, images before and after."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from PIL import Image, UnidentifiedImageError
+
+from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.engine.scorer import Scorer
+from nemo_prune.errors import PromptError
+from nemo_prune.facts import Cost
+from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.images import ImageFolder
+from nemo_prune.files.json_values import from_json, to_json
+from nemo_prune.files.work import LineLog
+from nemo_prune.mask import Pruning
+from nemo_prune.progress import Listener, Stage
+from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
+from nemo_prune.proof.images import ImageEvidence, compare_images, draw_images
+from nemo_prune.proof.scores import ScoresUnderMask, score_under_mask
+from nemo_prune.settings import VerificationSettings
+from nemo_prune.stages.examined import ExaminedPrompt
+
+Images = Mapping[str, Sequence[Image.Image]]
+
+
+def open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
+    """Caption -> its training image, where the corpus names one.
+
+    Raises:
+        PromptError: an image can't be read.
+    """
+    images = {}
+    for prompt in prompts:
+        if prompt.image is not None:
+            try:
+                images[prompt.text] = Image.open(prompt.image).convert("RGB")
+            except (OSError, UnidentifiedImageError) as error:
+                raise PromptError(
+                    f"The training image {prompt.image} can't be read: {error}. Correct the `image` column or drop it."
+                ) from error
+    return images
+
+
+def score_again(
+    scorer: Scorer,
+    localizations: Sequence[PromptLocalization],
+    pruning: Pruning,
+    threshold: float,
+    verification: VerificationSettings,
+    log_file: Path,
+    listener: Listener,
+) -> list[ScoresUnderMask]:
+    """Score every prompt under the final mask.
+
+    Args:
+        scorer: the unpruned model; what it suppresses it multiplies as the pruning does.
+        localizations: one per prompt.
+        pruning: the final mask and its scale.
+        threshold: tau.
+        verification: names the fresh latents.
+        log_file: where the scores are kept as they come.
+        listener: hears the stage.
+    """
+    depends_on = {
+        "mask": pruning.mask.digest,
+        "scale": pruning.scale,
+        "threshold": threshold,
+        "seed": verification.score_seed,
+    }
+    log = LineLog(log_file, depends_on)
+    known = {record.pop("prompt"): from_json(ScoresUnderMask, record) for record in log}
+    fresh_latents = scorer.predictor.initial_latents(seed=verification.score_seed)
+    with listener.stage(Stage.SCORE_AGAIN) as advance:
+        for localization in localizations:
+            if localization.prompt not in known:
+                found = score_under_mask(scorer, localization, pruning.mask, fresh_latents)
+                log.append({"prompt": localization.prompt, **to_json(found)})
+                known[localization.prompt] = found
+            advance(len(known), len(localizations))
+    return [known[localization.prompt] for localization in localizations]
+
+
+def measure_cost(
+    predictor: NoisePredictor, scaled: NoisePredictor, texts: Sequence[str], pruning: Pruning, calibration: Calibration
+) -> Cost:
+    """Change on ordinary prompts under the mask, beside as many random neurons and everything suppressed.
+
+    Args:
+        predictor: the unpruned model; what it suppresses is 0.
+        scaled: the same; what it suppresses it multiplies as the pruning does.
+        texts: ordinary prompts.
+        pruning: the final mask and its scale.
+        calibration: has the usual activation of every neuron.
+    """
+    random = matched_random_mask(pruning.mask, calibration.statistics.mean, predictor.settings.seed)
+    everything = noise_change(predictor, texts, {"everything": full_mask(predictor.sizes)})
+    return Cost(**noise_change(scaled, texts, {"mask": pruning.mask, "random": random}), **everything)
+
+
+class ImageProof:
+    """The images that are compared before and after pruning, each drawn once.
+
+    Args:
+        folder: where they are kept.
+        texts: captions to draw, memorized ones first.
+        pruning: what happens in between.
+        verification: how they are drawn.
+        training_images: caption -> its training image, where one is known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        texts: Sequence[str],
+        pruning: Pruning,
+        verification: VerificationSettings,
+        training_images: Mapping[str, Image.Image],
+    ) -> None:
+        self.texts, self.training_images = list(texts), training_images
+        self.before: Images = {}
+        self.after: Images = {}
+        self._verification = verification
+        depends_on = {"shown": text_hash(texts), "mask": pruning.mask.digest, "scale": pruning.scale}
+        self._folder = ImageFolder(folder, depends_on | to_json(verification))
+
+    def draw_before(self, pipe: StableDiffusionPipeline, listener: Listener) -> None:
+        """Draw with the unpruned model."""
+        self.before = self._draw(pipe, "before", listener, Stage.IMAGES_BEFORE)
+
+    def draw_after(self, pipe: StableDiffusionPipeline, listener: Listener) -> None:
+        """Draw the same with the pruned model."""
+        self.after = self._draw(pipe, "after", listener, Stage.IMAGES_AFTER)
+
+    def added_to(self, examined: Sequence[ExaminedPrompt]) -> list[ExaminedPrompt]:
+        """The prompts, with what was seen of those that were drawn."""
+        return [
+            replace(each, images=self.evidence(each.text)) if each.text in self.after else each for each in examined
+        ]
+
+    def evidence(self, text: str) -> ImageEvidence:
+        """What one caption's images show."""
+        known = list(self.training_images.values())
+        return compare_images(self.before[text], self.after[text], known, self._verification.replication_cut)
+
+    def _draw(self, pipe: StableDiffusionPipeline, when: str, listener: Listener, stage: Stage) -> Images:
+        drawn = {}
+        with listener.stage(stage) as advance:
+            for place, text in enumerate(self.texts):
+                draw = partial(draw_images, pipe, text, self._verification)
+                number = self._verification.images_per_prompt
+                drawn[text] = self._folder.kept_or_drawn(f"{place:03d}_{when}", number, draw)
+                advance(place + 1, len(self.texts))
+        return drawn

@@ -1,1 +1,0 @@
-"""Many devices: a session on the workers of a Ray cluster."""
