@@ -1,6 +1,6 @@
 """How many captions are gone for what is changed for ordinary ones: a curve, and the mask that a limit allows."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from nemo_prune.engine.attribution import costs
@@ -10,8 +10,7 @@ from nemo_prune.engine.gone import Corpus, judge
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
 from nemo_prune.engine.settling import by_value
 from nemo_prune.mask import Neuron
-
-Advance = Callable[[int, int], None]
+from nemo_prune.progress import Advance, ignored
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def utility_curve(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     points: int = 8,
-    advance: Advance = lambda done, total: None,
+    advance: Advance = ignored,
 ) -> list[CurvePoint]:
     """Let the most costly neurons of a mask act again, step by step, and see which captions that gives up.
 

@@ -5,7 +5,7 @@ caption's candidates are those whose closed gate lowers its similarity most for 
 Selection, refinement and the proof at the end are those of the paper's search.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -21,8 +21,8 @@ from nemo_prune.engine.selection import Candidates, select, select_in_turn
 from nemo_prune.engine.settling import by_value
 from nemo_prune.engine.trials import Limit, Record, Search, Trial, drive
 from nemo_prune.mask import Neuron
+from nemo_prune.progress import Advance, ignored
 
-Advance = Callable[[int, int], None]
 # Each candidate set is so much larger than the one before.
 _GROWTH = 1.4
 # Seeds whose gradients are taken; the search itself asks all that were kept.
@@ -36,7 +36,7 @@ def localize_by_gradient(
     prompts: Sequence[str],
     threshold: float,
     cost_values: Tensor,
-    advance: Advance = lambda done, total: None,
+    advance: Advance = ignored,
 ) -> Iterator[PromptLocalization]:
     """Go through a corpus in its order, each prompt on top of the neurons of those before it.
 

@@ -17,8 +17,6 @@ FRESH_SEED = 3001
 SPREADS = 2.0
 # Memorized captions that a prediction is compared with: those that it correlates with most.
 _LIKELY = 3
-# How much more than with everything suppressed is not told from it.
-_ROOM = 0.02
 # Pairs of noise differences that are compared in one go.
 _AT_ONCE = 512
 
@@ -147,11 +145,12 @@ class Corpus:
     def spread_limits(self) -> Tensor:
         """Up to what the mean of a caption's seeds plus deviations may be similar to itself before, [P, S].
 
-        Tau, or what everything suppressed leaves where that is higher: no mask can be asked for more.
+        Tau, or what everything suppressed leaves where that is higher: no mask can be asked for more. That, too, by a
+        standard deviation more.
         """
         timesteps, emptied = self.seeds.timesteps, self.emptied.own
         floor = torch.stack([spread(emptied[:, timesteps == each]) for each in timesteps], dim=1)
-        return torch.maximum(self.own_limits, floor + _ROOM)
+        return torch.maximum(self.own_limits, floor + emptied.std(dim=1, keepdim=True))
 
     @property
     def ordinary_limits(self) -> Tensor:

@@ -16,8 +16,8 @@ from nemo_prune.engine.reopening import ReopeningSettings, reopen
 from nemo_prune.engine.settling import Jury, by_value, complete
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.progress import Advance, ignored
 
-Advance = Callable[[int, int], None]
 SEARCHES = ("gradient", "learned")
 # How often the learning is kept, in steps.
 _KEPT_EVERY = 20
@@ -125,7 +125,7 @@ def pursue(
     threshold: float,
     settings: PursuitSettings,
     copies: Callable[[NeuronMask], Sequence[Copy]] = lambda mask: (),
-    advance: Advance = lambda done, total: None,
+    advance: Advance = ignored,
     checkpoint: Path | None = None,
 ) -> Pursuit:
     """Find a mask under which memorized captions are gone and ordinary ones change as little as may be.
@@ -167,7 +167,7 @@ def search_mask(
     corpus: Corpus,
     states: OrdinaryStates,
     settings: PursuitSettings,
-    advance: Advance = lambda done, total: None,
+    advance: Advance = ignored,
     checkpoint: Path | None = None,
 ) -> list[Neuron]:
     """Find neurons under which all captions are gone that can be; none that was tried can be spared.

@@ -5,7 +5,7 @@ and memorized ones least, so that neurons that all captions use (hubs) act again
 Gradients give the order, one backward pass a caption; whether captions stay gone is always asked, never reckoned.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.settling import Jury
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.mask import Neuron
+from nemo_prune.progress import Advance, ignored
 
-Advance = Callable[[int, int], None]
 # How sharply the captions nearest to their limits outweigh the others.
 _SHARPNESS = 10.0
 
@@ -52,7 +52,7 @@ def reopen(
     jury: Jury,
     neurons: Collection[Neuron],
     settings: ReopeningSettings,
-    advance: Advance = lambda done, total: None,
+    advance: Advance = ignored,
 ) -> list[Neuron]:
     """Open gates as long as all captions stay gone; what remains was tried one by one.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
@@ -11,6 +10,8 @@ from nemo_prune.engine.similarity import ssim_window
 
 # The power .33 has an endless slope at 0: below this, a scale's similarity has no gradient.
 _LEAST = 1e-3
+# Below this span a channel counts as flat, or its slope would be endless as well.
+_FLAT = 1e-6
 
 
 def soft_noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def soft_noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
     delta = noise_pred.float() - latents.float()
     low = delta.amin(dim=(-2, -1), keepdim=True)
     span = delta.amax(dim=(-2, -1), keepdim=True) - low
-    return (delta - low) / span.clamp_min(torch.finfo(torch.float32).tiny)
+    return (delta - low) / span.clamp_min(_FLAT)
 
 
 def soft_similarity(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
