@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
