@@ -34,7 +34,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import FRESH_SEED, Seeds, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
-from nemo_prune.engine.ordinary import OrdinaryStates, change_by_timestep, walk_ordinary
+from nemo_prune.engine.ordinary import change_by_timestep, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
@@ -44,7 +44,7 @@ from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities
-from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.settings import PROJECTIONS, LocalizationSettings, VerificationSettings
 
 WAYS = (
     "unpruned", "union", "incremental", "preserve 1", "ranked", "gradient", "learned", "closed form", "random",
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="images per caption; 0 draws none")
     parser.add_argument("--ordinary-images", type=int, default=16, help="ordinary captions that images are drawn for")
     parser.add_argument("--num-inference-steps", type=int, default=25)
+    parser.add_argument("--projections", choices=PROJECTIONS, default="value", help="whose neurons are searched")
+    parser.add_argument("--scales", type=float, nargs="*", default=[], help="the searched masks at these scales, too")
     parser.add_argument("--curves", action="store_true", help="captions gone against change, for the searched masks")
     parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")
     arguments = parser.parse_args()
@@ -86,6 +88,7 @@ class Way:
         sample_passes: what finding it cost.
         seconds: likewise.
         rounds: searches that it took, where images are looked at in between.
+        scale: what the outputs of the mask's neurons are multiplied by.
     """
 
     mask: NeuronMask | None
@@ -93,6 +96,7 @@ class Way:
     sample_passes: int = 0
     seconds: float = 0.0
     rounds: int = 1
+    scale: float = 0.0
 
 
 class Comparison:
@@ -103,7 +107,7 @@ class Comparison:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.arguments = arguments
         self.pipe = load_pipeline(folder, device, torch.float32)
-        self.predictor = NoisePredictor(self.pipe, LocalizationSettings())
+        self.predictor = NoisePredictor(self.pipe, LocalizationSettings(projections=arguments.projections))
         self.scorer = Scorer(self.predictor)
         self.items = read_prompts(folder / PROMPTS_FILE)
         self.prompts = [item.text for item in self.items]
@@ -140,6 +144,8 @@ class Comparison:
                 )
             self.found[name] = way
             yield name, self.measure(way)
+            for scale in self.arguments.scales if name in ("gradient", "learned") else ():
+                yield f"{name}, scale {scale}", self.measure(replace(way, scale=scale))
 
     def find(self, name: str) -> Way:
         """Search for the mask of a way."""
@@ -208,10 +214,11 @@ class Comparison:
     def measure(self, way: Way) -> dict:
         """Every row of the table for one way."""
         neurons = way.mask.neurons if way.mask is not None else ()
+        scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale)
         with replaced_weights(self.predictor, way.weights or {}):
-            verdicts = judge(self.predictor, self.corpus, neurons)
-            ordinary = judge_ordinary(self.predictor, self.corpus, neurons)
-            changes = self.changes(self.states, neurons)
+            verdicts = judge(scaled, self.corpus, neurons)
+            ordinary = judge_ordinary(scaled, self.corpus, neurons)
+            changes = self.changes(neurons, way.scale)
         row = {
             "neurons": way.mask.num_neurons if way.mask is not None else None,
             "per_layer": list(way.mask.counts.values()) if way.mask is not None else None,
@@ -234,10 +241,11 @@ class Comparison:
             row["curve"] = [(len(point.neurons), point.change, len(point.gone)) for point in curve]
         return row
 
-    def changes(self, states: OrdinaryStates, neurons: Sequence[Neuron]) -> dict[int, float]:
+    def changes(self, neurons: Sequence[Neuron], scale: float) -> dict[int, float]:
         """Change on ordinary captions by timestep, as a share of what everything suppressed changes."""
-        factors = closed_gates(list(neurons), self.predictor.sizes).to(self.pipe.unet.device)
-        return change_by_timestep(self.predictor, states, factors)
+        closed = 1 - closed_gates(list(neurons), self.predictor.sizes)
+        factors = (1 - closed * (1 - scale)).to(self.pipe.unet.device)
+        return change_by_timestep(self.predictor, self.states, factors)
 
     def images(self, way: Way) -> dict:
         """Copies of any training image on memorized and ordinary captions, and what ordinary images lose."""
@@ -270,7 +278,7 @@ class Comparison:
         """The way's model while the context lasts."""
         if way.weights:
             return replaced_weights(self.predictor, way.weights)
-        return apply_mask(self.pipe, way.mask) if way.mask is not None else nullcontext()
+        return apply_mask(self.pipe, way.mask, way.scale) if way.mask is not None else nullcontext()
 
 
 ROWS = {

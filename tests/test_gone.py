@@ -16,7 +16,7 @@ SEEDS = 4
 
 def picture(seed):
     """A smooth picture, 0 to 1, [4, 16, 16]."""
-    noise = torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(noise, size=16, mode="bilinear")[0]
 
 

@@ -94,10 +94,11 @@ def test_an_unknown_search_is_refused():
         PursuitSettings(search="greedy")
 
 
-def test_learning_depends_on_its_seed_alone_and_goes_on_where_it_stopped(tiny, tmp_path):
+@pytest.mark.parametrize("gates", ["projected", "hard-concrete"])
+def test_learning_depends_on_its_seed_alone_and_goes_on_where_it_stopped(tiny, tmp_path, gates):
     corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
     states = walk_ordinary(tiny, ["e", "f"], 2, 7)
-    settings = LearningSettings(captions=2, seeds=2, ordinary=2)
+    settings = LearningSettings(gates=gates, captions=2, seeds=2, ordinary=2)
 
     def learn(steps, settings=settings, file=None):
         learner = GateLearner(tiny, corpus, states, settings)
@@ -109,11 +110,11 @@ def test_learning_depends_on_its_seed_alone_and_goes_on_where_it_stopped(tiny, t
 
     whole, half = learn(4), learn(2)
     half.save(tmp_path / "learning.pt")
-    assert torch.equal(learn(4, file=tmp_path / "learning.pt").logits, whole.logits)
+    assert torch.equal(learn(4, file=tmp_path / "learning.pt").values, whole.values)
     other = replace(settings, seed=1)
-    assert not torch.equal(learn(4, other).logits, whole.logits)
+    assert not torch.equal(learn(4, other).values, whole.values)
     # What began with other settings is not gone on with.
-    assert torch.equal(learn(4, other, tmp_path / "learning.pt").logits, learn(4, other).logits)
+    assert torch.equal(learn(4, other, tmp_path / "learning.pt").values, learn(4, other).values)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from nemo_prune.mask import Neuron
 FRESH_SEED = 3001
 # By how many of the seeds' standard deviations their mean must stay under tau.
 SPREADS = 2.0
+# By how many deviations above their mean ordinary captions' seeds resemble a memorized caption, at most.
+USUAL_SPREADS = 3.0
 # Memorized captions that a prediction is compared with: those that it correlates with most.
 _LIKELY = 3
 # Pairs of noise differences that are compared in one go.
@@ -127,9 +129,14 @@ class Corpus:
 
     @property
     def usual_resemblance(self) -> Tensor:
-        """What ordinary captions resemble a memorized one by, at most, before anything is suppressed, [1, S]."""
-        found = self.usual.resemblance
-        return torch.stack([found[:, self.seeds.timesteps == each].max() for each in self.seeds.timesteps])[None]
+        """What ordinary captions may resemble a memorized one by before anything is suppressed, [1, S].
+
+        Their mean plus three deviations: with hundreds of captions and seeds, the highest of a few ordinary ones is
+        exceeded by chance.
+        """
+        found, timesteps = self.usual.resemblance, self.seeds.timesteps
+        groups = [found[:, timesteps == each] for each in timesteps]
+        return torch.stack([group.mean() + USUAL_SPREADS * group.std() for group in groups])[None]
 
     @property
     def resemblance_limits(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""One mask for a corpus, learned: gates on all neurons at once (L0 by hard-concrete gates, arXiv 1712.01312).
+"""One mask for a corpus, learned: gates on all neurons at once.
 
 No published method learns a mask against memorization. What is minimised, over memorized captions and seeds:
 
@@ -7,6 +7,9 @@ No published method learns a mask against memorization. What is minimised, over 
     + how many neurons are touched.
 
 The score needs one U-Net pass, so that no trajectory has to be kept for the backward pass.
+
+Gates are either numbers from 0 to 1 that are cut off there after each step (projected), or drawn from hard-concrete
+distributions (L0, arXiv 1712.01312). Where a drawn gate is shut for certain it has no gradient, and stays shut.
 """
 
 from dataclasses import dataclass
@@ -28,8 +31,10 @@ from nemo_prune.engine.gates import (
 from nemo_prune.engine.gone import Corpus, correlation
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+from nemo_prune.errors import SettingsError
 from nemo_prune.files.staging import staged_file
 
+GATES = ("projected", "hard-concrete")
 # Of the captions that a step sees, this share is the hardest; the others are drawn evenly.
 _HARDEST_SHARE = 0.5
 # How fast a caption's difficulty forgets.
@@ -42,29 +47,37 @@ class LearningSettings:
 
     Attributes:
         steps: of Adam.
-        learning_rate: of Adam, on the logits of the gates.
+        gates: ``projected`` or ``hard-concrete``.
+        learning_rate: of Adam, on the gates or their logits.
         captions: memorized captions a step.
         seeds: initial latents of each of them; at least 2, which are compared with each other.
         ordinary: points on ordinary captions' ways a step.
         gone_weight: of the hinges.
         change_weight: of the change on ordinary captions, as a share of what everything suppressed changes.
-        touched_weight: of the share of neurons that are touched.
+        touched_weight: of the mean closing, or of the share of neurons that are touched.
+        decided_weight: of what is neither shut nor open, growing from 0 to this over the steps.
         margin: how far under their limits the similarities are to come.
-        start: logit of all gates; 0 is half closed. Open gates have no gradient: a similarity of 1 is flat.
+        start: how far all gates are closed at first. Open gates have no gradient: a similarity of 1 is flat.
         seed: of everything that is drawn.
     """
 
-    steps: int = 200
-    learning_rate: float = 0.25
+    steps: int = 150
+    gates: str = "projected"
+    learning_rate: float = 0.05
     captions: int = 8
     seeds: int = 3
     ordinary: int = 8
-    gone_weight: float = 40.0
+    gone_weight: float = 10.0
     change_weight: float = 3.0
-    touched_weight: float = 2.0
+    touched_weight: float = 1.0
+    decided_weight: float = 1.0
     margin: float = 0.05
-    start: float = 0.0
+    start: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gates not in GATES:
+            raise SettingsError(f"`gates` is {self.gates}, expected: {' or '.join(GATES)}.")
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class LearningStep:
         resemblance: hinge of the resemblance to any memorized caption.
         agreement: hinge of the agreement between seeds.
         change: on ordinary captions, as a share of what everything suppressed changes.
-        touched: expected number of neurons that are touched.
+        touched: sum of the closings, or the expected number of neurons that are touched.
     """
 
     similarity: float
@@ -94,7 +107,7 @@ class GateLearner:
         corpus: what the memorized captions are judged against, on the seeds that are learned on.
         states: points on ordinary captions' ways.
         settings: the numbers.
-        logits: of the gates, [neurons], where they don't start alike.
+        closings: how far the gates are closed at first, [neurons], where they don't start alike.
     """
 
     def __init__(
@@ -103,14 +116,16 @@ class GateLearner:
         corpus: Corpus,
         states: OrdinaryStates,
         settings: LearningSettings,
-        logits: Tensor | None = None,
+        closings: Tensor | None = None,
     ) -> None:
         self.predictor, self.corpus, self.states, self.settings = predictor, corpus, states, settings
         width, device = sum(predictor.sizes.values()), predictor.pipe.unet.device
-        start = torch.full((width,), settings.start) if logits is None else logits.clone()
-        self.logits = start.to(device).requires_grad_(True)
+        start = torch.full((width,), settings.start) if closings is None else closings.clone()
+        if not self._is_projected:
+            start = torch.logit(start, eps=1e-2)
+        self.values = start.to(device).requires_grad_(True)
         self.step = 0
-        self._optimizer = torch.optim.Adam([self.logits], lr=settings.learning_rate)
+        self._optimizer = torch.optim.Adam([self.values], lr=settings.learning_rate)
         self._limits = torch.stack([corpus.own_limits, corpus.resemblance_limits, corpus.agreement_limits])
         # Nothing is known about any caption yet, so that all are hard.
         self._difficulty = torch.full((len(corpus.memorized.prompts),), float("inf"))
@@ -118,7 +133,12 @@ class GateLearner:
     @property
     def closings(self) -> Tensor:
         """How far each gate is closed, [neurons] in 0..1."""
-        return settled_closings(self.logits.detach())
+        values = self.values.detach()
+        return values.clone() if self._is_projected else settled_closings(values)
+
+    @property
+    def _is_projected(self) -> bool:
+        return self.settings.gates == "projected"
 
     def take_step(self) -> LearningStep:
         """Draw samples and gates, and move the gates; what is drawn depends on the seed and the step alone."""
@@ -128,15 +148,20 @@ class GateLearner:
         with frozen_weights(self.predictor):
             hinges = self._hinges(captions, generator)
             change = self._change(generator)
-            touched = touched_probabilities(self.logits)
+            touched = self.values if self._is_projected else touched_probabilities(self.values)
             loss = (
                 settings.gone_weight * hinges.sum(dim=0).mean()
                 + settings.change_weight * change
                 + settings.touched_weight * touched.mean()
             )
+            if self._is_projected:
+                undecided = 4 * (self.values * (1 - self.values)).mean()
+                loss = loss + settings.decided_weight * (self.step / settings.steps) * undecided
             self._optimizer.zero_grad()
             loss.backward()
         self._optimizer.step()
+        if self._is_projected:
+            self.values.data.clamp_(0, 1)
         self.step += 1
         self._remember(captions, hinges.detach().sum(dim=0).cpu())
         return LearningStep(
@@ -146,7 +171,7 @@ class GateLearner:
     def save(self, file: Path) -> None:
         """Keep where the learning stands, with what it began with; the file is the old one or the new one."""
         state = {
-            "logits": self.logits.detach(),
+            "values": self.values.detach(),
             "optimizer": self._optimizer.state_dict(),
             "step": self.step,
             "difficulty": self._difficulty,
@@ -159,9 +184,9 @@ class GateLearner:
         """Go on from where a file that :meth:`save` wrote stands, if it began with the same; else begin anew."""
         if not file.is_file():
             return
-        state = torch.load(file, weights_only=True, map_location=self.logits.device)
+        state = torch.load(file, weights_only=True, map_location=self.values.device)
         if state["began_with"] == self._began_with():
-            self.logits.data.copy_(state["logits"])
+            self.values.data.copy_(state["values"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.step, self._difficulty = state["step"], state["difficulty"].cpu()
 
@@ -198,7 +223,7 @@ class GateLearner:
         seeds = torch.stack([self._draw_seeds(generator) for _ in captions])
         rows, columns = captions.repeat_interleave(number), seeds.flatten()
         latents, timesteps = views.seeds.latents[columns], views.seeds.timesteps[columns]
-        drawn = draw_closings(self.logits.expand(len(rows), -1), generator)
+        drawn = self._gates(len(rows), generator)
         noise_pred = predict_gated(self.predictor, latents, views.prompt_embeds[rows], 1 - drawn, timesteps)
         differences = soft_noise_difference(noise_pred, latents)
         own = soft_similarity(differences, views.differences[rows, columns], corpus.betas)
@@ -216,6 +241,12 @@ class GateLearner:
             ]
         )
 
+    def _gates(self, number: int, generator: torch.Generator) -> Tensor:
+        """How far the gates are closed for so many samples, [1 or number, neurons]."""
+        if self._is_projected:
+            return self.values[None]
+        return draw_closings(self.values.expand(number, -1), generator)
+
     def _above(self, values: Tensor, limits: Tensor) -> Tensor:
         return relu(values - (limits.to(values.device) - self.settings.margin))
 
@@ -227,7 +258,7 @@ class GateLearner:
     def _change(self, generator: torch.Generator) -> Tensor:
         """Mean change on ordinary captions, at points of their ways."""
         chosen = torch.randperm(len(self.states), generator=generator)[: self.settings.ordinary]
-        drawn = draw_closings(self.logits.expand(len(chosen), -1), generator)
+        drawn = self._gates(len(chosen), generator)
         states = self.states
         noise_pred = predict_gated(
             self.predictor, states.latents[chosen], states.prompt_embeds[chosen], 1 - drawn, states.timesteps[chosen]

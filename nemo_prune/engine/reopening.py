@@ -33,6 +33,7 @@ class ReopeningSettings:
         seeds: of each caption whose gradients are taken.
         ordinary: points on ordinary captions' ways whose gradients are taken.
         margin: by how much captions must stay gone.
+        ajar: how far the closed gates are opened, 0 to 1, where the harm's gradients are taken.
         least_harm: a harm below this share of the largest is not told from none.
         seed: of everything that is drawn.
     """
@@ -41,6 +42,7 @@ class ReopeningSettings:
     seeds: int = 2
     ordinary: int = 32
     margin: float = 0.02
+    ajar: float = 0.35
     least_harm: float = 0.01
     seed: int = 0
 
@@ -119,7 +121,8 @@ def _harm(
     seeds = torch.randperm(len(corpus.seeds), generator=generator)[: settings.seeds]
     gradients, excesses = [], []
     for position in jury.positions:
-        opened = factors[None].clone().requires_grad_(True)
+        # Where all gates are shut a single one tells little: what matters is where captions begin to come back.
+        opened = torch.lerp(factors, torch.ones_like(factors), settings.ajar)[None].requires_grad_(True)
         latents = corpus.seeds.latents[seeds].to(factors.device)
         embeds = views.prompt_embeds[position].expand(len(seeds), -1, -1)
         noise_pred = predict_gated(predictor, latents, embeds, opened, corpus.seeds.timesteps[seeds])
