@@ -37,6 +37,8 @@ from nemo_prune.files.staging import staged_file
 GATES = ("projected", "hard-concrete")
 # Of the captions that a step sees, this share is the hardest; the others are drawn evenly.
 _HARDEST_SHARE = 0.5
+# The first steps have gradients many times those of the later ones: Adam must forget them within tens of steps.
+_BETAS = (0.9, 0.95)
 # How fast a caption's difficulty forgets.
 _MEMORY = 0.7
 
@@ -125,7 +127,7 @@ class GateLearner:
             start = torch.logit(start, eps=1e-2)
         self.values = start.to(device).requires_grad_(True)
         self.step = 0
-        self._optimizer = torch.optim.Adam([self.values], lr=settings.learning_rate)
+        self._optimizer = torch.optim.Adam([self.values], lr=settings.learning_rate, betas=_BETAS)
         self._limits = torch.stack([corpus.own_limits, corpus.resemblance_limits, corpus.agreement_limits])
         # Nothing is known about any caption yet, so that all are hard.
         self._difficulty = torch.full((len(corpus.memorized.prompts),), float("inf"))
