@@ -8,7 +8,7 @@ import torch
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import benefits, costs
 from nemo_prune.engine.budget import utility_curve, within
-from nemo_prune.engine.by_gradient import rank_neurons, search_ranked
+from nemo_prune.engine.by_gradient import search_ranked
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import Seeds, gather_corpus, judge
@@ -16,6 +16,7 @@ from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.reopening import ReopeningSettings
+from nemo_prune.engine.settling import rank_neurons
 from nemo_prune.engine.trials import drive
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron

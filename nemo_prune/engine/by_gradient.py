@@ -18,7 +18,7 @@ from nemo_prune.engine.refinement import refine, refine_in_turn, sweep_by_cost
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.search import SearchResult
 from nemo_prune.engine.selection import Candidates, select, select_in_turn
-from nemo_prune.engine.settling import by_value
+from nemo_prune.engine.settling import by_value, rank_neurons
 from nemo_prune.engine.trials import Limit, Record, Search, Trial, drive
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, ignored
@@ -27,8 +27,6 @@ from nemo_prune.progress import Advance, ignored
 _GROWTH = 1.4
 # Seeds whose gradients are taken; the search itself asks all that were kept.
 _GRADIENT_SEEDS = 4
-# What a neuron costs at least, as a share of the mean: below, a cost is not told from none.
-_LEAST_COST = 0.1
 
 
 def localize_by_gradient(
@@ -63,11 +61,6 @@ def localize_by_gradient(
                 suppressed.update(found.neurons)
             yield replace(found, sample_passes=passes)
         advance(done, len(prompts))
-
-
-def rank_neurons(benefit: Tensor, cost: Tensor) -> Tensor:
-    """Benefit over cost of every neuron, [neurons]; below 0 where suppressing it does harm."""
-    return benefit / (cost + _LEAST_COST * cost.mean() + 1e-12)
 
 
 def search_ranked(ranked: Sequence[Neuron], seeds: Sequence[int], threshold: float) -> Search[SearchResult]:

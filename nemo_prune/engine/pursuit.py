@@ -13,7 +13,7 @@ from nemo_prune.engine.gone import Corpus, Seeds, Verdict, gather_corpus, judge,
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change, walk_ordinary
 from nemo_prune.engine.reopening import ReopeningSettings, reopen
-from nemo_prune.engine.settling import Jury, by_value, complete
+from nemo_prune.engine.settling import Jury, complete
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
@@ -188,7 +188,7 @@ def search_mask(
         learner = GateLearner(predictor, corpus, states, settings.learning)
         _learn(learner, advance, checkpoint)
         closed = [neuron for neuron, each in zip(everything, learner.closings.tolist(), strict=True) if each > 0.5]
-        start = complete(jury, closed, by_value(learner.closings, predictor), margin)
+        start = complete(predictor, jury, states, closed, margin)
     return reopen(predictor, corpus, states, jury, start, settings.reopening, advance)
 
 
