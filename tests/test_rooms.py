@@ -11,7 +11,7 @@ PACKAGE = Path(nemo_prune.__file__).parent
 # From the bottom to the top; a room imports rooms below it, and its own modules.
 RANK = (
     "errors", "files", "facts", "mask", "progress", "settings", "hub", "corpus", "checkpoint", "engine", "models",
-    "proof", "compute", "stages", "screening", "release", "publish", "run", "cli",
+    "proof", "compute", "stages", "screening", "release", "publish", "run", "verify", "cli",
 )  # fmt: skip
 
 

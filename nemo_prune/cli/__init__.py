@@ -4,7 +4,7 @@ import sys
 
 # Importing a command adds it to the program, in the order of the help.
 # isort: off
-from nemo_prune.cli import run, screen, calibrate, localize, merge, export, diff, inspect, push, demo  # noqa: F401
+from nemo_prune.cli import run, screen, calibrate, localize, merge, export, verify, diff, inspect, push, demo  # noqa: F401
 
 # isort: on
 from nemo_prune.cli.console import app

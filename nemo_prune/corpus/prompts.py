@@ -27,6 +27,7 @@ MOST_PROMPTS_COMPARED = 20_000
 _KIND_COLUMN = "type"
 # The second is what the `imagefolder` data sets of the Hub call it.
 _IMAGE_COLUMNS = ("image", "file_name")
+_REGION_COLUMN = "mask"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Prompt:
         kind: what its file's ``type`` column says, such as ``VM``, ``TM`` or ``ordinary``.
         image: the training image that it may give back, if the ``image`` column names a file.
         columns: the other columns of its row, as text.
+        region: the fixed region of a template, if the ``mask`` column names a black and white picture.
     """
 
     text: str
     kind: str | None = None
     image: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    region: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def read_corpus(source: str | Path, column: str | None = None, limit: int | None
             there a .txt beside a picture of its name is the caption of that training image. Or a data set of the Hub:
             ``owner/name``, ``owner/name:split`` or ``owner/name:split:column``.
         column: name of the caption column; caption, prompt or text unless given. Case, and spaces around a name, do
-            not matter. Columns ``type`` and ``image`` (a path relative to the file) are understood, others travel
-            along. A list in the caption column gives one prompt for each of its texts.
+            not matter. Columns ``type``, ``image`` and ``mask`` (paths relative to the file) are understood, others
+            travel along. A list in the caption column gives one prompt for each of its texts.
         limit: take the first so many prompts only.
 
     Raises:
@@ -214,12 +217,14 @@ class _Roles:
         caption: the text, or several.
         kind: such as ``VM``.
         images: the training image, the first that names a file counts.
+        region: the fixed region of a template.
         others: what travels along.
     """
 
     caption: str | None
     kind: str | None
     images: tuple[str, ...]
+    region: str | None
     others: tuple[str, ...]
 
 
@@ -232,6 +237,7 @@ def _roles(names: tuple[str, ...], caption: str) -> _Roles:
         caption,
         kind if kind != caption else None,
         tuple(name for name in images if name not in (None, caption)),
+        find_column(names, _REGION_COLUMN),
         tuple(name for name in names if name.strip() and name not in (caption, kind)),
     )
 
@@ -240,26 +246,33 @@ def _prompts_of_row(
     cells: Mapping[str, object], roles: _Roles, folder: Path | None, picture: Path | None
 ) -> Iterator[Prompt]:
     image_column, image = _image(cells, roles.images, folder)
+    region = _named_file(cells[roles.region], folder) if roles.region is not None else None
     others = {
         name.strip(): text
         for name in roles.others
-        if name != image_column and (text := plain_text(cells[name])) is not None
+        if name != image_column
+        and (name != roles.region or region is None)
+        and (text := plain_text(cells[name])) is not None
     }
     kind = plain_text(cells[roles.kind]) if roles.kind is not None else None
     for text in captions_of(cells[roles.caption] if roles.caption is not None else None):
-        yield Prompt(text, kind, picture or image, others)
+        yield Prompt(text, kind, picture or image, others, region)
 
 
 def _image(cells: Mapping[str, object], columns: Sequence[str], folder: Path | None) -> tuple[str | None, Path | None]:
     """The column that names the training image, and its file; neither where there is none on this machine."""
     for name in columns:
-        value = cells[name]
-        if folder and isinstance(value, str) and value.strip() and "://" not in value:
-            path = folder / value.strip()
-            # `image` is this program's own column; a `file_name` may be that of a picture which is elsewhere.
-            if folded(name) == _IMAGE_COLUMNS[0] or path.is_file():
-                return name, path
+        path = _named_file(cells[name], folder)
+        # `image` is this program's own column; a `file_name` may be that of a picture which is elsewhere.
+        if path is not None and (folded(name) == _IMAGE_COLUMNS[0] or path.is_file()):
+            return name, path
     return None, None
+
+
+def _named_file(value: object, folder: Path | None) -> Path | None:
+    """The file that a cell names; None for an address, and where nothing is beside the rows."""
+    names = folder is not None and isinstance(value, str) and value.strip() and "://" not in value
+    return folder / value.strip() if names else None
 
 
 # --- data sets of the Hub ---

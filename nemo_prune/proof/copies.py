@@ -1,0 +1,227 @@
+"""How much images look alike: one interface, a measure that is always there, and copy detectors from a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
+
+from nemo_prune.errors import SettingsError
+from nemo_prune.files.hashing import file_hash
+
+_SIDE = 64
+_SCALES = (1 / 3, 1 / 3, 1 / 3)
+_PAIRS_AT_ONCE = 256
+_DETECTOR_SIDE = 320
+_DETECTOR_BATCH = 32
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# A tile of less deviation (of 0..1) shows sky or wall, which any two pictures share.
+_FLATTEST_TILE = 0.06
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What images were compared by. A cut belongs to one variant and to no other.
+
+    Attributes:
+        name: what it is called.
+        cut: similarity from which an image counts as a copy.
+        file: name of the detector's file; None for what the package brings.
+        sha256: of that file.
+    """
+
+    name: str
+    cut: float
+    file: str | None = None
+    sha256: str | None = None
+
+
+class ImageSimilarity(Protocol):
+    """Compares images.
+
+    Attributes:
+        yardstick: its name, variant and cut.
+    """
+
+    yardstick: Yardstick
+
+    def describe(self, images: Sequence[Image.Image]) -> Tensor:
+        """What is compared of images, [images, ...], on the CPU."""
+        ...
+
+    def compare(self, a: Tensor, b: Tensor, least: float = -1.0) -> Tensor:
+        """Similarity of every a with every b.
+
+        Args:
+            a: descriptions [A, ...].
+            b: descriptions [B, ...].
+            least: pairs below it need not be exact: they may get any number that is at least theirs and below it.
+
+        Returns:
+            [A, B], at most 1.
+        """
+        ...
+
+
+class StructuralSimilarity:
+    """The lower of multi-scale SSIM and the correlation of the pixels, in colour, at 64 pixels.
+
+    SSIM alone takes any two dark or flat pictures for alike; correlation alone takes any two pictures of the same
+    layout of colours.
+
+    Args:
+        cut: similarity from which an image counts as a copy.
+    """
+
+    def __init__(self, cut: float = 0.5) -> None:
+        self.yardstick = Yardstick(f"multi-scale SSIM and correlation at {_SIDE} pixels", cut)
+
+    def describe(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pixels [images, 3, 64, 64], float32 in 0..1."""
+        return _pixels(images, _SIDE) if images else torch.zeros(0, 3, _SIDE, _SIDE)
+
+    def compare(self, a: Tensor, b: Tensor, least: float = -1.0) -> Tensor:
+        """See :meth:`ImageSimilarity.compare`."""
+        values = _correlation(a, b)
+        # SSIM is at least 0 here, so that where the correlation is below 0 it is the lower one.
+        rows, columns = (values > max(0.0, least)).nonzero(as_tuple=True)
+        for start in range(0, len(rows), _PAIRS_AT_ONCE):
+            row, column = rows[start : start + _PAIRS_AT_ONCE], columns[start : start + _PAIRS_AT_ONCE]
+            similar = multiscale_ssim(
+                a[row], b[column], betas=_SCALES, data_range=1.0, normalize="relu", reduction="none"
+            )
+            values[row, column] = torch.minimum(values[row, column], similar.reshape(-1))
+        return values
+
+
+class CopyDetector:
+    """A network that describes images for copy detection, such as SSCD; the cosine of two descriptions counts.
+
+    Args:
+        file: TorchScript (``.pt``, ``.torchscript``) or ONNX (``.onnx``, needs ``onnxruntime``). It takes images of 320
+            pixels normalised as for ImageNet, and gives one vector each, as SSCD's published files do.
+        cut: similarity from which an image counts as a copy.
+        device: torch device of a TorchScript file.
+
+    Raises:
+        SettingsError: the file is missing, or is not such a network.
+    """
+
+    def __init__(self, file: Path, cut: float = 0.7, device: str = "cpu") -> None:
+        if not file.is_file():
+            raise SettingsError(f"There is no copy detector at {file}. Give a TorchScript or ONNX file of SSCD.")
+        self.yardstick = Yardstick("copy detector (cosine of its descriptions)", cut, file.name, file_hash(file))
+        self._run = _onnx(file) if file.suffix == ".onnx" else _torchscript(file, device)
+        self._check(file)
+
+    def describe(self, images: Sequence[Image.Image]) -> Tensor:
+        """Descriptions [images, width] of length 1."""
+        found = []
+        mean, std = (torch.tensor(each)[:, None, None] for each in (_IMAGENET_MEAN, _IMAGENET_STD))
+        for start in range(0, len(images), _DETECTOR_BATCH):
+            pixels = _pixels(images[start : start + _DETECTOR_BATCH], _DETECTOR_SIDE)
+            found.append(self._run((pixels - mean) / std))
+        return torch.nn.functional.normalize(torch.cat(found), dim=1) if found else torch.zeros(0, 1)
+
+    def compare(self, a: Tensor, b: Tensor, least: float = -1.0) -> Tensor:
+        """See :meth:`ImageSimilarity.compare`."""
+        return a @ b.T if len(a) and len(b) else torch.zeros(len(a), len(b))
+
+    def _check(self, file: Path) -> None:
+        try:
+            shape = tuple(self._run(torch.zeros(2, 3, _DETECTOR_SIDE, _DETECTOR_SIDE)).shape)
+        except Exception as error:
+            # Whatever the network raises, in whichever runtime: it is not one that can be used.
+            raise SettingsError(f"{file} does not take images of {_DETECTOR_SIDE} pixels: {error}") from error
+        if len(shape) != 2 or shape[0] != 2:
+            raise SettingsError(f"{file} gives shape {list(shape)} for two images, expected one vector each.")
+
+
+def tiles(image: Image.Image) -> list[Image.Image]:
+    """Nine tiles of half the side, a quarter apart, without those that show nothing but one colour."""
+    image = image.convert("RGB")
+    width, height = image.size
+    found = []
+    for top in range(3):
+        for left in range(3):
+            x, y = left * width // 4, top * height // 4
+            tile = image.crop((x, y, x + width // 2, y + height // 2))
+            if np.asarray(tile, dtype=np.float32).std(axis=(0, 1)).max() / 255 >= _FLATTEST_TILE:
+                found.append(tile)
+    return found
+
+
+class TiledSimilarity:
+    """The highest similarity of any tile of an image with any tile of a reference: a copied part shows.
+
+    Args:
+        similarity: compares the tiles; below its cut a value is an upper bound.
+        references: pictures, whose tiles are described once.
+    """
+
+    def __init__(self, similarity: ImageSimilarity, references: Sequence[Image.Image]) -> None:
+        self._similarity = similarity
+        self._described = [similarity.describe(tiles(reference)) for reference in references]
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """[images, references], 0 where either has no tile that shows anything."""
+        values = torch.zeros(len(images), len(self._described))
+        for row, image in enumerate(images):
+            described = self._similarity.describe(tiles(image))
+            for column, reference in enumerate(self._described):
+                if len(described) and len(reference):
+                    found = self._similarity.compare(described, reference, self._similarity.yardstick.cut)
+                    values[row, column] = found.max()
+        return values
+
+
+def within_region(image: Image.Image, region: Image.Image) -> Image.Image:
+    """What an image shows in a template's fixed region: the rest is grey, and cut away around it.
+
+    Args:
+        image: any size.
+        region: black and white, white where the template is fixed.
+    """
+    region = region.convert("L").resize(image.size).point(lambda value: 255 * (value >= 128))
+    grey = Image.new("RGB", image.size, (127, 127, 127))
+    return Image.composite(image.convert("RGB"), grey, region).crop(region.getbbox())
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.flatten(1), b.flatten(1)
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
+    return a @ b.T / norms.clamp_min(1e-6)
+
+
+def _pixels(images: Sequence[Image.Image], side: int) -> Tensor:
+    arrays = [np.asarray(each.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)) for each in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def _torchscript(file: Path, device: str):
+    try:
+        network = torch.jit.load(str(file), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise SettingsError(f"{file} is not a TorchScript file: {error}") from error
+
+    @torch.no_grad()
+    def run(pixels: Tensor) -> Tensor:
+        return network(pixels.to(device)).float().cpu()
+
+    return run
+
+
+def _onnx(file: Path):
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SettingsError(f"{file} needs onnxruntime: pip install onnxruntime") from error
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0]).float()

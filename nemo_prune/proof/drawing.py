@@ -1,0 +1,215 @@
+"""How images are drawn when two models are compared: the same seeds, the same scheduler, each image once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from torch import Tensor
+
+from nemo_prune.engine.diffusion import draw_latents
+from nemo_prune.errors import SettingsError
+from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.images import ImageFolder
+from nemo_prune.files.json_values import to_json
+
+_SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+    "pndm": PNDMScheduler,
+}
+SCHEDULERS = tuple(_SCHEDULERS)
+BASE, CANDIDATE = "base", "candidate"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How an image is drawn.
+
+    Attributes:
+        scheduler: ``ddim`` as the released code, ``euler``, ``dpm`` or ``pndm``, on the checkpoint's own schedule.
+        num_inference_steps: its steps.
+        guidance_scale: classifier-free guidance; at 1 or less there is none.
+    """
+
+    scheduler: str = "ddim"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise SettingsError(f"`scheduler` is {self.scheduler}, expected: {' or '.join(SCHEDULERS)}.")
+        if self.num_inference_steps < 1:
+            raise SettingsError(f"`num_inference_steps` is {self.num_inference_steps}, expected: at least 1.")
+
+    @property
+    def passes(self) -> int:
+        """Passes that one image costs."""
+        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+
+@contextmanager
+def scheduled(pipe: StableDiffusionPipeline, name: str) -> Iterator[None]:
+    """Give a pipeline another scheduler on its own schedule while the context lasts."""
+    own = pipe.scheduler
+    try:
+        # Without Runge-Kutta steps at the beginning, as Stable Diffusion has it; the other schedulers don't know them.
+        more = {"skip_prk_steps": True} if name == "pndm" else {}
+        pipe.scheduler = _SCHEDULERS[name].from_config(own.config, **more)
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def seeded_latents(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> Tensor:
+    """Initial latents [seeds, channels, height, width], each by its own generator: further seeds change none."""
+    return torch.cat([draw_latents(pipe.unet, 1, seed) for seed in seeds])
+
+
+@torch.no_grad()
+def draw(
+    pipe: StableDiffusionPipeline, prompt: str | Tensor, drawing: Drawing, seeds: Sequence[int]
+) -> list[Image.Image]:
+    """Draw one image per seed.
+
+    Args:
+        pipe: the model.
+        prompt: a caption, or its embedding [positions, width].
+        drawing: how.
+        seeds: of the initial latents.
+    """
+    asked = (
+        {"prompt": [prompt] * len(seeds)}
+        if isinstance(prompt, str)
+        else {
+            "prompt_embeds": prompt.to(pipe.unet.dtype).expand(len(seeds), -1, -1),
+            **_unconditional(pipe, len(seeds)),
+        }
+    )
+    with scheduled(pipe, drawing.scheduler):
+        return pipe(
+            **asked,
+            latents=seeded_latents(pipe, seeds).to(pipe.unet.device, pipe.unet.dtype),
+            num_inference_steps=drawing.num_inference_steps,
+            guidance_scale=drawing.guidance_scale,
+        ).images
+
+
+class Gallery:
+    """The images of both models, each drawn once and kept without loss.
+
+    Args:
+        folder: where they are kept.
+        pipes: model's name -> model.
+        drawing: how they are drawn.
+        depends_on: what else they depend on, as JSON values, such as digests of the models.
+        images_per_round: images that are drawn at once.
+        seed: of the first image; the others follow.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pipes: Mapping[str, StableDiffusionPipeline],
+        drawing: Drawing,
+        depends_on: dict,
+        images_per_round: int,
+        seed: int,
+    ) -> None:
+        self.drawing, self.images_per_round = drawing, images_per_round
+        self._pipes, self._seed = dict(pipes), seed
+        identity = {**depends_on, **to_json(drawing), "images per round": images_per_round, "seed": seed}
+        self._folder = ImageFolder(folder, identity)
+
+    def lend(self, model: str, pipe: StableDiffusionPipeline) -> None:
+        """Let a further model draw, such as the base under another mask."""
+        self._pipes[model] = pipe
+
+    @property
+    def passes_per_round(self) -> int:
+        """Passes that one round of one model costs."""
+        return self.images_per_round * self.drawing.passes
+
+    def seeds(self, turn: int) -> list[int]:
+        """Seeds of a round, counted from 0."""
+        first = self._seed + turn * self.images_per_round
+        return list(range(first, first + self.images_per_round))
+
+    def images(self, model: str, text: str, turns: int = 1) -> list[Image.Image]:
+        """A caption's images of the first rounds by one of the models."""
+        return [image for turn in range(turns) for image in self._round(model, text, turn)]
+
+    def _round(self, model: str, text: str, turn: int) -> list[Image.Image]:
+        def drawn() -> list[Image.Image]:
+            return draw(self._pipes[model], text, self.drawing, self.seeds(turn))
+
+        name = f"{_file_name(text)}_{model}_{turn}"
+        return self._folder.kept_or_drawn(name, self.images_per_round, drawn)
+
+
+def drawn_images(folder: Path, model: str, text: str) -> list[Image.Image]:
+    """What a gallery has kept of a caption by one of the models, in the order of the seeds; nothing is drawn.
+
+    Args:
+        folder: the gallery's.
+        model: name of the model.
+        text: the caption.
+    """
+    files = folder.glob(f"{_file_name(text)}_{model}_*.png")
+    ordered = sorted(files, key=lambda file: [int(number) for number in file.stem.split("_")[-2:]])
+    return [Image.open(file).convert("RGB") for file in ordered]
+
+
+def _file_name(text: str) -> str:
+    return text_hash([text])[:20]
+
+
+def image_latents(pipe: StableDiffusionPipeline, images: Sequence[Image.Image]) -> Tensor:
+    """Latents of images as the U-Net has them, [images, channels, height, width], float32.
+
+    Args:
+        pipe: its autoencoder is used.
+        images: any size.
+    """
+    with torch.no_grad():
+        # The processor scales to -1..1; the size is the model's own.
+        factor, size = pipe.vae_scale_factor, pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = pipe.image_processor.preprocess(list(images), height * factor, width * factor)
+        encoded = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+    return (encoded.float() - shift) * pipe.vae.config.scaling_factor
+
+
+@torch.no_grad()
+def quick_latents(pipe: StableDiffusionPipeline, text: str, seeds: Sequence[int], num_steps: int = 10) -> Tensor:
+    """Latents of quickly drawn images, without guidance: a caption's ordinary surroundings for other measurements."""
+    with scheduled(pipe, "ddim"):
+        drawn = pipe(
+            [text] * len(seeds), latents=seeded_latents(pipe, seeds).to(pipe.unet.device, pipe.unet.dtype),
+            num_inference_steps=num_steps, guidance_scale=0.0, output_type="latent",
+        )  # fmt: skip
+    return drawn.images.float()
+
+
+def encode(pipe: StableDiffusionPipeline, text: str) -> Tensor:
+    """A caption's embedding [positions, width], float32."""
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt(
+            [text], pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    return embeds[0].float()
+
+
+def _unconditional(pipe: StableDiffusionPipeline, number: int) -> dict[str, Tensor]:
+    return {"negative_prompt_embeds": encode(pipe, "").to(pipe.unet.dtype).expand(number, -1, -1)}

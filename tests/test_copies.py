@@ -1,0 +1,148 @@
+"""Yardsticks of images and training images, each with what must not count as a copy."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from nemo_prune.corpus.prompts import Prompt, read_prompts
+from nemo_prune.errors import SettingsError
+from nemo_prune.proof.copies import CopyDetector, StructuralSimilarity, TiledSimilarity, within_region
+from nemo_prune.proof.replication import ReplicationJudge
+from nemo_prune.proof.training_images import TrainingImages, altered_pictures, known_training_images, placeholder
+
+
+def picture(seed, side=64):
+    """Smooth colours that belong to a seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def noisy(image, seed=0):
+    pixels = np.asarray(image).astype(float) + np.random.default_rng(seed).normal(0, 8, np.asarray(image).shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def similar(similarity, a, b):
+    return similarity.compare(similarity.describe(a), similarity.describe(b))
+
+
+def test_a_noisy_copy_counts_and_another_picture_does_not():
+    similarity = StructuralSimilarity()
+    values = similar(similarity, [picture(1), noisy(picture(1))], [picture(1), picture(2)])
+    assert values[0, 0] > 0.999 and values[1, 0] > similarity.yardstick.cut
+    assert (values[:, 1] < similarity.yardstick.cut).all()
+    assert similarity.compare(similarity.describe([]), similarity.describe([picture(1)])).shape == (0, 1)
+
+
+def test_two_dark_pictures_are_not_copies():
+    dark = [Image.fromarray((np.asarray(picture(seed)) // 16).astype(np.uint8)) for seed in (1, 2)]
+    assert float(similar(StructuralSimilarity(), dark[:1], dark[1:])) < 0.5
+
+
+def test_below_the_least_a_value_is_a_bound_and_above_it_exact():
+    similarity = StructuralSimilarity()
+    described = similarity.describe([picture(seed) for seed in range(6)] + [noisy(picture(0))])
+    exact, bounded = similarity.compare(described, described), similarity.compare(described, described, 0.5)
+    assert (bounded >= exact - 1e-6).all()
+    reaching = bounded >= 0.5
+    assert torch.equal(exact[reaching], bounded[reaching]) and reaching.sum() > len(described)
+
+
+def test_a_copied_part_in_a_new_background_shows_in_tiles_alone():
+    similarity, training = StructuralSimilarity(), picture(3)
+    pasted = picture(4)
+    pasted.paste(training.crop((16, 16, 48, 48)), (32, 0))
+    tiled = TiledSimilarity(similarity, [training])
+    assert float(similar(similarity, [pasted], [training])) < 0.5 < float(tiled([pasted]))
+    assert float(tiled([picture(4)])) < float(tiled([pasted])) - 0.2
+    assert float(tiled([Image.new("RGB", (64, 64), "blue")])) == 0
+
+
+def test_a_template_is_judged_in_its_fixed_region():
+    frame = Image.new("L", (64, 64), 255)
+    ImageDraw.Draw(frame).rectangle((20, 20, 43, 43), fill=0)
+    training, other = picture(5), picture(5)
+    other.paste(picture(6).crop((0, 0, 24, 24)), (20, 20))
+    similarity = StructuralSimilarity()
+    inside = similar(similarity, [within_region(other, frame)], [within_region(training, frame)])
+    assert float(inside) > 0.999 > float(similar(similarity, [other], [training]))
+    judged = ReplicationJudge(similarity, TrainingImages({"a": training}, {"a": frame}))
+    assert judged.own("a", [other])[0] > 0.999 and judged.own("a", [picture(7)])[0] < 0.5
+
+
+class MeanColours(torch.nn.Module):
+    """A network that describes a picture by the colours of its quarters."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1)
+
+
+def test_a_copy_detector_from_a_file_names_its_variant(tmp_path):
+    file = tmp_path / "detector.pt"
+    torch.jit.script(MeanColours()).save(str(file))
+    detector = CopyDetector(file, cut=0.9)
+    assert detector.yardstick.file == "detector.pt" and len(detector.yardstick.sha256) == 64
+    values = similar(detector, [picture(1), noisy(picture(1))], [picture(1), picture(2)])
+    assert values[0, 0] > 0.999 and values[1, 0] > 0.9 and values[0, 1] < values[1, 0]
+
+
+def test_what_is_no_copy_detector_is_refused_by_name(tmp_path):
+    with pytest.raises(SettingsError, match="no copy detector at"):
+        CopyDetector(tmp_path / "missing.pt")
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(SettingsError, match="not a TorchScript file"):
+        CopyDetector(tmp_path / "text.pt")
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "identity.pt"))
+    with pytest.raises(SettingsError, match="one vector each"):
+        CopyDetector(tmp_path / "identity.pt")
+
+
+def test_placeholders_are_told_from_pictures():
+    assert "black" in placeholder(Image.new("RGB", (256, 256)))
+    assert "one colour" in placeholder(Image.new("RGB", (256, 256), "grey"))
+    assert "pixels large" in placeholder(Image.new("RGB", (1, 1), "grey"))
+    error_page = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(error_page).text((80, 120), "image not found", fill="black")
+    assert "of it is one colour" in placeholder(error_page)
+    on_white = Image.new("RGB", (256, 256), "white")
+    on_white.paste(picture(1, 120), (68, 68))
+    assert placeholder(on_white) is None and placeholder(picture(1)) is None
+
+
+def test_a_dead_link_is_not_available_and_never_stands_for_a_picture(tmp_path):
+    picture(1).save(tmp_path / "good.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    rows = ["Caption,image,mask", "good,good.png,", "black,black.png,", "page,page.png,", "gone,gone.png,",
+            "address,https://example.org/a.png,", "dead,https://example.org/dead.png,", "masked,good.png,black.png",
+            "none,,"]  # fmt: skip
+    (tmp_path / "prompts.csv").write_text("\n".join(rows))
+    prompts = read_prompts(tmp_path / "prompts.csv")
+
+    def fetch(address):
+        if "dead" in address:
+            raise OSError("HTTP 404")
+        return (tmp_path / "good.png").read_bytes()
+
+    found = known_training_images(prompts, fetch)
+    assert set(found.images) == {"good", "address"}
+    assert set(found.not_available) == {"black", "page", "gone", "dead", "masked"}
+    assert "404" in found.not_available["dead"] and "marks nothing" in found.not_available["masked"]
+
+
+def test_nothing_is_fetched_offline(monkeypatch):
+    monkeypatch.setattr("nemo_prune.proof.training_images.is_offline_mode", lambda: True)
+    found = known_training_images([Prompt("a", columns={"image": "https://example.org/a.png"})])
+    assert not found.images and "HF_HUB_OFFLINE" in found.not_available["a"]
+
+
+def test_the_control_of_an_attack_is_unlike_every_training_image():
+    similarity = StructuralSimilarity()
+    symmetric = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    training = TrainingImages({"a": picture(1), "b": symmetric})
+    judge = ReplicationJudge(similarity, training)
+    for image in training.images.values():
+        control = judge.never_trained_on(image)
+        assert max(judge.nearest([control])[0]) < similarity.yardstick.cut
+    assert len(altered_pictures(symmetric)) == 6
