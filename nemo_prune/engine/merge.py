@@ -13,7 +13,7 @@ from nemo_prune.progress import Advance, ignored
 
 # Prompts that an incremental merge searches side by side: the more, the fuller the batches, and the more of them are
 # searched although another one's neurons silence them. The first few neurons silence the most, so that it begins small.
-_FIRST_WINDOW, WINDOW = 4, 32
+_FIRST_WINDOW, WINDOW = 4, 128
 ROUNDS = 3
 
 
