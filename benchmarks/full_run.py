@@ -167,18 +167,20 @@ class _Ledger(Listener):
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[Advance]:
         scorer, predictor = self._scorer, self._scorer.predictor
-        began, simulating = time.process_time(), scorer.seconds
+        began, simulating = time.perf_counter(), scorer.seconds
         counted, computed, calls = scorer.sample_passes, scorer.computed_passes, predictor.calls.total()
+        passes = scorer.passes.copy()
         yield ignored
         counted, computed = scorer.sample_passes - counted, scorer.computed_passes - computed
         calls = predictor.calls.total() - calls
         self.stages[stage.key] = {
             "sample_passes_counted": counted,
             "sample_passes_computed": computed,
+            "passes_for": {why.name.lower(): number for why, number in (scorer.passes - passes).items()},
             "calls": calls,
             "batch_size": predictor.batch_size,
             "mean_batch": round(counted / calls, 1) if calls else None,
-            "seconds_python": round(time.process_time() - began - (scorer.seconds - simulating), 2),
+            "seconds_python": round(time.perf_counter() - began - (scorer.seconds - simulating), 2),
         }
 
 

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -121,9 +121,10 @@ def _simulated(text: str, row: PromptLocalization, random: Random) -> SimulatedP
     if len(row.neurons) > FEW_NEURONS:
         seeds = tuple(sorted(random.sample(seeds, random.randint(3, 10))))
     resolved, limit = row.status == "localized", RELEASED_CODE_THRESHOLD
-    lowest = {seed: row.neurons_score - 2 * ERROR - random.uniform(0, 0.05) for seed in seeds}
+    reached = row.neurons_score - 2 * ERROR if resolved else row.candidates_score + 2 * ERROR
+    lowest = {seed: reached - random.uniform(0, 0.05) for seed in seeds}
     hardest = random.choice(seeds)
-    lowest[hardest] = row.neurons_score - (2 * ERROR if resolved else 0)
+    lowest[hardest] = reached
     gap = max(0.0, limit - lowest[hardest]) + 3 * ERROR
     weights = {
         seed: {neuron: (gap if seed == hardest else 0.0) + random.uniform(0, 0.2) for neuron in row.neurons}
@@ -224,7 +225,7 @@ class SimulatedScorer:
         why: Why = Why.DETECTION,
     ) -> list[ScoredPrompt]:
         """Prompts whose kept seeds agree by .9 with nothing suppressed, and by .3 with something."""
-        began = time.process_time()
+        began = time.perf_counter()
         count = self.predictor.settings.num_samples if latents is None else len(latents)
         self.predictor.count(len(prompts) * count)
         self.passes[why] += len(prompts) * count
@@ -237,7 +238,7 @@ class SimulatedScorer:
             pairs.fill_diagonal_(-1)
             empty = torch.zeros(0)
             found.append(ScoredPrompt(prompt, empty, empty, empty, MemorizationScore(pairs), empty))
-        self.seconds += time.process_time() - began
+        self.seconds += time.perf_counter() - began
         return found
 
     def kept_seeds(self, scored: ScoredPrompt, threshold: float) -> tuple[int, ...]:
@@ -246,23 +247,23 @@ class SimulatedScorer:
 
     def activations(self, scored: ScoredPrompt) -> dict[str, Tensor]:
         """Activations whose candidates at the prompt's step are the table's."""
-        began = time.process_time()
+        began = time.perf_counter()
         prompt, random = self._prompts[scored.prompt], Random(scored.prompt)
         generator = torch.Generator().manual_seed(random.randrange(2**31))
         found = {layer: torch.rand(size, generator=generator) for layer, size in SD_V1_LAYERS.items()}
         theta = self.predictor.settings.theta - prompt.step * self.predictor.settings.theta_step
         for neuron in prompt.candidates:
             found[neuron.layer][neuron.index] = theta + 0.01 + random.uniform(0, 6 - theta)
-        self.seconds += time.process_time() - began
+        self.seconds += time.perf_counter() - began
         return found
 
     def answer(self, asked: Sequence[tuple[ScoredPrompt, Trial]], batch_size: int | None = None) -> list[float]:
         """Similarities by the model."""
-        began = time.process_time()
+        began = time.perf_counter()
         self.predictor.count(len(asked))
         self.passes.update(trial.why for _, trial in asked)
         answers = [self._prompts[scored.prompt].similarity(trial.neurons, trial.seed) for scored, trial in asked]
-        self.seconds += time.process_time() - began
+        self.seconds += time.perf_counter() - began
         return answers
 
     def suppressed_similarities(
@@ -283,5 +284,6 @@ def _fraction(text: str, seed: int, neurons: frozenset[Neuron]) -> float:
 _PLACES = {layer: place for place, layer in enumerate(SD_V1_LAYERS)}
 
 
+@cache
 def _number(neuron: Neuron) -> int:
     return (neuron.index + 1) * 1_000_003 ** (_PLACES[neuron.layer] + 1) % 2_147_483_647

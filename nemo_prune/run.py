@@ -166,10 +166,13 @@ def localize_model(
     Returns:
         The result file and what it holds.
     """
-    work = WorkFolder(plan.work, _identity(session, corpus, ordinary, plan, "union", 0.0), plan.overwrite)
+    identity = _identity(session, corpus, ordinary, plan, "union", 0.0)
+    work = WorkFolder(plan.work, identity, plan.overwrite)
     calibration = calibrate_session(session, ordinary, plan, work.calibration, listener)
     threshold = plan.settings.threshold or calibration.threshold
-    found = localize_corpus(session, corpus.texts, calibration, threshold, work.localizations, listener)
+    found = localize_corpus(
+        session, corpus.texts, calibration, threshold, work.localizations, listener, plan.include_unresolved
+    )
     return work.localizations, found
 
 
@@ -186,7 +189,6 @@ def _check_places(source: ModelSource, plan: Plan) -> None:
 
 def _open_work(session: Session, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan) -> WorkFolder:
     identity = _identity(session, corpus, ordinary, plan, plan.merge, plan.preserve)
-    identity["unresolved refined"] = plan.include_unresolved
     return WorkFolder(plan.work, identity, plan.overwrite)
 
 
@@ -207,6 +209,7 @@ def _identity(
         "dtype": plan.model.dtype,
         "merge": merge,
         "preserve": preserve,
+        "unresolved refined": plan.include_unresolved,
         "published calibration": ordinary.published is not None and plan.calibration is None,
     }
 

@@ -273,6 +273,8 @@ class LocalizationPlan:
         model: how the model is computed.
         calibration: a finished calibration. (default: calibrate on ordinary captions)
         overwrite: discard a work folder of other settings.
+        include_unresolved: also refine the sets of unresolved prompts, for a merge that includes them; it takes many
+            times as long.
     """
 
     work: Path
@@ -280,6 +282,7 @@ class LocalizationPlan:
     model: ModelOptions = field(default_factory=ModelOptions)
     calibration: Path | None = None
     overwrite: bool = False
+    include_unresolved: bool = False
 
 
 @dataclass(frozen=True)

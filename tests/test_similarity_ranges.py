@@ -79,20 +79,28 @@ def test_what_is_asked_beside_a_seed_changes_its_answer_only_where_all_are_asked
     assert pinned.answer(apart) == pinned.answer(together)
 
 
-def test_float32_is_computed_in_full_whatever_torch_is_set_to(pipe, monkeypatch):
+@pytest.fixture
+def tf32():
+    """TensorFloat-32 is allowed, as torch does it for convolutions by default."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    monkeypatch.setattr(matmul, "allow_tf32", True)
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    yield lambda: (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_float32_is_computed_in_full_whatever_torch_is_set_to(pipe, monkeypatch, tf32):
     seen, forward = [], pipe.unet.forward
 
     def noted(*args, **kwargs):
-        seen.append((matmul.allow_tf32, cudnn.allow_tf32))
+        seen.append(tf32())
         return forward(*args, **kwargs)
 
     predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=2))
     monkeypatch.setattr(pipe.unet, "forward", noted)
     predictor.predict_noise(predictor.initial_latents(), predictor.encode(["a cat"])[0])
     assert seen and set(seen) == {(False, False)}
-    assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, True)
+    assert tf32() == (True, True)
 
 
 def test_the_margin_follows_the_precision_unless_it_is_given():

@@ -1,10 +1,12 @@
 """Rows of the tensors of a safetensors file: whether they can be changed, and changing them in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from nemo_prune.checkpoint.tensors import TensorBytes
 from nemo_prune.errors import MaskError, ModelError
 from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor
 from nemo_prune.mask import NeuronMask, tensor_names
@@ -35,6 +37,26 @@ def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask)
                     f"`{layer}` is stored as {tensor.dtype} in {file}; rows of quantised weights can't be zeroed "
                     "exactly. Use the float32, float16 or bfloat16 weights."
                 )
+
+
+def with_scaled_rows(tensor: TensorBytes, rows: Sequence[int], scale: float) -> TensorBytes:
+    """A tensor as it is when some of its rows are multiplied by a number; it is read at once.
+
+    Args:
+        tensor: of a float dtype.
+        rows: which.
+        scale: the factor.
+    """
+
+    def blocks(size: int) -> Iterator[bytes]:
+        content = bytearray(b"".join(tensor.blocks(size)))
+        values = torch.frombuffer(content, dtype=FLOAT_DTYPES[tensor.dtype]).reshape(tensor.shape[0], -1)
+        chosen = list(rows)
+        values[chosen] = (values[chosen].double() * scale).to(values.dtype) if scale else 0
+        for start in range(0, len(content), size):
+            yield bytes(content[start : start + size])
+
+    return replace(tensor, blocks=blocks)
 
 
 def scale_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]], scale: float) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
-from nemo_prune.checkpoint.rows import check_rows, scale_rows
+from nemo_prune.checkpoint.rows import check_rows, scale_rows, with_scaled_rows
 from nemo_prune.checkpoint.tensors import (
     FORMAT_ONLY,
     TensorBytes,
@@ -166,15 +166,27 @@ def write_single_file(
     write_tensors(out, {name: tensor.content for name, tensor in folder_tensors(files, variant).items()}, metadata)
 
 
-def check_single_file(file: Path, files: CheckpointFiles, variant: str | None) -> None:
-    """Make sure that a single file holds every tensor of a folder, byte for byte.
+def check_single_file(file: Path, files: CheckpointFiles, variant: str | None, pruning: Pruning | None = None) -> None:
+    """Make sure that a single file holds every tensor of a folder, byte for byte, but for what was pruned.
+
+    Args:
+        file: the single file.
+        files: of the folder.
+        variant: weights variant of the folder.
+        pruning: what was done to the file and not to the folder; None where they are the same.
 
     Raises:
         OutputError: one is missing or differs.
     """
     written = {full_name(name): stored_tensor(file, each) for name, each in read_header(file).items()}
-    for name, tensor in folder_tensors(files, variant).items():
-        if name not in written or not equal_bytes(tensor.content, written[name]):
+    tensors = folder_tensors(files, variant)
+    rows = pruning.mask.tensor_rows if pruning else {}
+    masked = masked_tensors(pruning.mask, tensors) if pruning else {}
+    for name, tensor in tensors.items():
+        expected = tensor.content
+        if rows.get(masked.get(name, "")):
+            expected = with_scaled_rows(expected, rows[masked[name]], pruning.scale)
+        if name not in written or not equal_bytes(expected, written[name]):
             raise OutputError(
                 f"The single file was not written correctly: `{name}` is not what the pruned folder holds. Is the "
                 "disk damaged, or was the model changed meanwhile? Run the same command again."

@@ -11,6 +11,7 @@ from nemo_prune.cli.options import (
     DEFAULT_PRESET,
     DEFAULT_PROJECTIONS,
     DEFAULTS,
+    METHOD,
     MODEL_DEFAULTS,
     RELEASE,
     BatchSizeOption,
@@ -68,6 +69,9 @@ def localize(
     margin: MarginOption = MODEL_DEFAULTS.margin,
     ray: RayOption = None,
     ray_workers: RayWorkersOption = None,
+    include_unresolved: Annotated[
+        bool, setting(METHOD, LocalizationPlan, "include_unresolved", "--include-unresolved")
+    ] = False,
     overwrite: Annotated[bool, setting(RELEASE, LocalizationPlan, "overwrite", "--overwrite")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,7 +86,7 @@ def localize(
             preset, projections=projections.value, seed=seed, num_samples=num_samples, threshold=threshold
         )
         options = model_options(device, dtype, batch_size, margin)
-        plan = LocalizationPlan(work, settings, options, calibration, overwrite)
+        plan = LocalizationPlan(work, settings, options, calibration, overwrite, include_unresolved)
         quieten_libraries()
         from nemo_prune.compute.opening import open_session
         from nemo_prune.engine.localize import count_statuses

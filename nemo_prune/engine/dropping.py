@@ -2,9 +2,9 @@
 
 It is a greedy sweep over single neurons, as the refinement of one prompt (Alg. 4) is, with the kept seeds of all
 prompts in the place of one prompt's. On its way only those are asked that a neuron is likely to wake: the prompts in
-whose own sets it is, and all that woke before. What the sweep ends with is asked of all. Seeds that wake there take the
-sweep back to where they were still silent, and are asked from then on. At the end every neuron is proven to be needed:
-without it alone some seed is awake.
+whose own sets it is, and all that woke when it was let go before. What the sweep ends with is asked of all. Seeds that
+wake there take the sweep back to where they were still silent. At the end every neuron is proven to be needed: without
+it alone some seed is awake.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,22 +106,22 @@ class _Dropping:
         self._at_once = at_once
         self._record, self._limit, self._likely, self._advance = record, limit, likely, advance
         self._all = list(record.seeds)
-        self._woken: dict[Seed, None] = {}
+        self._woken: dict[Neuron, dict[Seed, None]] = {}
         self._wakes: dict[Neuron, Seed] = {}
 
     def search(self, tried: Sequence[Neuron]) -> Search[tuple[Neuron, ...]]:
         """What remains of the neurons."""
-        sweeps = [Sweep(tuple(tried), tuple((neuron,) for neuron in tried), of_layers=False)]
+        sweeps, went_back = [Sweep(tuple(tried), tuple((neuron,) for neuron in tried), of_layers=False)], False
         while True:
-            sweep = sweeps[-1]
+            sweep, self._record.careful = sweeps[-1], went_back
             if sweep.pending:
                 sweeps.append((yield from self._next_needed(sweep)))
                 self._advance(len(tried) - len(sweeps[-1].pending), len(tried))
                 continue
+            self._record.careful = went_back = True
             awake = yield from self._awake(sweep.without(0), self._all)
             if not awake:
                 return (yield from self._without_spare(sweep.kept))
-            self._woken = dict.fromkeys([*awake, *self._woken])
             sweeps = yield from self._still_silent(sweeps, awake)
 
     def _next_needed(self, sweep: Sweep) -> Search[Sweep]:
@@ -129,7 +129,9 @@ class _Dropping:
         passes, fails, probe = 0, sweep.likely_run + 1, sweep.likely_run
         while True:
             dropped = [neuron for group in sweep.pending[:probe] for neuron in group]
-            asked = dict.fromkeys([*(seed for each in dropped for seed in self._likely.get(each, ())), *self._woken])
+            asked = dict.fromkeys(
+                seed for each in dropped for seed in (*self._woken.get(each, ()), *self._likely.get(each, ()))
+            )
             woken = yield from self._first_awake(sweep.without(probe), list(asked))
             if woken is not None:
                 fails = probe
@@ -143,15 +145,19 @@ class _Dropping:
             probe = (passes + fails) // 2
 
     def _still_silent(self, sweeps: Sequence[Sweep], seeds: Sequence[Seed]) -> Search[list[Sweep]]:
-        """The part of the way along which some seeds were silent, found by halving."""
-        passes, fails = 0, len(sweeps) - 1
-        while fails - passes > 1:
-            probe = (passes + fails) // 2
-            if (yield from self._awake(sweeps[probe].without(0), seeds)):
-                fails = probe
-            else:
-                passes = probe
-        return list(sweeps[: passes + 1])
+        """The part of the way along which all of some seeds were silent, found by halving for each of them."""
+        silent, awake = dict.fromkeys(seeds, 0), dict.fromkeys(seeds, len(sweeps) - 1)
+        while halved := [seed for seed in seeds if awake[seed] - silent[seed] > 1]:
+            probes = {seed: (silent[seed] + awake[seed]) // 2 for seed in halved}
+            pairs = [(sweeps[probes[seed]].without(0), seed) for seed in halved]
+            similarities = yield from self._record.ask(pairs, self._limit)
+            for seed, similarity in zip(halved, similarities, strict=True):
+                ends = silent if self._limit.holds(similarity) else awake
+                ends[seed] = probes[seed]
+        for seed in seeds:
+            for neuron in set(sweeps[silent[seed]].kept) - set(sweeps[awake[seed]].kept):
+                self._woken.setdefault(neuron, {})[seed] = None
+        return list(sweeps[: min(silent.values()) + 1])
 
     def _without_spare(self, kept: Sequence[Neuron]) -> Search[tuple[Neuron, ...]]:
         """The neurons without those that can be spared after all, because scores are not monotone."""

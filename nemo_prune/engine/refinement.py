@@ -75,9 +75,9 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
     seed that refutes it takes the sweep back to where this seed was still under the limit, and is
     the first to be asked from then on. If that is nowhere, the initial set was not enough.
     """
-    limit, sweeps = selection.limit, [start]
+    limit, sweeps, went_back = selection.limit, [start], False
     while True:
-        record.why = Why.REFINEMENT
+        record.why, record.careful = Why.REFINEMENT, went_back
         sweep = sweeps[-1]
         if sweep.pending:
             sweeps.append((yield from _next_needed(sweep, limit, record)))
@@ -86,6 +86,7 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
         elif (yield from _is_enough(sweep, start, selection, record)):
             break
         else:
+            went_back = True
             sweeps = yield from _still_unrefuted(sweeps, selection, record)
             if not sweeps or record.contradicts_monotonicity():
                 return None
@@ -96,7 +97,7 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
 
 def _is_enough(sweep: Sweep, start: Sweep, selection: Selection, record: Record) -> Search[bool]:
     """Whether no seed refutes what the sweep ended with."""
-    limit, record.why = selection.limit, Why.ENOUGH
+    limit, record.why, record.careful = selection.limit, Why.ENOUGH, True
     if sweep.kept == start.kept:
         if not selection.resolved:
             # Nothing could be spared, and the initial set can't be below its own score.

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from nemo_prune.engine.trials import Limit, Record, Search, Why
 from nemo_prune.mask import Neuron
 
+# A set of at most so many neurons per seed is refined at once: all seeds are asked about what is left of it anyway.
+_FEW = 4
+
 
 class Candidates(NamedTuple):
     """A step of the selection's schedule.
@@ -37,8 +40,9 @@ class Selection:
 def select(schedule: Sequence[Candidates], record: Record, threshold: float, scored: bool = True) -> Search[Selection]:
     """Search the nested sets for the first that the first seed does not refute: doubling, then halving.
 
-    The other seeds are asked about the refined set alone: if they are under the limit there, they
-    are so under this larger one. Before it is given up, every set was refuted by some seed.
+    The other seeds are asked about a large set, whose refinement would be long in vain, and else about the refined
+    one alone: if they are under the limit there, they are so under the larger one. Before it is given up, every set
+    was refuted by some seed.
 
     Args:
         schedule: the candidates per step, each set a part of the next.
@@ -49,7 +53,25 @@ def select(schedule: Sequence[Candidates], record: Record, threshold: float, sco
     record.why = Why.SELECTION
     limit = Limit(threshold, strict=False)
     sets = [frozenset(step.neurons) for step in schedule]
-    fails, enough, stride = -1, len(sets), 1
+    fails, enough = -1, len(sets)
+    while True:
+        fails, enough = yield from _first_by_one_seed(sets, record, limit, fails, enough)
+        small = enough < len(sets) and len(sets[enough]) <= _FEW * len(record.seeds)
+        if small or enough == len(sets) or (yield from record.refuting_seed(sets[enough], limit)) is None:
+            break
+        fails, enough = enough, len(sets)
+    if enough == len(sets):
+        enough = yield from first_unrefuted(sets, record, limit)
+    if enough < len(sets):
+        return Selection(schedule[enough], True, Limit(threshold, strict=True))
+    return (yield from _given_up(schedule, record, limit, scored))
+
+
+def _first_by_one_seed(
+    sets: Sequence[frozenset[Neuron]], record: Record, limit: Limit, fails: int, enough: int
+) -> Search[tuple[int, int]]:
+    """The last set that the first seed is known to refute and the one behind it, by doubling, then halving."""
+    stride = 1
     while enough - fails > 1:
         probe = min(fails + stride, len(sets) - 1) if enough == len(sets) else (fails + enough) // 2
         stride *= 2
@@ -57,11 +79,7 @@ def select(schedule: Sequence[Candidates], record: Record, threshold: float, sco
             fails = probe
         else:
             enough = probe
-    if enough == len(sets):
-        enough = yield from first_unrefuted(sets, record, limit)
-    if enough < len(sets):
-        return Selection(schedule[enough], True, Limit(threshold, strict=True))
-    return (yield from _given_up(schedule, record, limit, scored))
+    return fails, enough
 
 
 def first_unrefuted(sets: Sequence[frozenset[Neuron]], record: Record, limit: Limit) -> Search[int]:

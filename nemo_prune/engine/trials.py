@@ -95,6 +95,7 @@ class Record:
         slack: how much higher the similarity of a set may be than that of a part of it; with infinity
             nothing is reckoned, and everything asked.
         why: what the trials are for that are asked now.
+        careful: whether what is close below a limit is asked again, all seeds at once. Not on a way whose end is.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Record:
         self.margin = inf
         self.slack = inf
         self.why = Why.REFINEMENT
+        self.careful = True
         self._together = together or dict.fromkeys(seeds, tuple(seeds))
         self._reach = reach
         self._places: dict[Neuron, int] = {}
@@ -124,7 +126,7 @@ class Record:
         unknown = {(bits, seed): neurons for neurons, seed, bits in pairs if neurons and bits not in self._known[seed]}
         if unknown:
             yield from self._learn(unknown, limit, at_once=False)
-        if self._reach:
+        if self._reach and self.careful:
             close = {}
             for neurons, seed, bits in pairs:
                 if neurons and self._is_close(bits, seed, limit):
@@ -134,7 +136,8 @@ class Record:
         for neurons, seed, bits in pairs:
             if neurons:
                 self.margin = min(self.margin, abs(self._known[seed][bits] - limit.value))
-                self._note(bits, seed, limit)
+                if self.careful or not self._is_close(bits, seed, limit):
+                    self._note(bits, seed, limit)
         return [self._known[seed].get(bits, inf) for _, seed, bits in pairs]
 
     def score(self, neurons: frozenset[Neuron], limit: Limit) -> Search[float]:

@@ -52,7 +52,7 @@ def export_model(
         raise MaskError(f"{mask_file} holds no neuron, so there is nothing to prune.")
     is_its_base = _is_its_base(source, mask, facts, force)
     with staged_release(out, overwrite) as release:
-        files = write_weights(source, Pruning(mask, scale), release)
+        files = write_weights(source, Pruning(mask, scale), release, loadable=False)
         record = Record(
             versions={"python": platform.python_version(), "nemo-prune": version("nemo-prune")},
             base=base,

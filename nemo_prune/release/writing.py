@@ -1,7 +1,7 @@
 """A release on disk: pruned weights in their form, and mask, record, plot and card beside them.
 
-Pruning is the same for both forms: the pruned diffusers folder is written first. A single file is made from the
-base's, or from that folder, and compared with it tensor by tensor.
+A single file is made from the base's, or from the base's folder, patched in place, and compared with the base tensor by
+tensor.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nemo_prune.checkpoint.export import export_files
 from nemo_prune.checkpoint.folder import CheckpointFiles
+from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.privacy import cleaned_metadata
 from nemo_prune.checkpoint.single_file import (
     FolderTensor,
@@ -71,7 +72,7 @@ def check_release(source: ModelSource, out: Path, overwrite: bool = False) -> No
         raise OutputError(f"{out} exists. Choose another --out, or replace it with --overwrite.")
     # What has no place in a single file is known before the long work.
     folder_tensors(source.files, source.variant)
-    # The pruned folder is there too until the file is made.
+    # A run writes the pruned folder too, to load it.
     return check_release_target(layout.folder, given, 2 * size, overwrite or _was_cut_off(out))
 
 
@@ -118,16 +119,17 @@ def staged_release(out: Path, overwrite: bool = False) -> Iterator[StagedRelease
         old.unlink(missing_ok=True)
 
 
-def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease) -> ExportReport:
-    """Write the pruned weights: always as a diffusers folder, and as a single file where the release is one.
+def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease, loadable: bool = True) -> ExportReport:
+    """Write the pruned weights: as a diffusers folder, or as a single file where the release is one.
 
     A single file is a patched copy of the base's where that is a .safetensors file too, else it is made from the
-    pruned folder. In either case it is compared with the folder, tensor by tensor.
+    base's folder and patched. In either case it is compared with the base, tensor by tensor.
 
     Args:
         source: the base.
         pruning: the mask, and what its rows are multiplied by.
         release: where to.
+        loadable: whether a folder is needed beside a single file too, to load the pruned model from.
 
     Raises:
         ModelError: the base is damaged, or has a tensor that a single file has no place for.
@@ -135,22 +137,26 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease)
         OutputError: the weights can't be written, or are not what they should be.
     """
     file = release.layout.file
-    report = export_files(source.files, pruning, release.folder, hashed=file is None)
-    check_loads(release.folder)
+    report = ExportReport(left_out=publicly_named(source.files.left_out))
+    if file is None or loadable:
+        report = export_files(source.files, pruning, release.folder, hashed=file is None)
+        check_loads(release.folder)
     report = replace(report, left_out={**source.left_out, **report.left_out}, notes=_notes(source, file is None))
     if file is None:
         return report
-    pruned = source.files.copied_to(release.folder)
     if source.single_file and source.single_file.suffix == SAFETENSORS:
         report = _patch_copy(source.single_file, pruning, file)
     else:
-        write_single_file(pruned, source.variant, file, written_metadata(FORMAT_ONLY, source.digest, pruning))
-        report = _described(report, source, pruned, pruning, file)
-    check_single_file(file, pruned, source.variant)
+        with writing(file):
+            metadata = written_metadata(FORMAT_ONLY, source.digest, pruning)
+            write_single_file(source.files, source.variant, file, metadata)
+        patch_single_file(file, pruning)
+        report = _described(report, source, source.files, pruning, file)
+    check_single_file(file, source.files, source.variant, pruning)
     hashes = {file.name: file_hash(file)}
     for name in source.files.licence_texts:
-        shutil.copyfile(release.folder / name, release.layout.folder / name)
-        hashes[name] = file_hash(release.folder / name)
+        shutil.copyfile(source.folder / name, release.layout.folder / name)
+        hashes[name] = file_hash(source.folder / name)
     return replace(report, sha256=hashes)
 
 
@@ -197,12 +203,12 @@ def _patch_copy(base: Path, pruning: Pruning, out: Path) -> ExportReport:
 
 
 def _described(
-    report: ExportReport, source: ModelSource, pruned: CheckpointFiles, pruning: Pruning, file: Path
+    report: ExportReport, source: ModelSource, base: CheckpointFiles, pruning: Pruning, file: Path
 ) -> ExportReport:
     """What the export of a folder says of the single file that was made from it."""
-    tensors, rows_of = folder_tensors(pruned, source.variant), pruning.mask.tensor_rows
+    tensors, rows_of = folder_tensors(base, source.variant), pruning.mask.tensor_rows
     rows = sum(len(rows_of[name]) for name in masked_tensors(pruning.mask, tensors).values())
-    left_out = {} if source.single_file else _left_out(pruned, tensors.values())
+    left_out = {} if source.single_file else _left_out(base, tensors.values())
     return replace(report, rows_changed={file.name: rows}, left_out={**report.left_out, **left_out}, base_sha256={})
 
 
