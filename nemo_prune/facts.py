@@ -160,6 +160,40 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
+class GoneFacts:
+    """What is gone under the final mask, and not only silent, see :mod:`nemo_prune.engine.gone`.
+
+    Attributes:
+        memorized: memorized prompts that were judged.
+        silent: those whose suppressed similarity is at most tau on every seed of the detection and on fresh ones.
+        gone: those of which nothing shows in the noise predictions, and no image that was drawn copies anything.
+        ordinary: ordinary prompts that were watched.
+        called_up: those that resemble a memorized one more than before, or of which an image copies a training image.
+    """
+
+    memorized: int
+    silent: int
+    gone: int
+    ordinary: int
+    called_up: int
+
+
+@dataclass(frozen=True)
+class SparedPoint:
+    """A mask on the way from the whole one to none: what ordinary prompts are spared, and what that gives up.
+
+    Attributes:
+        neurons: pruned neurons.
+        change: of the noise prediction on ordinary prompts, as a share of what everything suppressed changes.
+        gone: memorized prompts that are gone.
+    """
+
+    neurons: int
+    change: float
+    gone: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """Relative change of the noise prediction on ordinary prompts, see :func:`nemo_prune.proof.cost.noise_change`.
 

@@ -1,9 +1,11 @@
 """The whole way, from a model and prompts to a pruned release."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.compute.local import LocalSession
@@ -15,13 +17,13 @@ from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.errors import OutputError
-from nemo_prune.facts import ExportReport, MaskFacts
+from nemo_prune.facts import ExportReport, MaskFacts, SparedPoint
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder, claim_work_folder
-from nemo_prune.mask import Pruning
+from nemo_prune.mask import NeuronMask, Pruning
 from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.progress import Listener, Stage, Timed
@@ -35,10 +37,11 @@ from nemo_prune.release.writing import check_release, staged_release, write_docu
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
 from nemo_prune.stages.estimate import estimate_run
-from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect
+from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_verdicts
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
+from nemo_prune.stages.pursue import judge_mask, pursue_mask, spare_ordinary
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,16 @@ def prune_model(
     localizer = _calibrated(session, ordinary, plan, work, timed)
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
-    localizations = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, timed)
-    mask, localizations = merge_localizations(localizer, localizations, plan, timed)
+    mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
+    memorized = [each.prompt for each in localizations if each.is_memorized]
+    mask, curve = spare_ordinary(localizer, memorized, ordinary.texts, mask, plan.max_utility_loss, timed)
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
     scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
     examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
+    judged = judge_mask(localizer, scaled, memorized if mask.num_neurons else (), ordinary.texts, mask, timed)
+    examined = with_verdicts(examined, judged.memorized)
     cost = measure_cost(
         session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration
     )
@@ -96,10 +102,10 @@ def prune_model(
         versions=versions(),
         base=base,
         licence=licence,
-        mask=MaskRecord.of(mask, scale=plan.scale, merge=plan.merge, preserve=plan.preserve),
+        mask=_mask_record(mask, plan),
         prompts=prompt_facts(examined, corpus.num_duplicates, plan.include_unresolved),
         files=ExportReport(),
-        measured=measured_by_a_run(plan, localizer, examined, [], cost, False, timed.seconds),
+        measured=measured_by_a_run(plan, localizer, examined, judged.ordinary, {}, cost, False, timed.seconds),
     )
     if not mask.num_neurons:
         return RunResult(record, None, write_report(work.path, record, examined))
@@ -117,8 +123,11 @@ def prune_model(
             check_pruned_equals_suppressed(suppressed, pruned)
         proof.draw_after(pruned, timed)
         examined = proof.added_to(examined)
-        ordinary_images = [proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)]
-        measured = measured_by_a_run(plan, localizer, examined, ordinary_images, cost, True, timed.seconds)
+        ordinary_images = {text: proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)}
+        spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
+        measured = measured_by_a_run(
+            plan, localizer, examined, judged.ordinary, ordinary_images, cost, True, timed.seconds, spared
+        )
         record = replace(record, files=files, measured=measured)
         grid = save_grids(work.path, _memorized(examined), proof)
         _publish(release.layout, source, record, examined, pruning, plan, grid)
@@ -176,6 +185,44 @@ def localize_model(
     return work.localizations, found
 
 
+def _find_mask(
+    session: LocalSession,
+    localizer: Localizer,
+    corpus: Corpus,
+    ordinary: OrdinaryCaptions,
+    training_images: Mapping[str, Image.Image],
+    plan: Plan,
+    work: WorkFolder,
+    listener: Listener,
+) -> tuple[NeuronMask, Sequence[PromptLocalization]]:
+    """The mask that the plan's search finds, and the prompts as they are under it."""
+    if plan.search == "greedy":
+        found = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, listener)
+        return merge_localizations(localizer, found, plan, listener)
+    mask, found, pursuit = pursue_mask(
+        session.pipe, localizer, corpus.texts, ordinary.texts, training_images, plan, work, listener
+    )
+    if pursuit is not None and pursuit.best.copies:
+        left = len({each.prompt for each in pursuit.best.copies})
+        price = pursuit.next_step_costs
+        more = (
+            "" if price is None else f" A stricter mask changed ordinary captions by {price:+.0%} of everything more."
+        )
+        listener.say(f"Images of {left} prompts still copy after {len(pursuit.rounds)} rounds of the search.{more}")
+    return mask, found
+
+
+def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:
+    return MaskRecord.of(
+        mask,
+        scale=plan.scale,
+        merge=plan.merge,
+        preserve=plan.preserve,
+        search=plan.search,
+        max_utility_loss=plan.max_utility_loss,
+    )
+
+
 def _check_places(source: ModelSource, plan: Plan) -> None:
     """What can be known of OUT and the work folder before the long work."""
     check_release(source, plan.out, plan.overwrite)
@@ -208,6 +255,7 @@ def _identity(
         "settings": to_json(plan.settings),
         "dtype": plan.model.dtype,
         "merge": merge,
+        "search": plan.search if isinstance(plan, Plan) else "greedy",
         "preserve": preserve,
         "unresolved refined": plan.include_unresolved,
         "published calibration": ordinary.published is not None and plan.calibration is None,

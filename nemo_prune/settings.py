@@ -13,6 +13,7 @@ from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "incremental")
+SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
 DATA_RANGES = ("joint", "one")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -221,6 +222,12 @@ class Plan:
         model: how the model is computed.
         merge: ``incremental``: each prompt's neurons on top of those before it, then drop what no prompt needs; or
             ``union`` of all prompts' neurons, as in the paper. (default: incremental; with --include-unresolved union)
+        search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
+            on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: the same from
+            learned gates on. The last two draw images and search again until nothing copies.
+        max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
+            suppressed changes: the most costly neurons are spared until it is kept, and the record says what that
+            gives up. (default: no limit)
         preserve: 0 (the paper's search) to 1: also search a set that costs ordinary captions less, among more
             candidates; the cheaper of the two is taken.
         calibration: a finished calibration, a file of `nemo-prune calibrate`. (default: calibrate on ordinary captions)
@@ -238,6 +245,8 @@ class Plan:
     verification: VerificationSettings = field(default_factory=VerificationSettings)
     model: ModelOptions = field(default_factory=ModelOptions)
     merge: str | None = None
+    search: str = "greedy"
+    max_utility_loss: float | None = None
     preserve: float = 0.0
     calibration: Path | None = None
     scale: float = 0.0
@@ -252,6 +261,9 @@ class Plan:
         if self.merge is None:
             object.__setattr__(self, "merge", "union" if self.include_unresolved else "incremental")
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
+        _require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
+        limit = self.max_utility_loss
+        _require(limit is None or 0 <= limit <= 1, "max_utility_loss", limit, "between 0 and 1")
         changes = isfinite(self.scale) and self.scale != 1
         _require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")
         _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from nemo_prune.engine.released_code import SD_V1_LAYERS
-from nemo_prune.facts import BaseFacts, Cost, ExportReport, PromptFacts, Rechecks
+from nemo_prune.facts import BaseFacts, Cost, ExportReport, GoneFacts, PromptFacts, Rechecks
 from nemo_prune.release.licence import Licence
 from nemo_prune.release.record import (
     CalibrationFacts,
@@ -33,6 +33,7 @@ def run_record(**changes: object) -> Record:
         calibration=CalibrationFacts(0.428, 0.358, 0.07, 500, "measured"),
         prompt_results=(PromptResult("0" * 64, "localized", True, False, 1.0, 0.0),),
         scores=ScoreFacts(8, 1, 0, 0.7, 0.3, 0.4),
+        gone=GoneFacts(8, 8, 8, 16, 0),
         images=ImageFacts(4, 0.5, memorized, ImageAverages(0)),
         cost=Cost(0.03, 0.05, 0.6),
         export_verified=True,

@@ -13,6 +13,7 @@ from nemo_prune.settings import (
     MERGES,
     PRESETS,
     PROJECTIONS,
+    SEARCHES,
     SIEVES,
     LocalizationSettings,
     ModelOptions,
@@ -32,6 +33,7 @@ MODEL, CAPTIONS, METHOD, MEASURING, RELEASE, HUB = (
 Preset = StrEnum("Preset", {name: name for name in PRESETS})
 Projections = StrEnum("Projections", {name: name for name in PROJECTIONS})
 Merge = StrEnum("Merge", {name: name for name in MERGES})
+SearchName = StrEnum("SearchName", {name: name for name in SEARCHES})
 Dtype = StrEnum("Dtype", {name: name for name in DTYPES})
 SieveName = StrEnum("SieveName", {name: name for name in SIEVES})
 
@@ -182,6 +184,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 DEFAULTS, MODEL_DEFAULTS = LocalizationSettings(), ModelOptions()
 DEFAULT_PRESET, DEFAULT_PROJECTIONS = Preset("released-code"), Projections(DEFAULTS.projections)
+DEFAULT_SEARCH = SearchName(Plan.search)
 DEFAULT_DTYPE, DEFAULT_SIEVE = Dtype(MODEL_DEFAULTS.dtype), SieveName(SieveSettings().sieve)
 
 

@@ -13,6 +13,7 @@ from nemo_prune.cli.options import (
     DEFAULT_DTYPE,
     DEFAULT_PRESET,
     DEFAULT_PROJECTIONS,
+    DEFAULT_SEARCH,
     DEFAULTS,
     MEASURING,
     METHOD,
@@ -45,6 +46,7 @@ from nemo_prune.cli.options import (
     PushToOption,
     RevisionOption,
     ScaleOption,
+    SearchName,
     SeedOption,
     ThresholdOption,
     VariantOption,
@@ -83,6 +85,8 @@ def run(
     num_samples: NumSamplesOption = DEFAULTS.num_samples,
     threshold: ThresholdOption = None,
     merge: Annotated[Merge | None, setting(METHOD, Plan, "merge")] = None,
+    search: Annotated[SearchName, setting(METHOD, Plan, "search")] = DEFAULT_SEARCH,
+    max_utility_loss: Annotated[float | None, setting(METHOD, Plan, "max_utility_loss")] = None,
     preserve: Annotated[float, setting(METHOD, Plan, "preserve")] = 0.0,
     guidance_scale: Annotated[float | None, setting(MEASURING, VerificationSettings, "guidance_scale")] = None,
     scale: ScaleOption = 0.0,
@@ -121,6 +125,8 @@ def run(
             verification=VerificationSettings(guidance_scale=guidance_scale),
             model=model_options(device, dtype, batch_size, margin),
             merge=merge.value if merge else None,
+            search=search.value,
+            max_utility_loss=max_utility_loss,
             preserve=preserve,
             calibration=calibration,
             scale=scale,
@@ -157,6 +163,7 @@ def run(
 def _show_result(result: "RunResult") -> None:
     """Tables on the terminal: what was found, what changed and where to look."""
     # The terminal shows the card's rows: one wording for both.
+    from nemo_prune.release.residual import residual_findings
     from nemo_prune.release.wording import before_after_rows
 
     record, console = result.record, Console()
@@ -175,7 +182,11 @@ def _show_result(result: "RunResult") -> None:
         for row in before_after_rows(record):
             effect.add_row(*row)
         console.print(effect)
-        console.print(f"Pruned model, ready for publication: {result.out}", markup=False, soft_wrap=True)
+        findings = residual_findings(record)
+        ready = "not ready for publication, because something remains" if findings else "ready for publication"
+        console.print(f"Pruned model, {ready}: {result.out}", markup=False, soft_wrap=True)
+        for finding in findings:
+            console.print(f"- {finding}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Report with captions and images, not for publication: {result.report}", markup=False, soft_wrap=True
     )

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_prune.errors import RecordError, SettingsError
-from nemo_prune.facts import BaseFacts, Cost, ExportReport, PromptFacts, Rechecks, Status, StatusCounts
+from nemo_prune.facts import (
+    BaseFacts,
+    Cost,
+    ExportReport,
+    GoneFacts,
+    PromptFacts,
+    Rechecks,
+    SparedPoint,
+    Status,
+    StatusCounts,
+)
 from nemo_prune.files.json_values import from_json, to_json
 from nemo_prune.files.untrusted import read_json
 from nemo_prune.release.licence import Licence
@@ -35,6 +45,8 @@ class MaskRecord:
         scale: what their rows were multiplied by; 0 zeroed them.
         merge: how the prompts' neurons became one mask; None for a finished mask.
         preserve: how much the search favoured ordinary captions; None for a finished mask.
+        search: how the neurons were searched; None for a finished mask.
+        max_utility_loss: the limit on the change for ordinary captions; None without one.
         made_for: the base that a finished mask was made for.
         forced_on_another_base: whether the base is another one.
         sha256: of the mask's file; None before it is written.
@@ -46,6 +58,8 @@ class MaskRecord:
     scale: float = 0.0
     merge: str | None = None
     preserve: float | None = None
+    search: str | None = None
+    max_utility_loss: float | None = None
     made_for: BaseFacts | None = None
     forced_on_another_base: bool = False
     sha256: str | None = None
@@ -78,6 +92,7 @@ class PromptResult:
         above_threshold_after: the same under the mask.
         copies_before: share of its images that copy a training image; None where none were compared.
         copies_after: the same after pruning.
+        is_gone: whether nothing of it shows under the mask; None where nobody judged.
     """
 
     prompt: str
@@ -86,6 +101,7 @@ class PromptResult:
     above_threshold_after: bool
     copies_before: float | None
     copies_after: float | None
+    is_gone: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -152,10 +168,12 @@ class Measured:
         calibration: what was usual.
         prompt_results: one per prompt, in the order of the references, which does not tell that of the corpus.
         scores: of the memorized prompts.
+        gone: what is gone, and not only silent.
         images: before and after.
         cost: change on ordinary prompts.
         export_verified: whether the exported files predict what the suppressed model does.
         seconds: wall time per stage.
+        spared: what a limit on the change for ordinary prompts gives up, the whole mask first; empty without a limit.
     """
 
     settings: LocalizationSettings
@@ -165,10 +183,12 @@ class Measured:
     calibration: CalibrationFacts
     prompt_results: tuple[PromptResult, ...]
     scores: ScoreFacts
+    gone: GoneFacts
     images: ImageFacts
     cost: Cost
     export_verified: bool
     seconds: Mapping[str, float]
+    spared: tuple[SparedPoint, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from importlib.metadata import version
 from statistics import mean, median
 
 from nemo_prune.corpus.prompts import MOST_PROMPTS_COMPARED, near_duplicates
+from nemo_prune.engine.gone import Verdict
 from nemo_prune.engine.localize import Localizer, PromptLocalization, count_statuses
 from nemo_prune.errors import SettingsError
-from nemo_prune.facts import BaseFacts, Cost, PromptFacts
+from nemo_prune.facts import BaseFacts, Cost, GoneFacts, PromptFacts, SparedPoint
 from nemo_prune.models.source import ModelSource
 from nemo_prune.proof.images import ImageEvidence
 from nemo_prune.proof.scores import ScoresUnderMask
@@ -85,10 +86,12 @@ def measured_by_a_run(
     plan: Plan,
     localizer: Localizer,
     examined: Sequence[ExaminedPrompt],
-    ordinary_images: Sequence[ImageEvidence],
+    ordinary: Sequence[Verdict],
+    ordinary_images: Mapping[str, ImageEvidence],
     cost: Cost,
     is_verified: bool,
     seconds: Mapping[str, float],
+    spared: Sequence[SparedPoint] = (),
 ) -> Measured:
     """What a run measured, without a caption.
 
@@ -96,10 +99,12 @@ def measured_by_a_run(
         plan: what was to be done.
         localizer: what it was done with.
         examined: the prompts.
+        ordinary: verdicts on ordinary prompts.
         ordinary_images: what images of ordinary prompts show.
         cost: change on ordinary prompts.
         is_verified: whether the exported files predict what the suppressed model does.
         seconds: wall time per stage.
+        spared: what a limit on the change for ordinary prompts gives up.
     """
     calibration, threshold, verification = localizer.calibration, localizer.threshold, plan.verification
     memorized = [each for each in examined if each.is_memorized]
@@ -117,15 +122,32 @@ def measured_by_a_run(
         ),
         prompt_results=tuple(sorted((_result(each, threshold) for each in examined), key=lambda each: each.prompt)),
         scores=_scores([each.under_mask for each in memorized], threshold),
+        gone=_gone(memorized, ordinary, ordinary_images),
         images=ImageFacts(
             verification.images_per_prompt,
             verification.replication_cut,
             _averages([each.images for each in memorized if each.images]),
-            _averages(ordinary_images),
+            _averages(list(ordinary_images.values())),
         ),
         cost=cost,
         export_verified=is_verified,
         seconds=seconds,
+        spared=tuple(spared),
+    )
+
+
+def _gone(
+    memorized: Sequence[ExaminedPrompt], ordinary: Sequence[Verdict], images: Mapping[str, ImageEvidence]
+) -> GoneFacts:
+    """An ordinary prompt is called up by its noise predictions, or by an image that copies and did not before."""
+    called_up = {each.prompt for each in ordinary if not each.is_gone}
+    called_up |= {text for text, each in images.items() if (each.copies_after or 0) > (each.copies_before or 0)}
+    return GoneFacts(
+        memorized=len(memorized),
+        silent=sum(each.verdict is not None and each.verdict.is_silent for each in memorized),
+        gone=sum(each.is_gone for each in memorized),
+        ordinary=len({each.prompt for each in ordinary} | images.keys()),
+        called_up=len(called_up),
     )
 
 
@@ -139,6 +161,7 @@ def _result(examined: ExaminedPrompt, threshold: float) -> PromptResult:
         above_threshold_after=examined.under_mask.score_after > threshold,
         copies_before=images.copies_before if images else None,
         copies_after=images.copies_after if images else None,
+        is_gone=examined.is_gone if examined.verdict else None,
     )
 
 

@@ -35,6 +35,8 @@ def _row(examined: ExaminedPrompt) -> dict:
         **to_json(examined.localization),
         **to_json(examined.under_mask),
         **(to_json(examined.images) if examined.images else {}),
+        "is_gone": examined.is_gone,
+        "not_gone_because": list(examined.verdict.reasons) if examined.verdict else [],
     }
 
 

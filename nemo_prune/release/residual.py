@@ -32,6 +32,16 @@ def residual_findings(record: Record) -> list[str]:
         findings.append(
             f"{unresolved} memorized prompts stayed unresolved: no set of neurons was found that silences them."
         )
+    gone = measured.gone
+    if gone.gone < gone.memorized:
+        findings.append(
+            f"{gone.memorized - gone.gone} of {gone.memorized} memorized prompts are not gone: under the mask their "
+            "noise predictions or images still show something of what is memorized."
+        )
+    if gone.called_up > 0:
+        findings.append(
+            f"{gone.called_up} of {gone.ordinary} ordinary prompts come to resemble a memorized one under the mask."
+        )
     awake = measured.scores.suppressed_above_threshold
     if awake > 0:
         findings.append(

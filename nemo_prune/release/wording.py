@@ -24,9 +24,12 @@ def layer_rows(mask: MaskRecord) -> list[tuple[str, int, int]]:
 
 def before_after_rows(record: Record) -> list[tuple[str, str, str]]:
     """What a run measured before and after pruning: name, before, after."""
-    scores, cost = record.measured.scores, record.measured.cost
+    scores, gone, cost = record.measured.scores, record.measured.gone, record.measured.cost
     controls = f"as many random neurons: {share(cost.random)}; everything suppressed: {share(cost.everything)}"
     return [
+        (f"memorized prompts ({gone.memorized}) that are gone", "0", str(gone.gone)),
+        ("those that are at least silent: no seed's noise prediction is like the unpruned one", "0", str(gone.silent)),
+        (f"ordinary prompts ({gone.ordinary}) that come to resemble a memorized one", "0", str(gone.called_up)),
         (
             f"memorized prompts ({record.prompts.memorized}) above the threshold on fresh seeds",
             str(scores.above_threshold_before),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.engine.gone import Verdict
 from nemo_prune.engine.localize import PromptLocalization
 from nemo_prune.errors import EffectError
 from nemo_prune.proof.images import ImageEvidence
@@ -23,6 +24,7 @@ class ExaminedPrompt:
         localization: its status and its neurons.
         under_mask: its scores under the final mask.
         images: its images before and after; None where none were drawn.
+        verdict: whether it is gone under the mask by its noise predictions; None where nobody judged.
     """
 
     prompt: Prompt
@@ -30,6 +32,7 @@ class ExaminedPrompt:
     localization: PromptLocalization
     under_mask: ScoresUnderMask
     images: ImageEvidence | None = None
+    verdict: Verdict | None = None
 
     @classmethod
     def scored(
@@ -52,6 +55,12 @@ class ExaminedPrompt:
         return self.prompt.text
 
     @property
+    def is_gone(self) -> bool:
+        """Whether nothing of it shows in the noise predictions and no image that was drawn copies anything."""
+        copies = self.images.copies_after if self.images else None
+        return self.verdict is not None and self.verdict.is_gone and not copies
+
+    @property
     def is_memorized(self) -> bool:
         """Whether the model memorizes it, be it resolved or not."""
         return self.localization.is_memorized
@@ -69,3 +78,9 @@ def refuse_no_effect(examined: Sequence[ExaminedPrompt]) -> None:
             "The pruning changes nothing that can be measured on the prompts that it was made for, so nothing was "
             "written. Are these rows zero in the model already, or is --scale nearly 1?"
         )
+
+
+def with_verdicts(examined: Sequence[ExaminedPrompt], verdicts: Sequence[Verdict]) -> list[ExaminedPrompt]:
+    """The prompts, with what was judged of those that were judged."""
+    by_text = {each.prompt: each for each in verdicts}
+    return [replace(each, verdict=by_text.get(each.text)) for each in examined]

@@ -1,0 +1,189 @@
+"""What is gone under a mask; a mask that is pursued until nothing copies; and what a limit spares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from nemo_prune.engine.budget import CurvePoint, utility_curve, within
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
+from nemo_prune.engine.gone import Corpus, Seeds, Verdict, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
+from nemo_prune.engine.ordinary import walk_ordinary
+from nemo_prune.engine.pursuit import Copy, Pursuit, PursuitSettings, pursue
+from nemo_prune.files.work import WorkFolder
+from nemo_prune.mask import NeuronMask
+from nemo_prune.progress import Listener, Stage
+from nemo_prune.proof.images import copy_similarities, draw_images
+from nemo_prune.settings import Plan, VerificationSettings
+
+# Seeds of what the final proof must not have seen.
+_JUDGE_SEED, _LOOP_SEED_STEP = 4001, 1000
+_FRESH_SEEDS, _WATCHED = 5, 16
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Captions under a mask.
+
+    Attributes:
+        memorized: a verdict per memorized caption.
+        ordinary: a verdict per ordinary caption that was watched.
+    """
+
+    memorized: tuple[Verdict, ...]
+    ordinary: tuple[Verdict, ...]
+
+
+def detect_corpus(localizer: Localizer, texts: Sequence[str]) -> list[PromptLocalization]:
+    """Which prompts are memorized, without a search: those are ``unresolved`` until a mask makes them go.
+
+    Args:
+        localizer: the model and what is usual for it.
+        texts: the prompts.
+    """
+    found, at_once = [], localizer.scorer.prompts_at_once
+    for start in range(0, len(texts), at_once):
+        for each in detect(localizer.scorer, texts[start : start + at_once], localizer.threshold):
+            memorized = replace(not_memorized(each), status="unresolved", kept_seeds=each.kept_seeds)
+            found.append(memorized if each.kept_seeds else not_memorized(each))
+    return found
+
+
+def pursue_mask(
+    pipe: StableDiffusionPipeline,
+    localizer: Localizer,
+    texts: Sequence[str],
+    ordinary: Sequence[str],
+    training_images: Mapping[str, Image.Image],
+    plan: Plan,
+    work: WorkFolder,
+    listener: Listener,
+) -> tuple[NeuronMask, list[PromptLocalization], Pursuit | None]:
+    """A mask under which captions are gone, searched again for what comes back in images.
+
+    Args:
+        pipe: the unpruned model.
+        localizer: the same with what is usual for it.
+        texts: the prompts.
+        ordinary: ordinary prompts.
+        training_images: caption -> its training image, where one is known.
+        plan: names the search.
+        work: where the learning is kept.
+        listener: hears the stages.
+
+    Returns:
+        The mask, the prompts as they are under it, and the rounds; None where nothing is memorized.
+    """
+    with listener.stage(Stage.LOCALIZE):
+        localizations = detect_corpus(localizer, texts)
+    memorized = [each.prompt for each in localizations if each.is_memorized]
+    predictor = localizer.scorer.predictor
+    if not memorized:
+        return NeuronMask.from_neurons((), predictor.sizes), localizations, None
+    looks = _CopyLooks(pipe, memorized, ordinary, training_images, plan.verification)
+    with listener.stage(Stage.PURSUE) as advance:
+        pursuit = pursue(
+            predictor, memorized, ordinary, localizer.threshold, PursuitSettings(search=plan.search), looks, advance,
+            work.path / "learning.pt",
+        )  # fmt: skip
+    best = pursuit.best
+    came_back = {each.prompt for each in best.not_gone} | {each.prompt for each in best.copies}
+    resolved = [
+        replace(each, status="localized") if each.is_memorized and each.prompt not in came_back else each
+        for each in localizations
+    ]
+    return best.mask, resolved, pursuit
+
+
+def spare_ordinary(
+    localizer: Localizer,
+    memorized: Sequence[str],
+    ordinary: Sequence[str],
+    mask: NeuronMask,
+    max_utility_loss: float | None,
+    listener: Listener,
+) -> tuple[NeuronMask, Sequence[CurvePoint]]:
+    """The mask that a limit on the change for ordinary captions allows, and the curve that it is chosen from.
+
+    Args:
+        localizer: the model and what is usual for it.
+        memorized: captions that are to go.
+        ordinary: ordinary captions.
+        mask: the whole one.
+        max_utility_loss: the limit; None keeps the mask, and no curve is made.
+        listener: hears the stage.
+    """
+    if max_utility_loss is None or not mask.num_neurons or not memorized:
+        return mask, ()
+    predictor = localizer.scorer.predictor
+    with listener.stage(Stage.SPARE) as advance:
+        corpus = _judged_against(localizer, memorized, ordinary)
+        states = walk_ordinary(predictor, ordinary[_WATCHED : 2 * _WATCHED] or ordinary)
+        curve = utility_curve(predictor, corpus, states, mask.neurons, advance=advance)
+    return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, predictor.sizes), curve
+
+
+def judge_mask(
+    localizer: Localizer,
+    scaled: NoisePredictor,
+    memorized: Sequence[str],
+    ordinary: Sequence[str],
+    mask: NeuronMask,
+    listener: Listener,
+) -> Judged:
+    """Judge every memorized caption under the final mask, on the seeds of the detection and on fresh ones.
+
+    Args:
+        localizer: the unpruned model and what is usual for it.
+        scaled: the same; what it suppresses it multiplies as the pruning does.
+        memorized: captions that are to be gone.
+        ordinary: ordinary captions, of which some are watched.
+        mask: the final one.
+        listener: hears the stage.
+    """
+    with listener.stage(Stage.JUDGE):
+        if not memorized or not ordinary:
+            return Judged((), ())
+        corpus = _judged_against(localizer, memorized, ordinary)
+        return Judged(tuple(judge(scaled, corpus, mask.neurons)), tuple(judge_ordinary(scaled, corpus, mask.neurons)))
+
+
+def _judged_against(localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str]) -> Corpus:
+    predictor = localizer.scorer.predictor
+    seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, _FRESH_SEEDS)
+    return gather_corpus(predictor, memorized, ordinary[:_WATCHED], seeds, localizer.threshold)
+
+
+class _CopyLooks:
+    """Draws images under a mask and says what copies: a training image, or the base's own where none is known."""
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        memorized: Sequence[str],
+        ordinary: Sequence[str],
+        training_images: Mapping[str, Image.Image],
+        verification: VerificationSettings,
+    ) -> None:
+        self._pipe = pipe
+        self._settings = replace(verification, seed=verification.seed + _LOOP_SEED_STEP)
+        self._shown = [*memorized[: verification.max_prompts], *ordinary[: verification.ordinary_images]]
+        known = {text: training_images[text] for text in memorized if text in training_images}
+        self._references = known or {
+            text: draw_images(pipe, text, self._settings)[0] for text in memorized[: verification.max_prompts]
+        }
+
+    def __call__(self, mask: NeuronMask) -> list[Copy]:
+        sources, references = list(self._references), list(self._references.values())
+        found = []
+        with apply_mask(self._pipe, mask):
+            for text in self._shown:
+                similar = copy_similarities(draw_images(self._pipe, text, self._settings), references)
+                shares = (similar >= self._settings.replication_cut).float().mean(dim=0)
+                if float(shares.max()) > 0:
+                    nearest = int(torch.argmax(shares))
+                    found.append(Copy(text, sources[nearest], float(shares[nearest])))
+        return found
