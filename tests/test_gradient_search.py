@@ -135,7 +135,7 @@ def test_the_neurons_that_do_most_silence_a_caption_and_as_many_others_do_not(de
 def test_gates_opened_from_everything_on_leave_few_neurons_under_which_captions_are_gone(demo, captions):
     memorized, ordinary = captions
     settings = PursuitSettings(
-        more_seeds=2, watched=4, walked=4, points=3, reopening=ReopeningSettings(seeds=1, ordinary=8)
+        search="gradient", more_seeds=2, watched=4, walked=4, points=3, reopening=ReopeningSettings(seeds=1, ordinary=8)
     )
     result = pursue(demo, memorized, ordinary, TAU, settings)
     (only,) = result.rounds
@@ -148,7 +148,7 @@ def test_gates_opened_from_everything_on_leave_few_neurons_under_which_captions_
 def test_what_came_back_in_images_is_searched_again_more_strictly(demo, captions):
     memorized, ordinary = captions
     settings = PursuitSettings(
-        more_seeds=2, watched=4, walked=4, points=3, rounds=1, probed=(761,), probe_seeds=2,
+        search="gradient", more_seeds=2, watched=4, walked=4, points=3, rounds=1, probed=(761,), probe_seeds=2,
         reopening=ReopeningSettings(seeds=1, ordinary=8),
     )  # fmt: skip
     looked_at = []

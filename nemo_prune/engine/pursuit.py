@@ -42,7 +42,7 @@ class PursuitSettings:
         probe_seeds: initial latents that are judged at such a timestep from then on.
     """
 
-    search: str = "gradient"
+    search: str = "learned"
     learning: LearningSettings = field(default_factory=LearningSettings)
     reopening: ReopeningSettings = field(default_factory=ReopeningSettings)
     more_seeds: int = 10

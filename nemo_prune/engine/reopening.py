@@ -34,15 +34,17 @@ class ReopeningSettings:
         ordinary: points on ordinary captions' ways whose gradients are taken.
         margin: by how much captions must stay gone.
         ajar: how far the closed gates are opened, 0 to 1, where the harm's gradients are taken.
+        outdated: gradients are taken anew when more than this share of what is closed was opened since.
         least_harm: a harm below this share of the largest is not told from none.
         seed: of everything that is drawn.
     """
 
-    share: float = 0.25
+    share: float = 0.1
     seeds: int = 2
     ordinary: int = 32
     margin: float = 0.02
     ajar: float = 0.35
+    outdated: float = 0.05
     least_harm: float = 0.01
     seed: int = 0
 
@@ -68,9 +70,14 @@ def reopen(
         advance: called with the neurons that were decided and their number.
     """
     kept, needed, turn, share = set(neurons), set(), 0, settings.share
+    order: list[Neuron] = []
+    opened = 0
     while waiting := kept - needed:
-        generator = torch.Generator().manual_seed(settings.seed * 100_003 + turn)
-        order = _best_first(predictor, corpus, states, jury, kept, waiting, settings, generator)
+        if not order or opened > settings.outdated * len(kept):
+            generator = torch.Generator().manual_seed(settings.seed * 100_003 + turn)
+            order = _best_first(predictor, corpus, states, jury, kept, waiting, settings, generator)
+            turn, opened = turn + 1, 0
+        order = [neuron for neuron in order if neuron in waiting]
         number = max(1, round(share * len(order)))
         while not jury.all_gone(kept.difference(order[:number]), settings.margin):
             if number == 1:
@@ -79,9 +86,9 @@ def reopen(
             number = max(1, number // 3)
         else:
             kept.difference_update(order[:number])
-        # What failed is not likely to pass with other gradients; what passed may go on faster.
+            opened += number
+        # What failed is not likely to pass with the next ones; what passed may go on faster.
         share = min(settings.share, 2 * number / len(order))
-        turn += 1
         advance(len(neurons) - len(kept) + len(needed), len(neurons))
     return [neuron for neuron in all_neurons(predictor.sizes) if neuron in kept]
 
