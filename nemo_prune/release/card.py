@@ -137,7 +137,18 @@ def _changes(record: Record) -> str:
     if mask.forced_on_another_base:
         made_for = (mask.made_for and mask.made_for.name) or "an unknown base"
         parts.append(f"**The mask was made for another base ({code(made_for)}) and was forced on this one.**")
-    return "\n\n".join([*parts, *record.files.notes, *_left_out(record.files)])
+    return "\n\n".join([*parts, *record.files.notes, *_dropped(record.files), *_left_out(record.files)])
+
+
+def _dropped(files: ExportReport) -> list[str]:
+    """Which keys configs and headers do not have any more."""
+    if not files.dropped:
+        return []
+    listed = "\n".join(f"- {code(path)}: {', '.join(map(code, keys))}" for path, keys in files.dropped.items())
+    return [
+        "Dropped from the base's configs and headers, because it tells of local paths, data or captions, or does not "
+        f"fit a stock pipeline:\n\n{listed}"
+    ]
 
 
 def _left_out(files: ExportReport) -> list[str]:
