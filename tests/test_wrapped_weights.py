@@ -130,6 +130,12 @@ def test_what_is_not_a_pickle_is_not_called_malware(tmp_path, content):
     assert "malware" not in str(raised.value) and "more than tensors" not in str(raised.value)
 
 
+def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path):
+    (tmp_path / "model.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match="git lfs pull"):
+        read_pickled(tmp_path / "model.ckpt")
+
+
 # --- the whole conversion, and endings ---
 
 

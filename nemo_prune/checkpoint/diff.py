@@ -12,7 +12,7 @@ from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, re
 from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
 from nemo_prune.checkpoint.twins import base_rows, files_with_rows
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, is_licence_file
+from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, has_ending, is_licence_file
 from nemo_prune.files.safetensors_header import StoredTensor, read_header, read_metadata
 from nemo_prune.files.untrusted import read_json
 from nemo_prune.mask import METADATA_KEY, NeuronMask
@@ -147,7 +147,7 @@ class _Named:
 
 
 def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | None) -> Iterator[Difference]:
-    in_place = base.suffix == out.suffix == SAFETENSORS
+    in_place = has_ending(base, SAFETENSORS) and has_ending(out, SAFETENSORS)
     if in_place:
         if _forms(read_header(base)) != _forms(read_header(out)) or not _metadata_fits(base, out):
             yield Difference(out.name, "changed")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nemo_prune.errors import ModelError
+from nemo_prune.files.pointers import refuse_pointer
 
 # Training programs leave objects of these packages beside the weights: settings, paths, numbers.
 _LEFT_BY_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "numpy", "argparse", "pathlib", "omegaconf")
@@ -58,6 +59,7 @@ def read_pickled(path: Path) -> PickledWeights:
         ModelError: the file is damaged, wants more than tensors, holds none, or several sets of equal standing.
     """
     try:
+        refuse_pointer(path, path.name)
         with path.open("rb") as file:
             if not file.read(2).startswith(_BEGINNINGS):
                 raise ValueError("it begins like neither a zip archive nor a pickle")

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from nemo_prune.checkpoint.conversion import Conversion, convert_pickled, convert_single_file, pickled_weights
 from nemo_prune.checkpoint.folder import INDEX_FILE, CheckpointFiles, scan_folder
-from nemo_prune.checkpoint.single_file import SUFFIXES
+from nemo_prune.checkpoint.single_file import SUFFIXES, is_single_file
 from nemo_prune.engine.memory import named_shortage
 from nemo_prune.errors import ModelError
 from nemo_prune.facts import BaseFacts
@@ -117,7 +117,7 @@ def resolve_model(
         OutputError: what was converted can't be kept.
     """
     path = Path(model)
-    if path.suffix in SUFFIXES and not path.is_dir():
+    if is_single_file(path) and not path.is_dir():
         return _checked(_single_file(path, revision or variant, config), model)
     if config is not None:
         raise ModelError(f"--config is for single files, and {model} is not one. Leave it out.")
@@ -125,6 +125,11 @@ def resolve_model(
         source = ModelSource(_scan(demo_folder(), model), DEMO_MODEL, variant=variant)
     elif path.is_dir():
         source = ModelSource(_scan(path.resolve(), model), variant=variant)
+    elif path.is_file():
+        raise ModelError(
+            f"{model} has an unsupported ending. Give a single file ({', '.join(SUFFIXES)}), a diffusers folder, a Hub "
+            "id or `demo`."
+        )
     elif _looks_like_path(model):
         raise ModelError(
             f"There is no model at {model}. Give a diffusers folder, a single file ({', '.join(SUFFIXES)}), a Hub id "

@@ -28,7 +28,7 @@ from nemo_prune.checkpoint.tensors import FORMAT_ONLY
 from nemo_prune.errors import OutputError
 from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
-from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout
+from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout, has_ending
 from nemo_prune.files.pictures import save_layer_bars
 from nemo_prune.files.safetensors_header import copy_with_metadata, read_metadata
 from nemo_prune.files.staging import check_release_target, staged_folder, sync, writing
@@ -62,7 +62,7 @@ def check_release(source: ModelSource, out: Path, overwrite: bool = False) -> No
     given, size, layout = source.given or source.folder, source.files.size, ReleaseLayout.of(out)
     if layout.file is None:
         return check_release_target(out, given, size, overwrite)
-    if out.suffix != SAFETENSORS:
+    if not has_ending(out, SAFETENSORS):
         raise OutputError(f"{out} would be a pickle, which can run programs. Give a name that ends in {SAFETENSORS}.")
     if out.is_dir():
         raise OutputError(f"{out} is a folder. Give another name, or one without {SAFETENSORS} for a folder.")
@@ -144,7 +144,7 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease,
     report = replace(report, left_out={**source.left_out, **report.left_out}, notes=_notes(source, file is None))
     if file is None:
         return report
-    if source.single_file and source.single_file.suffix == SAFETENSORS:
+    if source.single_file and has_ending(source.single_file, SAFETENSORS):
         report = _patch_copy(source.single_file, pruning, file)
     else:
         with writing(file):
