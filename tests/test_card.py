@@ -228,7 +228,7 @@ def found(pipe, model_folder, tmp_path_factory):
         mask=MaskRecord.of(mask, scale=plan.scale, merge=plan.merge, preserve=plan.preserve),
         prompts=prompt_facts(examined, 0, plan.include_unresolved),
         files=export_checkpoint(model_folder, mask, out),
-        measured=measured_by_a_run(plan, localizer, examined, [], Cost(0.03, 0.05, 0.6), True, {}),
+        measured=measured_by_a_run(plan, localizer, examined, [], {}, Cost(0.03, 0.05, 0.6), True, {}),
     )
     return Found(source, plan, mask, examined, record)
 

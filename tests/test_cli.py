@@ -74,7 +74,7 @@ def finished(few_images, model_folder, prompt_files, tmp_path_factory):
         "--prompts": prompt_files / "prompts.csv",
         "--calibration-prompts": prompt_files / "ordinary.txt",
         "--num-samples": 2,
-        "--threshold": 0.05,
+        "--threshold": 0.01,
     }
     result = run(command, "--include-unresolved", "--json")
     assert result.exit_code == 0, result.output
@@ -220,8 +220,8 @@ def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finish
 def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkeypatch):
     original = nemo_prune.engine.merge.localize_incrementally
 
-    def interrupted(*inner):
-        yield next(original(*inner))
+    def interrupted(*inner, **named):
+        yield next(original(*inner, **named))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(nemo_prune.stages.localize, "localize_incrementally", interrupted)

@@ -251,7 +251,11 @@ def report(gathered, prompts, candidate, tmp_path_factory):
 def test_the_report_is_one_file_with_captions_escaped_and_alt_texts(report):
     text = report.read_text(encoding="utf-8")
     assert HOSTILE not in text and "&lt;script&gt;" in text and "{{ 7 * 7 }}" in text
-    assert not re.search(r"(?:src|href)=\"(?!data:|#)", text) and "url(" not in text and "@import" not in text
+    assert (
+        not re.search(r"(?:src|href)=\"(?!data:|#)", text)
+        and not re.search(r"url\((?!#)", text)
+        and "@import" not in text
+    )
     pictures = re.findall(r"<img [^>]*>", text)
     assert len(pictures) > 10 and all(" alt=" in each for each in pictures)
     assert text.count("<script>") == 1 and text.count("</script>") == 1

@@ -22,7 +22,7 @@ from records import changed, run_record
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 LOCALIZED = PromptLocalization(
     "a\u2028cat", "localized", 0.9, (0, 3), (Neuron("down", 1), Neuron("mid", 2)), (Neuron("down", 1),), 0.3, 0.4, 4.75,
-    1, 0.01, True, False, 99, 1.5,
+    1, 0.01, True, False, sample_passes=99, seconds=1.5,
 )  # fmt: skip
 VALUES = [
     LOCALIZED,

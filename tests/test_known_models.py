@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
-from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.activations import ActivationStatisticsFitter, neuron_activations
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
-from nemo_prune.models.known import SD_V1_4, URL_VARIABLE, ReferenceFile
+from nemo_prune.models.known import SD_V1_4, URL_VARIABLE, PublishedCalibration, ReferenceFile
 from nemo_prune.settings import LocalizationSettings
 from nemo_prune.stages.calibrate import why_not
 
@@ -105,20 +104,31 @@ def test_statistics_that_would_run_code_are_refused(reference, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_published_calibration_fits_its_model_and_no_other(pipe):
+def test_a_published_calibration_fits_its_model_and_no_other(pipe, reference):
     predictor = NoisePredictor(pipe, LocalizationSettings())
     fitter = ActivationStatisticsFitter()
     fitter.update(neuron_activations(predictor.layers, predictor.encode(TEXTS)))
     own = fitter.statistics
-    fits = Calibration(0.3, 0.1, 1.0, own)
+    fits = publish(reference, own.mean, own.std, predictor)
     assert why_not(fits, predictor, TEXTS) is None
-    shifted = {name: mean + own.std[name] for name, mean in own.mean.items()}
-    assert "1.00 standard deviations" in why_not(
-        dataclasses.replace(fits, statistics=ActivationStatistics(shifted, own.std, 60)), predictor, TEXTS
+    shifted = publish(reference, {name: mean + own.std[name] for name, mean in own.mean.items()}, own.std, predictor)
+    assert "1.00 standard deviations" in why_not(shifted, predictor, TEXTS)
+    fewer = publish(reference, dict(list(own.mean.items())[1:]), own.std, predictor)
+    assert "sizes" in why_not(fewer, predictor, TEXTS)
+    later = dataclasses.replace(fits, timestep=fits.timestep - 20)
+    assert "timestep" in why_not(later, predictor, TEXTS)
+    other_seeds = dataclasses.replace(fits, settings=dataclasses.replace(fits.settings, seed=7))
+    assert "seed" in why_not(other_seeds, predictor, TEXTS)
+
+
+def publish(folder, mean, std, predictor):
+    """A calibration as it is published for a model."""
+    sizes = {name: len(values) for name, values in mean.items()}
+    torch.save(([mean[name] for name in sizes], [std[name] for name in sizes]), folder / "own.pt")
+    statistics = published(folder, "own.pt", (folder / "own.pt").read_bytes())
+    return PublishedCalibration(
+        "a tiny model", statistics, 60, 0.3, 0.1, sizes, predictor.timestep, predictor.settings, "as here"
     )
-    fewer = dict(list(own.mean.items())[1:])
-    other = dataclasses.replace(fits, statistics=ActivationStatistics(fewer, own.std, 60))
-    assert "sizes" in why_not(other, predictor, TEXTS)
 
 
 # The command line as installed, with the files of this test in the place of the published ones, and few images.

@@ -3,7 +3,7 @@ import torch
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.preserve import neuron_costs
-from nemo_prune.engine.search import search_neurons
+from nemo_prune.engine.search import SearchOptions, search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.engine.trials import drive
 from nemo_prune.mask import Neuron, NeuronMask
@@ -33,7 +33,7 @@ def test_of_neurons_that_do_the_same_the_cheap_ones_stay(widening, expected):
     costs = dict.fromkeys(NEURONS, 1.0) | {NEURONS[3]: 0.2, NEURONS[6]: 0.1, NEURONS[1]: 5.0}
     schedule = [Candidates(5.0, 0, tuple(NEURONS[:5])), Candidates(4.75, 1, tuple(NEURONS))]
     answer = silenced_by_any_two_of({NEURONS[1], NEURONS[3], NEURONS[6]})
-    search = search_neurons(schedule, [0, 1], 0.4, ["down"], costs, widening)
+    search = search_neurons(schedule, [0, 1], 0.4, ["down"], SearchOptions(costs, widening))
     assert set(drive(search, answer).neurons) == {NEURONS[index] for index in expected}
 
 
@@ -45,8 +45,8 @@ def test_many_cheap_neurons_that_cost_more_than_one_dear_do_not_take_its_place()
     def answer(trials):
         return [0.1 if NEURONS[1] in trial.neurons or others <= trial.neurons else 0.9 for trial in trials]
 
-    search = search_neurons([Candidates(5.0, 0, tuple(NEURONS))], [0, 1], 0.4, ["down"], costs, 1.0)
+    search = search_neurons([Candidates(5.0, 0, tuple(NEURONS))], [0, 1], 0.4, ["down"], SearchOptions(costs, 1.0))
     assert drive(search, answer).neurons == (NEURONS[1],)
     costs[NEURONS[1]] = 8.0
-    search = search_neurons([Candidates(5.0, 0, tuple(NEURONS))], [0, 1], 0.4, ["down"], costs, 1.0)
+    search = search_neurons([Candidates(5.0, 0, tuple(NEURONS))], [0, 1], 0.4, ["down"], SearchOptions(costs, 1.0))
     assert set(drive(search, answer).neurons) == others

@@ -57,11 +57,11 @@ def test_rows_are_changed_and_nothing_else(source, mask, tmp_path):
 def test_what_is_not_as_it_should_be_is_noticed(source, mask, tmp_path):
     file, pruning = tmp_path / "file.safetensors", Pruning(mask, -0.25)
     write_single_file(source.files, None, file)
-    with pytest.raises(OutputError, match="not written as it should"):
+    with pytest.raises(OutputError, match="not written correctly"):
         check_single_file(file, source.files, None, pruning)
     check_single_file(file, source.files, None)
     tensors = load_file(file)
     tensors[next(iter(tensors))].view(-1)[0] += 1
     save_file(tensors, file)
-    with pytest.raises(OutputError, match="not written as it should"):
+    with pytest.raises(OutputError, match="not written correctly"):
         check_single_file(file, source.files, None)

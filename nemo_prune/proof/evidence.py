@@ -87,6 +87,9 @@ class EvidenceSettings:
             raise SettingsError("The budget must be above 0: a number of passes, or of minutes such as 10m.")
         if self.images_per_round < 2:
             raise SettingsError(f"`images_per_round` is {self.images_per_round}, expected: at least 2 (pairs).")
+        # Known before the models are loaded.
+        if self.sscd is not None and not Path(self.sscd).is_file():
+            raise SettingsError(f"There is no copy detector at {self.sscd}. Give a TorchScript or ONNX file of SSCD.")
 
     def identity(self) -> dict:
         """What results depend on, as JSON values: everything but the budget and places of files."""
