@@ -383,7 +383,7 @@ class _Gathering:
             runs = []
             for model, start, memorized, prompt, place in _attacks(self.order):
                 if ledger.spent + cost > allowance and not ledger.knows(_attack_key(model, start, memorized, prompt)):
-                    break
+                    continue
                 work = self._attack_run(model, start, memorized, prompt, self.settings.seed + 1000 * place)
                 runs.append(ledger.once(_attack_key(model, start, memorized, prompt), AttackRun, work))
                 advance(min(ledger.spent, allowance), allowance)
@@ -621,11 +621,13 @@ def _attacks(order: Sequence[Prompt]) -> Iterator[tuple[str, str, bool, Prompt, 
     """
     for first in range(0, len(order), 4):
         block = list(enumerate(order))[first : first + 4]
-        for turn, (place, prompt) in enumerate(block):
-            for model, every in ((CANDIDATE, 2), (BASE, 4)):
-                yield model, "caption", True, prompt, place
-                if turn % every == 0:
-                    yield model, "caption", False, prompt, place
+        for place, prompt in block:
+            yield CANDIDATE, "caption", True, prompt, place
+            if place == first:
+                yield CANDIDATE, "caption", False, prompt, place
+            yield BASE, "caption", True, prompt, place
+        for model, (place, prompt) in zip((BASE, CANDIDATE), block[::2], strict=False):
+            yield model, "caption", False, prompt, place
         for place, prompt in block[::2]:
             for start in ("noise", "ordinary caption"):
                 yield CANDIDATE, start, True, prompt, place
