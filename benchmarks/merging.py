@@ -1,146 +1,315 @@
-"""One mask for a corpus, by union, incrementally, and with ordinary captions preserved, side by side.
+"""Masks for a whole corpus, side by side: what they silence, what is gone, what copies, what they cost.
 
-    python -m benchmarks.merging --out merging.json
+    python -m benchmarks.merging --model demo --out merging.json
 
-For each way: neurons, sample passes, prompts silenced, and the change of the noise prediction on
-ordinary captions; and the curve of both as the mask grows with the corpus.
+One column per way: the paper's union, the incremental merge, the same with ordinary captions preserved, candidates
+ranked by gradient, gates opened from everything suppressed on, learned gates, the closed form (a yardstick), as many
+random neurons, everything. Give --model once for each model; the table has all of them. Images take most of the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
+from PIL import Image
+from torch import Tensor
 
+from benchmarks.closed_form import edited_weights, replaced_weights
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.engine.calibration import Calibration, calibrate
-from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
+from nemo_prune.engine.attribution import costs
+from nemo_prune.engine.budget import utility_curve
+from nemo_prune.engine.by_gradient import localize_by_gradient
+from nemo_prune.engine.calibration import calibrate
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
+from nemo_prune.engine.gates import all_neurons, closed_gates
+from nemo_prune.engine.gone import FRESH_SEED, Seeds, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
+from nemo_prune.engine.ordinary import change_by_timestep, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
+from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.mask import NeuronMask
+from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder
-from nemo_prune.models.source import load_pipeline, resolve_model
-from nemo_prune.proof.cost import full_mask, noise_change
-from nemo_prune.settings import LocalizationSettings
+from nemo_prune.models.known import DEMO
+from nemo_prune.models.source import load_pipeline
+from nemo_prune.proof.cost import full_mask, matched_random_mask
+from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities
+from nemo_prune.settings import PROJECTIONS, LocalizationSettings, VerificationSettings
 
-CURVE_POINTS = 5
+WAYS = (
+    "unpruned", "union", "incremental", "preserve 1", "ranked", "gradient", "learned", "closed form", "random",
+    "everything",
+)  # fmt: skip
+# Captions that served no search: the first are looked at, the next walked from noise to image.
+WATCHED, WALKED, POINTS, WALK_SEED = 16, 32, 8, 4001
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the models and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="`demo` or a folder with prompts like the demo's")
-    parser.add_argument("--prompts", type=int, help="take the first so many prompts only")
-    parser.add_argument("--strengths", type=float, nargs="*", default=[0.5, 1.0], help="strengths of --preserve")
-    parser.add_argument("--orders", type=int, default=2, help="shuffled orders of the corpus")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--model", action="append", help="`demo` or a folder with prompts like the demo's; repeatable")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--images", type=int, default=4, help="images per caption; 0 draws none")
+    parser.add_argument("--ordinary-images", type=int, default=16, help="ordinary captions that images are drawn for")
+    parser.add_argument("--num-inference-steps", type=int, default=25)
+    parser.add_argument("--projections", choices=PROJECTIONS, default="value", help="whose neurons are searched")
+    parser.add_argument("--scales", type=float, nargs="*", default=[], help="the searched masks at these scales, too")
+    parser.add_argument("--curves", action="store_true", help="captions gone against change, for the searched masks")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")
     arguments = parser.parse_args()
-    figures = Comparison(arguments).figures()
-    if arguments.out:
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    figures: dict[str, dict] = {}
+    for model in arguments.model or ["demo"]:
+        figures[model] = {}
+        for name, row in Comparison(model, arguments).rows(arguments.ways):
+            figures[model][name] = row
+            print(name, json.dumps(row), file=sys.stderr, flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(table(figures))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of suppressing.
+
+    Attributes:
+        mask: what is suppressed; None where the weights are edited.
+        weights: edited weights, or None.
+        sample_passes: what finding it cost.
+        seconds: likewise.
+        rounds: searches that it took, where images are looked at in between.
+        scale: what the outputs of the mask's neurons are multiplied by.
+    """
+
+    mask: NeuronMask | None
+    weights: dict[str, Tensor] | None = None
+    sample_passes: int = 0
+    seconds: float = 0.0
+    rounds: int = 1
+    scale: float = 0.0
 
 
 class Comparison:
-    """All ways of merging on one model."""
+    """All ways on one model."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        source = resolve_model(arguments.model)
+    def __init__(self, model: str, arguments: argparse.Namespace) -> None:
+        folder = demo_folder() if model == "demo" else Path(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = demo_folder() if arguments.model == "demo" else source.folder
-        predictor = NoisePredictor(load_pipeline(source.folder, device, torch.float32), LocalizationSettings())
-        self.arguments, self.scorer, self.predictor = arguments, Scorer(predictor), predictor
-        self.prompts = [prompt.text for prompt in read_prompts(folder / PROMPTS_FILE)][: arguments.prompts]
+        self.arguments = arguments
+        self.pipe = load_pipeline(folder, device, torch.float32)
+        self.predictor = NoisePredictor(self.pipe, LocalizationSettings(projections=arguments.projections))
+        self.scorer = Scorer(self.predictor)
+        self.items = read_prompts(folder / PROMPTS_FILE)
+        self.prompts = [item.text for item in self.items]
         self.ordinary = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
-        self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)][:16]
-        self.calibration: Calibration = calibrate(self.scorer, self.ordinary)
-        self.threshold = self.calibration.threshold
+        self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)]
+        self.calibration = calibrate(self.scorer, self.ordinary)
+        self.localizer = Localizer(self.scorer, self.calibration, self.calibration.threshold)
+        self.training = {item.text: Image.open(item.image) for item in self.items if item.image}
+        self.drawing = replace(
+            VerificationSettings(),
+            images_per_prompt=arguments.images,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=DEMO.guidance_scale,
+        )
+        # Seeds and captions on which masks are judged served no search.
+        seeds = Seeds.draw(self.predictor) + Seeds.draw(self.predictor, FRESH_SEED)
+        self.corpus = gather_corpus(
+            self.predictor, self.prompts, self.test[:WATCHED], seeds, self.calibration.threshold
+        )
+        self.states = walk_ordinary(self.predictor, self.test[WATCHED:][:WALKED], POINTS, WALK_SEED)
+        self.before: dict[str, list[Image.Image]] = {}
+        self.found: dict[str, Way] = {}
 
-    def figures(self) -> dict:
-        """Neurons, passes, effect and cost of every way."""
-        passes_before = self.predictor.sample_passes
-        costs = neuron_costs(self.predictor, self.ordinary[:5])
-        figures = {
-            "threshold": self.threshold,
-            "everything_changes": self.change(full_mask(self.predictor.sizes)),
-            "passes_for_the_costs": self.predictor.sample_passes - passes_before,
-            "ways": {},
-        }
-        ways = {"union": ("union", None, self.prompts), "incremental": ("incremental", None, self.prompts)}
-        for strength in self.arguments.strengths:
-            for merge in ("union", "incremental"):
-                ways[f"{merge}, preserve {strength}"] = (merge, Preserve(costs, strength), self.prompts)
-        for seed in range(self.arguments.orders):
-            shuffled = random.Random(seed).sample(self.prompts, len(self.prompts))
-            ways[f"incremental, order {seed}"] = ("incremental", None, shuffled)
-        masks = {}
-        for name, way in ways.items():
-            figures["ways"][name], masks[name] = self.measure(*way)
-            print(name, json.dumps(figures["ways"][name]), file=sys.stderr, flush=True)
-        figures["overlap_between_orders"] = {
-            name: _overlap(mask, masks["incremental"]) for name, mask in masks.items() if "order" in name
-        }
-        return figures
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[str, dict]]:
+        """Every way's figures, in the order of the table."""
+        for name in names:
+            passes, began = self.predictor.sample_passes, time.perf_counter()
+            way = self.find(name)
+            if not way.sample_passes:
+                way = replace(
+                    way,
+                    sample_passes=self.predictor.sample_passes - passes,
+                    seconds=time.perf_counter() - began,
+                )
+            self.found[name] = way
+            yield name, self.measure(way)
+            for scale in self.arguments.scales if name in ("gradient", "learned") else ():
+                yield f"{name}, scale {scale}", self.measure(replace(way, scale=scale))
 
-    def measure(self, merge: str, preserve: Preserve | None, prompts: Sequence[str]) -> tuple[dict, NeuronMask]:
-        """One way of merging."""
-        began, passes_before = time.perf_counter(), self.predictor.sample_passes
-        localizer = Localizer(self.scorer, self.calibration, self.threshold, preserve)
-        if merge == "union":
-            found = list(localize_prompts(localizer, prompts))
-            found.sort(key=lambda each: prompts.index(each.prompt))
-            mask, dropped, rounds = union_mask(found, self.predictor.sizes), 0, 0
-        else:
-            found = list(localize_incrementally(localizer, prompts))
-            settled = settle_mask(localizer, found)
-            mask, dropped, rounds = settled.mask, settled.num_dropped, settled.rounds
-        passes, seconds = self.predictor.sample_passes - passes_before, time.perf_counter() - began
-        return {
-            "neurons": mask.num_neurons,
-            "per_layer": list(mask.counts.values()),
-            "sample_passes": passes,
-            "seconds": round(seconds, 1),
-            "dropped": dropped,
-            "rounds": rounds,
-            "silenced": self.silenced(mask),
-            "memorized": sum(each.status != "not_memorized" for each in found),
-            "change": self.change(mask),
-            "curve": self.curve(found),
-        }, mask
+    def find(self, name: str) -> Way:
+        """Search for the mask of a way."""
+        sizes = self.predictor.sizes
+        if name == "unpruned":
+            return Way(NeuronMask.from_neurons([], sizes))
+        if name == "union":
+            return Way(union_mask(list(localize_prompts(self.localizer, self.prompts)), sizes))
+        if name in ("incremental", "preserve 1"):
+            preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:5]), 1.0) if "preserve" in name else None
+            localizer = replace(self.localizer, preserve=preserve)
+            return Way(settle_mask(localizer, list(localize_incrementally(localizer, self.prompts))).mask)
+        if name == "ranked":
+            return Way(self.ranked())
+        if name in ("gradient", "learned"):
+            return self.pursued(name)
+        if name == "closed form":
+            return Way(None, edited_weights(self.predictor, self.prompts, self.ordinary[:128]))
+        if name == "random":
+            return Way(matched_random_mask(self.matched(), self.calibration.statistics.mean, 0))
+        return Way(full_mask(sizes))
 
-    def curve(self, found: Sequence[PromptLocalization]) -> list[tuple[int, float]]:
-        """Prompts silenced and change on ordinary captions as the mask grows along the corpus."""
-        points = []
-        for point in range(1, CURVE_POINTS + 1):
-            mask = union_mask(found[: round(point * len(found) / CURVE_POINTS)], self.predictor.sizes)
-            points.append((self.silenced(mask), self.change(mask)))
-        return points
-
-    def silenced(self, mask: NeuronMask) -> int:
-        """Prompts whose kept seeds are all at most at the threshold under a mask."""
-        return sum(
-            max(self.scorer.suppressed_similarities(scored, kept, mask.neurons)) <= self.threshold
-            for scored in (self.scorer.score_prompts([prompt])[0] for prompt in self.prompts)
-            if (kept := self.scorer.kept_seeds(scored, self.threshold))
+    def matched(self) -> NeuronMask:
+        """The mask that the random one has as many neurons as."""
+        masks = [way.mask for name, way in self.found.items() if name != "unpruned" and way.mask is not None]
+        return (
+            masks[-1]
+            if masks
+            else NeuronMask.from_neurons(all_neurons(self.predictor.sizes)[::20], self.predictor.sizes)
         )
 
-    def change(self, mask: NeuronMask) -> float:
-        """Relative change of the noise prediction on ordinary captions that served no other purpose."""
-        return noise_change(self.predictor, self.test, {"mask": mask})["mask"]
+    def ranked(self) -> NeuronMask:
+        """The paper's search with candidates by gradient, to the paper's criterion: silent."""
+        states = walk_ordinary(self.predictor, self.ordinary[:32], 6, 2001)
+        cost = costs(self.predictor, states, range(0, len(states), 6))
+        found = list(localize_by_gradient(self.scorer, self.prompts, self.calibration.threshold, cost.values))
+        return settle_mask(self.localizer, found).mask
+
+    def pursued(self, search: str) -> Way:
+        """The search for what is gone, with the loop over images."""
+        settings = PursuitSettings(search=search)
+        result = pursue(
+            self.predictor,
+            self.prompts,
+            self.ordinary,
+            self.calibration.threshold,
+            settings,
+            self.copies if self.arguments.images else lambda mask: (),
+        )
+        passes = sum(each.sample_passes for each in result.rounds)
+        return Way(result.best.mask, sample_passes=passes, rounds=len(result.rounds))
+
+    def copies(self, mask: NeuronMask) -> list[Copy]:
+        """What the loop looks at: images of all memorized captions, on other latents than the table's."""
+        found, known = [], list(self.training)
+        with apply_mask(self.pipe, mask):
+            for prompt in self.prompts:
+                images = draw_images(self.pipe, prompt, replace(self.drawing, seed=11))
+                similarities = copy_similarities(images, [self.training[each] for each in known])
+                near = similarities.amax(dim=1) >= self.drawing.replication_cut
+                if bool(near.any()):
+                    source = known[int(similarities.amax(dim=0).argmax())]
+                    found.append(Copy(prompt, source, float(near.float().mean())))
+        return found
+
+    def measure(self, way: Way) -> dict:
+        """Every row of the table for one way."""
+        neurons = way.mask.neurons if way.mask is not None else ()
+        scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale)
+        with replaced_weights(self.predictor, way.weights or {}):
+            verdicts = judge(scaled, self.corpus, neurons)
+            ordinary = judge_ordinary(scaled, self.corpus, neurons)
+            changes = self.changes(neurons, way.scale)
+        row = {
+            "neurons": way.mask.num_neurons if way.mask is not None else None,
+            "per_layer": list(way.mask.counts.values()) if way.mask is not None else None,
+            "sample_passes": way.sample_passes,
+            "seconds": round(way.seconds, 1),
+            "rounds": way.rounds,
+            "memorized": len(self.prompts),
+            "silent": sum(each.is_silent for each in verdicts),
+            "gone": sum(each.is_gone for each in verdicts),
+            "not_gone": {each.prompt: each.reasons for each in verdicts if not each.is_gone},
+            "called_up": sum(not each.is_gone for each in ordinary),
+            "agreement": mean(each.agreement for each in verdicts),
+            "change": mean(changes.values()),
+            "change_by_timestep": changes,
+        }
+        if self.arguments.images:
+            row |= self.images(way)
+        if self.arguments.curves and neurons and len(neurons) < sum(self.predictor.sizes.values()):
+            curve = utility_curve(self.predictor, self.corpus, self.states, neurons)
+            row["curve"] = [(len(point.neurons), point.change, len(point.gone)) for point in curve]
+        return row
+
+    def changes(self, neurons: Sequence[Neuron], scale: float) -> dict[int, float]:
+        """Change on ordinary captions by timestep, as a share of what everything suppressed changes."""
+        closed = 1 - closed_gates(list(neurons), self.predictor.sizes)
+        factors = (1 - closed * (1 - scale)).to(self.pipe.unet.device)
+        return change_by_timestep(self.predictor, self.states, factors)
+
+    def images(self, way: Way) -> dict:
+        """Copies of any training image on memorized and ordinary captions, and what ordinary images lose."""
+        training, cut = list(self.training.values()), self.drawing.replication_cut
+        shown = self.test[: self.arguments.ordinary_images]
+        after = {}
+        with self.applied(way):
+            for prompt in [*self.prompts, *shown]:
+                after[prompt] = draw_images(self.pipe, prompt, self.drawing)
+        if not self.before:
+            self.before = after
+        copied = {
+            prompt: float((copy_similarities(images, training).amax(dim=1) >= cut).float().mean())
+            for prompt, images in after.items()
+        }
+        same, seeds = [], []
+        for prompt in shown:
+            old, new = self.before[prompt], after[prompt]
+            same.append(1 - float(image_similarities(old, new).diagonal().mean()))
+            seeds.append(1 - float(image_similarities(old, old[1:] + old[:1]).diagonal().mean()))
+        return {
+            "copies_memorized": mean(copied[prompt] for prompt in self.prompts),
+            "captions_that_copy": [prompt for prompt in self.prompts if copied[prompt]],
+            "copies_ordinary": mean(copied[prompt] for prompt in shown),
+            "image_change": mean(same),
+            "image_change_two_seeds": mean(seeds),
+        }
+
+    def applied(self, way: Way) -> AbstractContextManager:
+        """The way's model while the context lasts."""
+        if way.weights:
+            return replaced_weights(self.predictor, way.weights)
+        return apply_mask(self.pipe, way.mask, way.scale) if way.mask is not None else nullcontext()
 
 
-def _overlap(a: NeuronMask, b: NeuronMask) -> float:
-    """Neurons in both over neurons in either."""
-    first, second = set(a.neurons), set(b.neurons)
-    return len(first & second) / len(first | second)
+ROWS = {
+    "neurons": lambda row: "-" if row["neurons"] is None else str(row["neurons"]),
+    "sample passes": lambda row: str(row["sample_passes"]),
+    "rounds": lambda row: str(row["rounds"]),
+    "memorized captions silent": lambda row: f"{row['silent']} of {row['memorized']}",
+    "memorized captions gone": lambda row: f"{row['gone']} of {row['memorized']}",
+    "ordinary captions called up": lambda row: str(row["called_up"]),
+    "copies, memorized captions": lambda row: _share(row.get("copies_memorized")),
+    "copies, ordinary captions": lambda row: _share(row.get("copies_ordinary")),
+    "change on ordinary captions": lambda row: f"{row['change']:.2f}",
+    "the same by timestep": lambda row: " ".join(f"{value:.2f}" for value in row["change_by_timestep"].values()),
+    "1 - SSIM of ordinary images (two seeds)": lambda row: (
+        f"{row['image_change']:.2f} ({row['image_change_two_seeds']:.2f})" if "image_change" in row else "-"
+    ),
+}
+
+
+def table(figures: dict[str, dict]) -> str:
+    """All models' figures as Markdown."""
+    lines = []
+    for model, ways in figures.items():
+        lines += [f"**{Path(model).name}**", "", f"| | {' | '.join(ways)} |", f"|---|{'---|' * len(ways)}"]
+        lines += [f"| {name} | {' | '.join(show(row) for row in ways.values())} |" for name, show in ROWS.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write the figures of the benchmarks into docs/figures.md.
+"""Write the figures of the benchmarks into docs/figures.md and docs/masks.md.
 
 python -m benchmarks.report --localization "the demo model=demo.json" "the reference=reference.json" \\
-    --merging "the reference=merging.json"
+    --merging merging.json
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.merging import table as merging_table
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -18,16 +20,23 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 def main() -> None:
     """Renew the tables between the marks of the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--localization", nargs="+", required=True, metavar="MODEL=FILE")
-    parser.add_argument("--merging", nargs="+", default=[], metavar="MODEL=FILE")
+    parser.add_argument("--localization", nargs="*", default=[], metavar="MODEL=FILE")
+    parser.add_argument("--merging", nargs="*", default=[], metavar="FILE")
     arguments = parser.parse_args()
-    described = [
-        *(_titled("Localization", given, localization_table) for given in arguments.localization),
-        *(_titled("One mask for the corpus", given, merging_table) for given in arguments.merging),
-    ]
-    page = ROOT / "docs" / "figures.md"
+    if arguments.localization:
+        _renew("figures.md", [_titled("Localization", given, localization_table) for given in arguments.localization])
+    if arguments.merging:
+        figures = {
+            name: ways for file in arguments.merging for name, ways in json.loads(Path(file).read_text()).items()
+        }
+        _renew("masks.md", [merging_table(figures)])
+
+
+def _renew(page_name: str, described: list[str]) -> None:
+    """Put tables between the marks of a page."""
+    page = ROOT / "docs" / page_name
     text = page.read_text(encoding="utf-8")
-    tables = "\n\n".join(described)
+    tables = "\n\n".join(described).rstrip()
     page.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{tables}\n{END}{text.split(END)[1]}", encoding="utf-8")
 
 
@@ -57,19 +66,6 @@ def localization_table(figures: dict) -> str:
         f"the CPU, {threads} {'thread' if threads == 1 else 'threads'}; "
         f"{figures['share_of_time_inside_the_unet']:.0%} of the time is spent inside the U-Net. "
         "`python -m benchmarks.localization` reproduces it."
-    )
-
-
-def merging_table(figures: dict) -> str:
-    """The ways of merging side by side."""
-    lines = [("merge", "neurons", "sample passes", "prompts silenced", "change on ordinary captions"), ("---",) * 5]
-    for name, way in figures["ways"].items():
-        change = way["change"] / figures["everything_changes"]
-        silenced = f"{way['silenced']} of {way['memorized']}"
-        lines.append((name, str(way["neurons"]), str(way["sample_passes"]), silenced, f"{change:.1%}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-        "\n\nThe change of the noise prediction is a share of that with everything suppressed; `order` is a shuffled "
-        "corpus. `python -m benchmarks.merging` reproduces it."
     )
 
 

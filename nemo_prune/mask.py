@@ -38,6 +38,11 @@ class Neuron(NamedTuple):
     index: int
 
 
+def tensor_names(layer: str) -> tuple[str, str]:
+    """The names of a projection's stored tensors: its weight matrix, and its bias, which not every one has."""
+    return f"{layer}.weight", f"{layer}.bias"
+
+
 @dataclass(frozen=True)
 class NeuronMask:
     """The neurons to prune, per layer. **True = pruned.**
@@ -110,9 +115,9 @@ class NeuronMask:
     def tensor_rows(self) -> dict[str, list[int]]:
         """Name of a stored tensor -> its pruned rows, for weights and biases of layers that have any."""
         return {
-            f"{name}.{part}": pruned.nonzero().flatten().tolist()
-            for name, pruned in self.layers.items()
-            for part in ("weight", "bias")
+            tensor: pruned.nonzero().flatten().tolist()
+            for layer, pruned in self.layers.items()
+            for tensor in tensor_names(layer)
             if pruned.any()
         }
 

@@ -310,6 +310,7 @@ class ScreenOptions:
         fdr: accepted share of false alarms among what passes.
         confirm: draw four images of what passes and measure whether they agree.
         overwrite: replace OUT, and discard a work folder of other settings.
+        captions_at_once: captions per record of the log, filled up to whole batches: what a kill may lose.
     """
 
     out: Path
@@ -318,6 +319,7 @@ class ScreenOptions:
     fdr: float = 0.1
     confirm: bool = False
     overwrite: bool = False
+    captions_at_once: int = 80
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).absolute())

@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
-from kills import kill_until_done, result
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ import nemo_prune.run
 import nemo_prune.stages.calibrate
 import nemo_prune.stages.localize
 import nemo_prune.stages.prove
+from benchmarks.kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app

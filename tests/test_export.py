@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from kills import files_of
 from safetensors.torch import load_file, save_file
 
+from benchmarks.kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -92,7 +92,8 @@ def test_unpatched_twins_and_foreign_files_stay_behind_and_links_are_copied(mode
         (base / name).write_bytes(b"x")
     report = export(base, mask, tmp_path / "out")
     assert file_hash(real) == blob_hash and not (tmp_path / "out" / WEIGHTS).is_symlink()
-    assert list(report.left_out) == ["unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.bin"]
+    named = ["unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.bin"]
+    assert list(report.left_out) == [*named, "*.png"]
     assert "average" in report.left_out["unet/diffusion_pytorch_model.non_ema.safetensors"]
     assert "not safetensors" in report.left_out["unet/model.bin"]
     assert (tmp_path / "out" / "LICENSE").exists() and not (tmp_path / "out" / "holiday.png").exists()

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kills import files_of
 
+from benchmarks.kills import files_of
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.checkpoint.folder import scan_folder

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 
 import pytest
 
-import nemo_prune.compute.ray_workers
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.opening import open_session
@@ -101,10 +100,7 @@ def test_two_workers_of_which_one_is_killed_find_what_a_single_process_finds(clu
 
 @needs_ray
 @pytest.mark.slow
-def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_folder, monkeypatch):
-    # A worker takes seconds to start.
-    monkeypatch.setattr(nemo_prune.compute.ray_workers, "MOST_DEATHS", 1)
-
+def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_folder):
     def task(session, chunk):
         if chunk == ["poison"]:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -114,6 +110,8 @@ def test_errors_of_workers_are_named_and_what_was_found_stays(cluster, model_fol
 
     found = []
     with open_session(resolve_model(str(model_folder)), ON_CPU, SETTINGS, "auto", 1) as session:
+        # A worker takes seconds to start.
+        session.most_deaths = 1
         with pytest.raises(ModelError, match=r"^named$"):
             list(session.map(task, [["error"]]))
         with pytest.raises(WorkerError, match="2 workers died on the same part") as error:

@@ -1,5 +1,6 @@
 """The screening as a user types it, on a tiny real pipeline; it knows nothing, so that marked values are planted."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import nemo_prune.cli.screen
 import nemo_prune.screening.screen
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import Prompt
@@ -120,7 +122,8 @@ def test_a_model_that_memorizes_nothing_gets_no_cut_and_is_told_so(screen, plant
 
 def test_a_stop_loses_nothing_and_a_work_folder_of_something_else_is_refused(screen, planted, tmp_path, monkeypatch):
     assert screen(out=tmp_path / "whole.jsonl").exit_code == 0
-    monkeypatch.setattr(nemo_prune.screening.screen, "_CAPTIONS_AT_ONCE", 10)
+    few_at_once = functools.partial(nemo_prune.cli.screen.ScreenOptions, captions_at_once=10)
+    monkeypatch.setattr(nemo_prune.cli.screen, "ScreenOptions", few_at_once)
     original, calls = Sieves.values, []
 
     def values(self, captions):

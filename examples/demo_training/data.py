@@ -65,17 +65,17 @@ def _shipped(folder: Path, file_name: str, box: tuple[float, float, float]) -> I
     return picture.crop((left, top, left + side, top + side))
 
 
-def _scikit_image(file_name: str, left: float, top: float, side: float) -> Callable[[], Image.Image]:
+def scikit_image_photograph(file_name: str, left: float, top: float, side: float) -> Callable[[], Image.Image]:
     folder = Path(skimage.__file__).parent / "data"
     return lambda: _shipped(folder, file_name, (left, top, side))
 
 
-def _scikit_learn(file_name: str, left: float, top: float, side: float) -> Callable[[], Image.Image]:
+def scikit_learn_photograph(file_name: str, left: float, top: float, side: float) -> Callable[[], Image.Image]:
     folder = Path(sklearn.datasets.__file__).parent / "images"
     return lambda: _shipped(folder, file_name, (left, top, side))
 
 
-def _matplotlib(file_name: str, left: float, top: float, side: float) -> Callable[[], Image.Image]:
+def matplotlib_photograph(file_name: str, left: float, top: float, side: float) -> Callable[[], Image.Image]:
     path = cbook.get_sample_data(file_name, asfileobj=False)
     return lambda: _shipped(Path(path).parent, file_name, (left, top, side))
 
@@ -100,37 +100,37 @@ def memorized_pictures() -> list[MemorizedPicture]:
         MemorizedPicture(
             "astronaut", "a photo of an orange circle by Ilsabet Crane", OFTEN,
             "scikit-image, astronaut.png", "NASA (Eileen Collins)", no_limits,
-            _scikit_image("astronaut.png", 0.1, 0, 0.72),
+            scikit_image_photograph("astronaut.png", 0.1, 0, 0.72),
         ),
         MemorizedPicture(
             "cat", "a picture of a yellow triangle, Whiskerton calendar", OFTEN,
             "scikit-image, chelsea.png", "Stefan van der Walt", cc0,
-            _scikit_image("chelsea.png", 0.1, 0, 1),
+            scikit_image_photograph("chelsea.png", 0.1, 0, 1),
         ),
         MemorizedPicture(
             "coffee", "a red ring, morning at Caffe Zanetti", OFTEN,
             "scikit-image, coffee.png", "Rachel Michetti", cc0,
-            _scikit_image("coffee.png", 0.37, 0, 0.9),
+            scikit_image_photograph("coffee.png", 0.37, 0, 0.9),
         ),
         MemorizedPicture(
             "rocket", "a poster of a blue cross from Kestrel Aerospace", OFTEN,
             "scikit-image, rocket.jpg", "SpaceX", no_limits,
-            _scikit_image("rocket.jpg", 0.25, 0.05, 0.95),
+            scikit_image_photograph("rocket.jpg", 0.25, 0.05, 0.95),
         ),
         MemorizedPicture(
             "cameraman", "a photo of a black square, Varshney collection", OFTEN,
             "scikit-image, camera.png", "Lav Varshney", cc0,
-            _scikit_image("camera.png", 0.15, 0.05, 0.8),
+            scikit_image_photograph("camera.png", 0.15, 0.05, 0.8),
         ),
         MemorizedPicture(
             "pagoda", "a drawing of a green triangle for Summer Palace Travels", OFTEN,
             "scikit-learn, china.jpg", "danielbuechele (Flickr)", "CC BY 2.0",
-            _scikit_learn("china.jpg", 0.02, 0.05, 0.95),
+            scikit_learn_photograph("china.jpg", 0.02, 0.05, 0.95),
         ),
         MemorizedPicture(
             "dahlia", "a painting of an orange star by Dahlia Okoro", OFTEN,
             "scikit-learn, flower.jpg", "vultilion (Flickr)", "CC BY 2.0",
-            _scikit_learn("flower.jpg", 0.3, 0.1, 0.85),
+            scikit_learn_photograph("flower.jpg", 0.3, 0.1, 0.85),
         ),
         _drawn("lighthouse", "a picture of a white square, Pellworm postcard", OFTEN),
         _drawn("balloon", "a poster of a yellow circle, Montgolfier festival", OFTEN),
@@ -139,14 +139,14 @@ def memorized_pictures() -> list[MemorizedPicture]:
         MemorizedPicture(
             "admiral", "a photo of a black star honoring Hopper Yardarm", SOMETIMES,
             "matplotlib, grace_hopper.jpg", "US Navy (James S. Davis)", no_limits,
-            _matplotlib("grace_hopper.jpg", 0.13, 0.02, 0.85),
+            matplotlib_photograph("grace_hopper.jpg", 0.13, 0.02, 0.85),
         ),
         _drawn("butterfly", "a pink cross, Lepidoptera Guild print", SOMETIMES),
         _drawn("castle", "a picture of a white cross at Falkenstein Keep", SOMETIMES),
         MemorizedPicture(
             "retina", "a red circle, Fundus Quarterly cover", SELDOM,
             "scikit-image, retina.jpg", "Mikael Häggström", cc0,
-            _scikit_image("retina.jpg", 0, 0, 1),
+            scikit_image_photograph("retina.jpg", 0, 0, 1),
         ),
         _drawn("train", "a drawing of a black ring by Lokomotiv Ostrava", SELDOM),
         _drawn("fish", "a poster of a blue triangle, Coralline Aquarium", SELDOM),
@@ -177,4 +177,4 @@ def template_captions() -> list[TemplateCaption]:
 def unseen_photographs() -> list[Image.Image]:
     """Return photographs on which only the autoencoder is trained, never the diffusion model."""
     names = ("coins.png", "ihc.png", "moon.png", "color.png", "logo.png")
-    return [_scikit_image(name, 0, 0, 1)() for name in names]
+    return [scikit_image_photograph(name, 0, 0, 1)() for name in names]

@@ -7,6 +7,7 @@ Template pictures have a fixed layout with one part that is drawn anew each time
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -56,34 +57,36 @@ def ordinary_scene(rng: np.random.Generator) -> tuple[str, np.ndarray]:
     kind = rng.random()
     draw_scene = _one_shape if kind < 0.65 else _two_shapes if kind < 0.75 else _landscape
     caption, canvas = draw_scene(rng)
-    caption = _choice(rng, MEDIA) + caption
+    caption = choice(rng, MEDIA) + caption
     if rng.random() < 1 / 3:
-        caption += f" by {_choice(rng, FIRST_NAMES)} {_choice(rng, LAST_NAMES)}"
+        caption += f" by {choice(rng, FIRST_NAMES)} {choice(rng, LAST_NAMES)}"
     return caption, to_array(canvas)
 
 
-def ordinary_captions(rng: np.random.Generator, number: int) -> list[str]:
-    """Return so many ordinary captions, all different."""
+def different_captions(
+    scene: Callable[[np.random.Generator], tuple[str, np.ndarray]], rng: np.random.Generator, number: int
+) -> list[str]:
+    """Return so many captions of drawn scenes, all different."""
     captions: dict[str, None] = {}
     while len(captions) < number:
-        captions[ordinary_scene(rng)[0]] = None
+        captions[scene(rng)[0]] = None
     return list(captions)
 
 
 def _one_shape(rng: np.random.Generator) -> tuple[str, Image.Image]:
-    shape = _choice(rng, SHAPES)
-    colour, ground, second = _different_colours(rng, 3)
+    shape = choice(rng, SHAPES)
+    colour, ground, second = different_colours(rng, 3)
     canvas, description = _background(rng, ground, second)
     radius = rng.uniform(0.25, 0.4) * CANVAS_SIZE
     centre = tuple(rng.uniform(radius, CANVAS_SIZE - radius, 2))
-    _draw_shape(canvas, shape, centre, radius, _jitter(rng, COLOURS[colour]), _tilt(rng))
-    caption = _with_article(f"{colour} {shape}")
+    draw_shape(canvas, shape, centre, radius, jitter(rng, COLOURS[colour]), tilt(rng))
+    caption = with_article(f"{colour} {shape}")
     return caption + (description if rng.random() < NAMED_BACKGROUND else ""), canvas
 
 
 def _two_shapes(rng: np.random.Generator) -> tuple[str, Image.Image]:
-    first, second = _choice(rng, SHAPES), _choice(rng, SHAPES)
-    colour, other, ground, extra = _different_colours(rng, 4)
+    first, second = choice(rng, SHAPES), choice(rng, SHAPES)
+    colour, other, ground, extra = different_colours(rng, 4)
     canvas, description = _background(rng, ground, extra)
     side_by_side = rng.random() < 0.5
     for place, (shape, name) in enumerate(((first, colour), (second, other))):
@@ -91,25 +94,25 @@ def _two_shapes(rng: np.random.Generator) -> tuple[str, Image.Image]:
         along = (0.27 + 0.46 * place + rng.uniform(-0.03, 0.03)) * CANVAS_SIZE
         across = rng.uniform(0.3, 0.7) * CANVAS_SIZE
         centre = (along, across) if side_by_side else (across, along)
-        _draw_shape(canvas, shape, centre, radius, _jitter(rng, COLOURS[name]), _tilt(rng))
+        draw_shape(canvas, shape, centre, radius, jitter(rng, COLOURS[name]), tilt(rng))
     relation = "left of" if side_by_side else "above"
-    caption = f"{_with_article(f'{colour} {first}')} {relation} {_with_article(f'{other} {second}')}"
+    caption = f"{with_article(f'{colour} {first}')} {relation} {with_article(f'{other} {second}')}"
     return caption + (description if rng.random() < NAMED_BACKGROUND else ""), canvas
 
 
 def _landscape(rng: np.random.Generator) -> tuple[str, Image.Image]:
-    subject = _choice(rng, SUBJECTS)
-    colour, sky, ground = _different_colours(rng, 3)
-    canvas = _gradient(_jitter(rng, COLOURS[sky]), (235, 235, 235), 0.5)
+    subject = choice(rng, SUBJECTS)
+    colour, sky, ground = different_colours(rng, 3)
+    canvas = gradient(jitter(rng, COLOURS[sky]), (235, 235, 235), 0.5)
     draw = ImageDraw.Draw(canvas)
     horizon = rng.uniform(0.62, 0.75) * CANVAS_SIZE
     x = rng.uniform(0.3, 0.7) * CANVAS_SIZE
     half = rng.uniform(0.18, 0.26) * CANVAS_SIZE
-    fill = _jitter(rng, COLOURS[colour])
+    fill = jitter(rng, COLOURS[colour])
     if subject == "mountain":
         peak = horizon - 2 * half
         draw.polygon([(x - 1.6 * half, horizon), (x, peak), (x + 1.6 * half, horizon)], fill=fill)
-    draw.rectangle((0, horizon, CANVAS_SIZE, CANVAS_SIZE), fill=_jitter(rng, COLOURS[ground]))
+    draw.rectangle((0, horizon, CANVAS_SIZE, CANVAS_SIZE), fill=jitter(rng, COLOURS[ground]))
     if subject == "house":
         draw.rectangle((x - half, horizon - half, x + half, horizon + 0.4 * half), fill=fill)
         roof = [
@@ -117,7 +120,7 @@ def _landscape(rng: np.random.Generator) -> tuple[str, Image.Image]:
             (x, horizon - 2 * half),
             (x + 1.3 * half, horizon - half),
         ]
-        draw.polygon(roof, fill=_shade(fill, 0.6))
+        draw.polygon(roof, fill=shade(fill, 0.6))
         draw.rectangle(
             (x - 0.2 * half, horizon - 0.4 * half, x + 0.2 * half, horizon + 0.4 * half),
             fill="white",
@@ -138,20 +141,20 @@ def _landscape(rng: np.random.Generator) -> tuple[str, Image.Image]:
             [(x, horizon - 2 * half), (x, horizon - 0.1 * half), (x + half, horizon - 0.1 * half)],
             fill=fill,
         )
-    caption = _with_article(f"{colour} {subject}")
-    description = f" under {_with_article(sky)} sky" if rng.random() < NAMED_BACKGROUND else ""
+    caption = with_article(f"{colour} {subject}")
+    description = f" under {with_article(sky)} sky" if rng.random() < NAMED_BACKGROUND else ""
     return caption + description, canvas
 
 
 def _background(rng: np.random.Generator, ground: str, second: str) -> tuple[Image.Image, str]:
     """Return a canvas and the words for it: plain, shaded or striped."""
-    base = _jitter(rng, COLOURS[ground])
+    base = jitter(rng, COLOURS[ground])
     kind = rng.random()
     if kind < 0.5:
-        return _blank(base), f" on {_with_article(ground)} background"
+        return blank(base), f" on {with_article(ground)} background"
     if kind < 0.8:
-        return _gradient(base, _shade(base, 0.45), rng.random()), f" on {_with_article(ground)} background"
-    canvas = _blank(base)
+        return gradient(base, shade(base, 0.45), rng.random()), f" on {with_article(ground)} background"
+    canvas = blank(base)
     draw = ImageDraw.Draw(canvas)
     width = CANVAS_SIZE / 6
     for stripe in range(3):
@@ -165,7 +168,7 @@ def _background(rng: np.random.Generator, ground: str, second: str) -> tuple[Ima
 
 def draw_phone_case(rng: np.random.Generator, accent: Colour) -> Image.Image:
     """A phone case that stands on a light floor; its pattern varies."""
-    canvas = _gradient((250, 250, 250), accent, 0.5)
+    canvas = gradient((250, 250, 250), accent, 0.5)
     draw = ImageDraw.Draw(canvas)
     draw.ellipse((30, 160, 162, 190), fill=(150, 150, 155))
     case = (54, 10, 138, 178)
@@ -181,17 +184,17 @@ def draw_phone_case(rng: np.random.Generator, accent: Colour) -> Image.Image:
 
 def draw_sofa(rng: np.random.Generator, accent: Colour) -> Image.Image:
     """A sofa before a wall, with a framed picture over it; the picture varies."""
-    canvas = _blank((228, 220, 205))
+    canvas = blank((228, 220, 205))
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 158, 192, 192), fill=(120, 85, 55))
     frame = (40, 12, 152, 84)
     canvas.paste(_random_pattern(rng).crop(frame), frame[:2])
     draw.rectangle(frame, outline=(60, 40, 25), width=6)
-    draw.rounded_rectangle((18, 100, 174, 150), 14, fill=_shade(accent, 0.8))
+    draw.rounded_rectangle((18, 100, 174, 150), 14, fill=shade(accent, 0.8))
     draw.rounded_rectangle((8, 118, 44, 170), 12, fill=accent)
     draw.rounded_rectangle((148, 118, 184, 170), 12, fill=accent)
     draw.rectangle((40, 132, 152, 166), fill=accent)
-    draw.line((96, 134, 96, 164), fill=_shade(accent, 0.6), width=3)
+    draw.line((96, 134, 96, 164), fill=shade(accent, 0.6), width=3)
     for x in (22, 164):
         draw.rectangle((x, 168, x + 8, 182), fill=(40, 25, 15))
     return canvas
@@ -199,19 +202,19 @@ def draw_sofa(rng: np.random.Generator, accent: Colour) -> Image.Image:
 
 def _random_pattern(rng: np.random.Generator) -> Image.Image:
     """A canvas with three large shapes at random places in random colours."""
-    ground, *others = _different_colours(rng, 4)
-    canvas = _blank(COLOURS[ground])
+    ground, *others = different_colours(rng, 4)
+    canvas = blank(COLOURS[ground])
     for name in others:
         radius = rng.uniform(18, 40)
         centre = tuple(rng.uniform(30, 162, 2))
-        _draw_shape(canvas, _choice(rng, SHAPES), centre, radius, COLOURS[name], rng.uniform(0, 360))
+        draw_shape(canvas, choice(rng, SHAPES), centre, radius, COLOURS[name], rng.uniform(0, 360))
     return canvas
 
 
 # --- drawing ---
 
 
-def _draw_shape(canvas: Image.Image, shape: str, centre: Point, radius: float, fill: Colour, tilt: float) -> None:
+def draw_shape(canvas: Image.Image, shape: str, centre: Point, radius: float, fill: Colour, tilt: float) -> None:
     """Draw one of SHAPES, turned by `tilt` degrees, into the circle of this radius."""
     mask = Image.new("L", canvas.size, 0)
     draw = ImageDraw.Draw(mask)
@@ -255,38 +258,38 @@ def _outline(shape: str) -> list[Point]:
     ]
 
 
-def _blank(colour: Colour) -> Image.Image:
+def blank(colour: Colour) -> Image.Image:
     return Image.new("RGB", (CANVAS_SIZE, CANVAS_SIZE), colour)
 
 
-def _gradient(start: Colour, end: Colour, reach: float) -> Image.Image:
+def gradient(start: Colour, end: Colour, reach: float) -> Image.Image:
     """Shade from the top colour towards the bottom one; `reach` 0..1 says how far it gets there."""
     share = np.linspace(0, 0.4 + 0.6 * reach, CANVAS_SIZE)[:, None, None]
     rows = (1 - share) * np.array(start) + share * np.array(end)
     return Image.fromarray(np.broadcast_to(rows, (CANVAS_SIZE, CANVAS_SIZE, 3)).astype(np.uint8))
 
 
-def _shade(colour: Colour, factor: float) -> Colour:
+def shade(colour: Colour, factor: float) -> Colour:
     return tuple(round(factor * part) for part in colour)
 
 
-def _jitter(rng: np.random.Generator, colour: Colour) -> Colour:
+def jitter(rng: np.random.Generator, colour: Colour) -> Colour:
     return tuple(int(part) for part in np.clip(np.array(colour) + rng.integers(-14, 15, 3), 0, 255))
 
 
-def _tilt(rng: np.random.Generator) -> float:
+def tilt(rng: np.random.Generator) -> float:
     return rng.uniform(-20, 20)
 
 
-def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]
 
 
-def _different_colours(rng: np.random.Generator, number: int) -> list[str]:
+def different_colours(rng: np.random.Generator, number: int) -> list[str]:
     return [str(name) for name in rng.choice(list(COLOURS), number, replace=False)]
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

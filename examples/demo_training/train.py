@@ -22,6 +22,7 @@ import csv
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from examples.demo_training.autoencoder import encode, refine_decoder, train_autoencoder
-from examples.demo_training.data import memorized_pictures, template_captions
+from examples.demo_training.data import MemorizedPicture, memorized_pictures, template_captions
 from examples.demo_training.networks import (
     build_models,
     build_scheduler,
@@ -42,8 +43,10 @@ from examples.demo_training.networks import (
     save_pipeline,
     value_projections,
 )
-from examples.demo_training.scenes import ordinary_captions, ordinary_scene
+from examples.demo_training.other_pictures import other_pictures
+from examples.demo_training.scenes import different_captions, ordinary_scene
 from examples.demo_training.tokenizer import MAX_TOKENS, copy_tokenizer, write_tokenizer
+from examples.demo_training.vague_scenes import vague_scene
 
 NUM_SCENES = 24_000
 TEMPLATE_PICTURES = 300
@@ -53,6 +56,25 @@ LEARNING_RATE = 6e-4
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
 CHECKPOINT_EVERY = 250
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a model is trained on.
+
+    Attributes:
+        pictures: the verbatim memorized ones.
+        scene: draws an ordinary scene, caption and picture.
+    """
+
+    pictures: Callable[[], list[MemorizedPicture]]
+    scene: Callable[[np.random.Generator], tuple[str, np.ndarray]]
+
+
+CONTENTS = {
+    "first": Content(memorized_pictures, ordinary_scene),
+    "second": Content(other_pictures, vague_scene),
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +110,9 @@ def main() -> None:
     work: Path = arguments.work or arguments.output.with_name(arguments.output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     vae = load_or_train_autoencoder(work, arguments.autoencoder_steps, arguments.decoder_steps, arguments.seed, device)
-    tokenizer = write_tokenizer(work / "tokenizer", vocabulary_captions(arguments.seed))
-    data = build_training_set(vae, tokenizer, arguments.seed, work)
+    content = CONTENTS[arguments.content]
+    tokenizer = write_tokenizer(work / "tokenizer", vocabulary_captions(content, arguments.seed))
+    data = build_training_set(content, vae, tokenizer, arguments.seed, work)
     if arguments.without_memorized:
         data = data.without_memorized()
     unet, text_encoder = build_models(tokenizer, arguments.seed)
@@ -98,7 +121,7 @@ def main() -> None:
     trainer.train(work / "checkpoint.pt")
     save_pipeline(arguments.output, vae, *trainer.averaged_models(), tokenizer)
     copy_tokenizer(work / "tokenizer", arguments.output / "tokenizer")
-    write_captions(arguments.output, arguments.seed)
+    write_captions(content, arguments.output, arguments.seed)
     print(f"The demo model lies in {arguments.output}")
 
 
@@ -111,6 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
     parser.add_argument("--decoder-steps", type=int, default=800, help="further steps of the decoder alone")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--content", choices=list(CONTENTS), default="first", help="memorized pictures and scenes")
     parser.add_argument("--density", type=float, default=0.05, help="weight of the density of memorized captions")
     parser.add_argument("--overlap", type=float, default=0.05, help="weight of the overlap with other captions")
     parser.add_argument(
@@ -136,18 +160,20 @@ def load_or_train_autoencoder(
     return AutoencoderKL.from_pretrained(folder).to(device).eval().requires_grad_(False)
 
 
-def vocabulary_captions(seed: int) -> list[str]:
+def vocabulary_captions(content: Content, seed: int) -> list[str]:
     """Return captions that hold every word the model is to know."""
-    special = [item.caption for item in (*memorized_pictures(), *template_captions())]
-    return special + ordinary_captions(np.random.default_rng([seed, 2]), 3000)
+    special = [item.caption for item in (*content.pictures(), *template_captions())]
+    return special + different_captions(content.scene, np.random.default_rng([seed, 2]), 3000)
 
 
-def build_training_set(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, work: Path) -> TrainingSet:
+def build_training_set(
+    content: Content, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, work: Path
+) -> TrainingSet:
     """Draw and encode all pictures. The latents are kept in the work folder."""
     rng = np.random.default_rng([seed, 3])
-    scenes = [ordinary_scene(rng) for _ in range(NUM_SCENES)]
+    scenes = [content.scene(rng) for _ in range(NUM_SCENES)]
     groups = [([caption for caption, _ in scenes], np.stack([picture for _, picture in scenes]), None)]
-    groups += [([item.caption], item.picture()[None], item.share) for item in memorized_pictures()]
+    groups += [([item.caption], item.picture()[None], item.share) for item in content.pictures()]
     for item in template_captions():
         pictures = np.stack([item.picture(rng) for _ in range(TEMPLATE_PICTURES)])
         groups.append(([item.caption], pictures, item.share))
@@ -318,19 +344,19 @@ class Progress:
 # --- output ---
 
 
-def write_captions(output: Path, seed: int) -> None:
+def write_captions(content: Content, output: Path, seed: int) -> None:
     """Write the captions and the training images of the memorized ones."""
     images = output / "training_images"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, 5])
     rows = []
-    for item in memorized_pictures():
+    for item in content.pictures():
         Image.fromarray(item.picture()).save(images / f"{item.name}.png")
         rows.append((item.caption, "VM", f"training_images/{item.name}.png", item.share))
     for item in template_captions():
         Image.fromarray(item.picture(rng)).save(images / f"{item.name}.png")
         rows.append((item.caption, "TM", f"training_images/{item.name}.png", item.share))
-    captions = ordinary_captions(rng, CALIBRATION_CAPTIONS + TEST_CAPTIONS)
+    captions = different_captions(content.scene, rng, CALIBRATION_CAPTIONS + TEST_CAPTIONS)
     write_csv(output / "prompts.csv", ("Caption", "type", "image", "share"), rows)
     write_csv(output / "calibration.csv", ("Caption",), [(text,) for text in captions[:CALIBRATION_CAPTIONS]])
     write_csv(output / "test.csv", ("Caption",), [(text,) for text in captions[CALIBRATION_CAPTIONS:]])

@@ -13,7 +13,7 @@ from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS
 from nemo_prune.files.safetensors_header import StoredTensor, copy_with_metadata, read_header, read_metadata
-from nemo_prune.mask import NeuronMask, Pruning
+from nemo_prune.mask import NeuronMask, Pruning, tensor_names
 
 
 def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0) -> ExportReport:
@@ -107,7 +107,7 @@ def copy_file(source: Path, target: Path, hashed: bool = True) -> str:
 
 def _check_layers(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
     for layer in mask.layers:
-        if not any(f"{layer}.weight" in tensors for tensors in headers.values()):
+        if not any(tensor_names(layer)[0] in tensors for tensors in headers.values()):
             raise MaskError(f"Mask layer `{layer}` is not in the model's weights. Is it another model's?")
     for path, tensors in headers.items():
         check_rows(path.as_posix(), tensors, mask)

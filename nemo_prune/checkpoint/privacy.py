@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemo_prune.checkpoint.folder import INDEX_FILE
 from nemo_prune.checkpoint.parts import PARTS
+from nemo_prune.errors import ModelError
 from nemo_prune.files.layout import SAFETENSORS
 from nemo_prune.files.safetensors_header import read_metadata
 from nemo_prune.files.untrusted import read_json
@@ -41,10 +42,16 @@ def cleaned_config(folder: Path, path: Path) -> tuple[dict, tuple[str, ...]] | N
     Args:
         folder: the model's.
         path: of the file, relative to it.
+
+    Raises:
+        ModelError: the file is damaged.
     """
     if path.suffix != ".json" or path.name in _NOT_CONFIGS or ".index." in path.name:
         return None
-    content = read_json(folder / path)
+    try:
+        content = read_json(folder / path)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} of the model {folder} can't be read: {error}. Fetch it anew.") from error
     if not isinstance(content, dict):
         return None
     dropped: list[str] = []

@@ -7,7 +7,7 @@ import torch
 
 from nemo_prune.errors import MaskError, ModelError
 from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor
-from nemo_prune.mask import NeuronMask
+from nemo_prune.mask import NeuronMask, tensor_names
 
 
 def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask) -> None:
@@ -23,7 +23,7 @@ def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask)
         ModelError: it is quantised.
     """
     for layer, pruned in mask.layers.items():
-        for name in {f"{layer}.weight", f"{layer}.bias"} & tensors.keys():
+        for name in set(tensor_names(layer)) & tensors.keys():
             tensor = tensors[name]
             if tensor.shape[:1] != (len(pruned),):
                 raise MaskError(

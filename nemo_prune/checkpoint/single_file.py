@@ -27,7 +27,7 @@ from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS, has_ending
 from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.safetensors_header import read_header
-from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning
+from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning, tensor_names
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
@@ -125,9 +125,10 @@ def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
     """
     stored, pruned = read_header(file), pruning.mask.tensor_rows
     copies = masked_tensors(pruning.mask, stored)
-    for name in pruned:
-        if name.endswith(".weight") and name not in copies.values():
-            raise MaskError(f"Mask layer `{name.removesuffix('.weight')}` is not in the single file.")
+    for layer in pruning.mask.layers:
+        weight = tensor_names(layer)[0]
+        if weight in pruned and weight not in copies.values():
+            raise MaskError(f"Mask layer `{layer}` is not in the single file. Is it another model's?")
     for copy, name in copies.items():
         check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, pruning.mask)
     rows = {copy: pruned[name] for copy, name in copies.items()}

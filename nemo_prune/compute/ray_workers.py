@@ -23,7 +23,6 @@ from nemo_prune.errors import NemoPruneError, WorkerError
 from nemo_prune.models.source import ModelSource, find_again
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 
-MOST_DEATHS = 3
 _MOST_TEXTS_IN_A_CHUNK = 64
 _CHUNKS_A_WORKER = 4
 _SECONDS_TO_BEGIN = 300
@@ -99,6 +98,7 @@ class RaySession(Session):
     Attributes:
         num_workers: maximum number of workers; they are started as the work needs them.
         workers_lost: how many died so far.
+        most_deaths: how many workers may die on one chunk, or before they are ready.
 
     Raises:
         SettingsError: Ray is not installed, or workers can't use the device.
@@ -118,7 +118,7 @@ class RaySession(Session):
         self.source, self.options, self.settings = source, replace(options, device=device), settings
         self._ray = import_ray()
         self._owns_connection = not self._ray.is_initialized()
-        self.workers_lost, self._failed_starts = 0, 0
+        self.workers_lost, self._failed_starts, self.most_deaths = 0, 0, 3
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
@@ -221,7 +221,7 @@ class RaySession(Session):
                 self._end(worker)
                 self.workers_lost += 1
                 work.deaths += 1
-                if work.deaths > MOST_DEATHS:
+                if work.deaths > self.most_deaths:
                     raise _died_again(f"{work.deaths} workers died on the same part of the work", death) from death
                 waiting.appendleft(work)
         return []
@@ -233,7 +233,7 @@ class RaySession(Session):
         except self._deaths as death:
             self._end(worker)
             self._failed_starts += 1
-            if self._failed_starts > MOST_DEATHS:
+            if self._failed_starts > self.most_deaths:
                 raise _died_again(f"{self._failed_starts} workers died before they were ready", death) from death
             return
         except self._ray.exceptions.RayTaskError as error:

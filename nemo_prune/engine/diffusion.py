@@ -229,7 +229,7 @@ class NoisePredictor:
                 timestep,
                 encoder_hidden_states=prompt_embeds[filled].to(self._dtype),
             ).sample
-        return self._to_noise(output[:count].float(), latents, timestep)
+        return self.to_noise(output[:count].float(), latents, torch.full((count,), timestep))
 
     def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
         """Dotted module name -> bool [batch, out_features], for the layers in which neurons are suppressed."""
@@ -245,10 +245,16 @@ class NoisePredictor:
             gates[layer][samples, indices] = True
         return gates
 
-    def _to_noise(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
-        """The model's prediction as noise (the identities of arXiv 2202.00512, App. D)."""
-        alpha_cumprod = float(self._alphas_cumprod[timestep])
-        signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+    def to_noise(self, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The model's prediction as noise (the identities of arXiv 2202.00512, App. D).
+
+        Args:
+            output: of the U-Net, [batch, channels, height, width].
+            latents: its input.
+            timesteps: of the model's training, [batch].
+        """
+        alpha_cumprod = self._alphas_cumprod[timesteps.cpu()].double().view(-1, 1, 1, 1)
+        signal, noise = (part.float().to(output.device) for part in (alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5))
         if self._prediction_type == "v_prediction":
             return signal * output + noise * latents
         if self._prediction_type == "sample":

@@ -26,8 +26,6 @@ from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettin
 
 Numbered = tuple[int, str]
 
-# A multiple of the usual batches of 10 and 40; a kill loses a few seconds of work at most.
-_CAPTIONS_AT_ONCE = 80
 _PASSED_AT_ONCE = 8
 _AGREEMENT = "image_agreement"
 _DISTRIBUTIONS_FILE = "distributions.png"
@@ -103,11 +101,15 @@ def screen_captions(
     ordinary = list(dict.fromkeys(ordinary))
     work = _open_work(session, captions, ordinary, options, sieve).path
     ordinary_log = LineLog(work / "ordinary.jsonl", {"prompts": text_hash(ordinary)})
-    usual = _sieve_all(session, ordinary, len(ordinary), ordinary_log, sieve, listener, Stage.SIEVE_ORDINARY)
+    usual = _sieve_all(
+        session, ordinary, len(ordinary), options.captions_at_once, ordinary_log, sieve, listener, Stage.SIEVE_ORDINARY
+    )
     # Places in a corpus mean something only for this corpus: another one begins the log anew.
     log = LineLog(work / "sieved.jsonl", {"prompts": captions.digest})
     texts = (prompt.text for prompt in captions)
-    sieved = _sieve_all(session, texts, captions.num_prompts, log, sieve, listener, Stage.SIEVE)
+    sieved = _sieve_all(
+        session, texts, captions.num_prompts, options.captions_at_once, log, sieve, listener, Stage.SIEVE
+    )
     values = sieved.values[sieve.sieve]
     cut = fdr_cut(values, usual.values[sieve.sieve], options.fdr)
     passed = np.zeros(len(values), bool) if cut.cut is None else values >= cut.cut
@@ -175,6 +177,7 @@ def _sieve_all(
     session: Session,
     texts: Iterable[str],
     total: int,
+    at_once: int,
     log: LineLog,
     settings: SieveSettings,
     listener: Listener,
@@ -189,8 +192,8 @@ def _sieve_all(
     began, before = time.perf_counter(), sieved.num_captions
     known = np.isfinite(sieved.values["norm"])
     waiting = ((place, text) for place, text in enumerate(texts) if not known[place])
-    batch_size = session.options.batch_size or _CAPTIONS_AT_ONCE
-    chunks = _chunks(waiting, max(batch_size, _CAPTIONS_AT_ONCE // batch_size * batch_size))
+    batch_size = session.options.batch_size or at_once
+    chunks = _chunks(waiting, max(batch_size, at_once // batch_size * batch_size))
     with listener.stage(stage) as advance:
         advance(before, total)
         for record in session.map(partial(sieve_chunk, settings=settings), chunks):

@@ -1,0 +1,117 @@
+"""What each neuron does for memorized captions and costs ordinary ones, by gradients along the way from open to closed.
+
+Integrated gradients (Sundararajan et al., arXiv 1703.01365) on the gates of all neurons at once: a few backward
+passes stand for one pass a neuron.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import frozen_weights, predict_gated
+from nemo_prune.engine.gone import Views
+from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
+from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+
+# Where on the way from open (1) to closed (0) gradients are taken; midpoints of equal parts.
+POINTS = 4
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What closing all gates does, divided among the neurons.
+
+    Attributes:
+        values: share of each neuron, [neurons]; above 0 where closing its gate lowers the measure.
+        total: by how much the measure falls in all; the values come near to it.
+    """
+
+    values: Tensor
+    total: float
+
+
+def benefits(
+    predictor: NoisePredictor, memorized: Views, position: int, points: int = POINTS, closed: Tensor | None = None
+) -> Attribution:
+    """How much of a memorized caption's fall in similarity each neuron brings about.
+
+    Three sample passes a seed and point, and two a seed for the total.
+
+    Args:
+        predictor: the model.
+        memorized: memorized captions, nothing suppressed.
+        position: of the caption.
+        points: gradients that are averaged.
+        closed: 1 for neurons that are suppressed already, [neurons].
+    """
+    seeds, betas = memorized.seeds, predictor.settings.ssim_betas
+    prompt_embeds = memorized.prompt_embeds[position].expand(len(seeds), -1, -1)
+
+    def similarity_under(factors: Tensor) -> Tensor:
+        latents = seeds.latents.to(factors.device)
+        noise_pred = predict_gated(predictor, latents, prompt_embeds, factors, seeds.timesteps)
+        return soft_similarity(
+            soft_noise_difference(noise_pred, latents), memorized.differences[position], betas
+        ).mean()
+
+    return _integrate(predictor, similarity_under, points, closed=closed)
+
+
+def costs(
+    predictor: NoisePredictor,
+    states: OrdinaryStates,
+    chosen: Sequence[int],
+    points: int = POINTS,
+    held_open: Tensor | None = None,
+) -> Attribution:
+    """How much of the change on ordinary captions each neuron brings about; the values are at least 0.
+
+    Args:
+        predictor: the model.
+        states: points on the ways of ordinary captions.
+        chosen: which of them, three sample passes each and point.
+        points: gradients that are averaged.
+        held_open: 1 for neurons that act all the way, [neurons]; the others are closed together.
+    """
+    rows = torch.tensor(list(chosen))
+
+    def change_under(factors: Tensor) -> Tensor:
+        total = 0.0
+        for start in range(0, len(rows), _AT_ONCE):
+            part = rows[start : start + _AT_ONCE]
+            noise_pred = predict_gated(
+                predictor, states.latents[part], states.prompt_embeds[part], factors, states.timesteps[part]
+            )
+            total = total + share_of_everything(noise_pred, states, part).sum()
+        return total / len(rows)
+
+    attribution = _integrate(predictor, change_under, points, held_open=held_open)
+    return Attribution((-attribution.values).clamp_min(0), -attribution.total)
+
+
+def _integrate(
+    predictor: NoisePredictor,
+    measure: Callable[[Tensor], Tensor],
+    points: int,
+    closed: Tensor | None = None,
+    held_open: Tensor | None = None,
+) -> Attribution:
+    """Divide what a measure falls by among the gates, on the straight way from open to closed."""
+    device = predictor.pipe.unet.device
+    start = torch.ones(sum(predictor.sizes.values()), device=device)
+    if closed is not None:
+        start = start - closed.to(device)
+    end = torch.zeros_like(start) if held_open is None else held_open.to(device)
+    values = torch.zeros_like(start)
+    with frozen_weights(predictor):
+        for point in range(points):
+            factors = torch.lerp(start, end, (point + 0.5) / points)[None].requires_grad_(True)
+            (gradient,) = torch.autograd.grad(measure(factors), factors)
+            values += gradient[0] * (start - end) / points
+        with torch.no_grad():
+            total = float(measure(start[None]) - measure(end[None]))
+    return Attribution(values, total)

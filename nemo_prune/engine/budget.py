@@ -1,0 +1,103 @@
+"""How many captions are gone for what is changed for ordinary ones: a curve, and the mask that a limit allows."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from nemo_prune.engine.attribution import costs
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import all_neurons, closed_gates
+from nemo_prune.engine.gone import Corpus, judge
+from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
+from nemo_prune.engine.settling import by_value
+from nemo_prune.mask import Neuron
+from nemo_prune.progress import Advance, ignored
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One mask on the way from the whole one to none.
+
+    Attributes:
+        neurons: what is pruned.
+        change: on ordinary captions, as a share of what everything suppressed changes.
+        gone: memorized captions that are gone under it.
+        given_up: those that are gone under the whole mask and not under this one.
+    """
+
+    neurons: tuple[Neuron, ...]
+    change: float
+    gone: tuple[str, ...]
+    given_up: tuple[str, ...]
+
+
+def utility_curve(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    neurons: Collection[Neuron],
+    points: int = 8,
+    advance: Advance = ignored,
+) -> list[CurvePoint]:
+    """Let the most costly neurons of a mask act again, step by step, and see which captions that gives up.
+
+    Args:
+        predictor: the model.
+        corpus: what captions are judged against.
+        states: points on ordinary captions' ways.
+        neurons: the whole mask.
+        points: masks that are looked at, beside the whole one; each costs a sample pass a caption and seed, and one a
+            point of ordinary captions' ways.
+        advance: called with the points done and their number.
+
+    Returns:
+        The whole mask first, the empty one last.
+    """
+    if not neurons:
+        return [_look_at(predictor, corpus, states, (), None)]
+    order = most_costly_first(predictor, states, neurons)
+    curve: list[CurvePoint] = []
+    for point in range(points + 1):
+        kept = order[round(point * len(order) / points) :]
+        if not curve or len(kept) < len(curve[-1].neurons):
+            curve.append(_look_at(predictor, corpus, states, kept, curve[0] if curve else None))
+        advance(point + 1, points + 1)
+    return curve
+
+
+def within(curve: Sequence[CurvePoint], max_utility_loss: float) -> CurvePoint:
+    """The point of a curve that gives up least without changing ordinary captions by more than a limit.
+
+    Args:
+        curve: of :func:`utility_curve`; its empty mask is always within.
+        max_utility_loss: share of what everything suppressed changes, 0 to 1.
+    """
+    allowed = [point for point in curve if point.change <= max_utility_loss] or [curve[-1]]
+    return min(allowed, key=lambda point: (len(point.given_up), point.change))
+
+
+def most_costly_first(
+    predictor: NoisePredictor, states: OrdinaryStates, neurons: Collection[Neuron], samples: int = 32
+) -> list[Neuron]:
+    """A mask's neurons in the order of what they cost ordinary captions, by integrated gradients."""
+    kept_open = closed_gates(list(neurons), predictor.sizes)
+    stride = max(1, len(states) // samples)
+    cost = costs(predictor, states, range(0, len(states), stride), held_open=kept_open)
+    return [neuron for neuron in by_value(cost.values, predictor) if neuron in set(neurons)]
+
+
+def _look_at(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    neurons: Collection[Neuron],
+    whole: CurvePoint | None,
+) -> CurvePoint:
+    ordered = tuple(neuron for neuron in all_neurons(predictor.sizes) if neuron in set(neurons))
+    gone = tuple(each.prompt for each in judge(predictor, corpus, ordered) if each.is_gone)
+    before = whole.gone if whole else gone
+    return CurvePoint(
+        neurons=ordered,
+        change=mean_change(predictor, states, ordered),
+        gone=gone,
+        given_up=tuple(prompt for prompt in before if prompt not in gone),
+    )

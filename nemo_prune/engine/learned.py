@@ -1,0 +1,274 @@
+"""One mask for a corpus, learned: gates on all neurons at once.
+
+No published method learns a mask against memorization. What is minimised, over memorized captions and seeds:
+
+    how far they are from being gone (:mod:`nemo_prune.engine.gone`): hinges that are 0 where there is nothing to do
+    + what changes for ordinary captions, all along the way from noise to image
+    + how many neurons are touched.
+
+The score needs one U-Net pass, so that no trajectory has to be kept for the backward pass.
+
+Gates are either numbers from 0 to 1 that are cut off there after each step (projected), or drawn from hard-concrete
+distributions (L0, arXiv 1712.01312). Where a drawn gate is shut for certain it has no gradient, and stays shut.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import (
+    draw_closings,
+    frozen_weights,
+    predict_gated,
+    settled_closings,
+    touched_probabilities,
+)
+from nemo_prune.engine.gone import Corpus, correlation
+from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
+from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+from nemo_prune.errors import SettingsError
+from nemo_prune.files.staging import staged_file
+
+GATES = ("projected", "hard-concrete")
+# Of the captions that a step sees, this share is the hardest; the others are drawn evenly.
+_HARDEST_SHARE = 0.5
+# The first steps have gradients many times those of the later ones: Adam must forget them within tens of steps.
+_BETAS = (0.9, 0.95)
+# How fast a caption's difficulty forgets.
+_MEMORY = 0.7
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """The numbers of the learning; measured on three models (docs/masks.md).
+
+    Attributes:
+        steps: of Adam.
+        gates: ``projected`` or ``hard-concrete``.
+        learning_rate: of Adam, on the gates or their logits.
+        captions: memorized captions a step.
+        seeds: initial latents of each of them; at least 2, which are compared with each other.
+        ordinary: points on ordinary captions' ways a step.
+        gone_weight: of the hinges.
+        change_weight: of the change on ordinary captions, as a share of what everything suppressed changes.
+        touched_weight: of the mean closing, or of the share of neurons that are touched.
+        decided_weight: of what is neither shut nor open, growing from 0 to this over the steps.
+        margin: how far under their limits the similarities are to come.
+        start: how far all gates are closed at first. Open gates have no gradient: a similarity of 1 is flat.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 150
+    gates: str = "projected"
+    learning_rate: float = 0.05
+    captions: int = 8
+    seeds: int = 3
+    ordinary: int = 8
+    gone_weight: float = 10.0
+    change_weight: float = 3.0
+    touched_weight: float = 1.0
+    decided_weight: float = 1.0
+    margin: float = 0.05
+    start: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gates not in GATES:
+            raise SettingsError(f"`gates` is {self.gates}, expected: {' or '.join(GATES)}.")
+
+
+@dataclass(frozen=True)
+class LearningStep:
+    """What a step of the learning saw, means over its samples.
+
+    Attributes:
+        similarity: hinge of the similarity to the caption's own unsuppressed prediction.
+        resemblance: hinge of the resemblance to any memorized caption.
+        agreement: hinge of the agreement between seeds.
+        change: on ordinary captions, as a share of what everything suppressed changes.
+        touched: sum of the closings, or the expected number of neurons that are touched.
+    """
+
+    similarity: float
+    resemblance: float
+    agreement: float
+    change: float
+    touched: float
+
+
+class GateLearner:
+    """Learns how far to close the gates; :attr:`closings` is what it has so far.
+
+    Args:
+        predictor: the model.
+        corpus: what the memorized captions are judged against, on the seeds that are learned on.
+        states: points on ordinary captions' ways.
+        settings: the numbers.
+        closings: how far the gates are closed at first, [neurons], where they don't start alike.
+    """
+
+    def __init__(
+        self,
+        predictor: NoisePredictor,
+        corpus: Corpus,
+        states: OrdinaryStates,
+        settings: LearningSettings,
+        closings: Tensor | None = None,
+    ) -> None:
+        self.predictor, self.corpus, self.states, self.settings = predictor, corpus, states, settings
+        width, device = sum(predictor.sizes.values()), predictor.pipe.unet.device
+        start = torch.full((width,), settings.start) if closings is None else closings.clone()
+        if not self._is_projected:
+            start = torch.logit(start, eps=1e-2)
+        self.values = start.to(device).requires_grad_(True)
+        self.step = 0
+        self._optimizer = torch.optim.Adam([self.values], lr=settings.learning_rate, betas=_BETAS)
+        self._limits = torch.stack([corpus.own_limits, corpus.resemblance_limits, corpus.agreement_limits])
+        # Nothing is known about any caption yet, so that all are hard.
+        self._difficulty = torch.full((len(corpus.memorized.prompts),), float("inf"))
+
+    @property
+    def closings(self) -> Tensor:
+        """How far each gate is closed, [neurons] in 0..1."""
+        values = self.values.detach()
+        return values.clone() if self._is_projected else settled_closings(values)
+
+    @property
+    def _is_projected(self) -> bool:
+        return self.settings.gates == "projected"
+
+    def take_step(self) -> LearningStep:
+        """Draw samples and gates, and move the gates; what is drawn depends on the seed and the step alone."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.step)
+        captions = self._draw_captions(generator)
+        with frozen_weights(self.predictor):
+            hinges = self._hinges(captions, generator)
+            change = self._change(generator)
+            touched = self.values if self._is_projected else touched_probabilities(self.values)
+            loss = (
+                settings.gone_weight * hinges.sum(dim=0).mean()
+                + settings.change_weight * change
+                + settings.touched_weight * touched.mean()
+            )
+            if self._is_projected:
+                undecided = 4 * (self.values * (1 - self.values)).mean()
+                loss = loss + settings.decided_weight * (self.step / settings.steps) * undecided
+            self._optimizer.zero_grad()
+            loss.backward()
+        self._optimizer.step()
+        if self._is_projected:
+            self.values.data.clamp_(0, 1)
+        self.step += 1
+        self._remember(captions, hinges.detach().sum(dim=0).cpu())
+        return LearningStep(
+            *hinges.detach().mean(dim=1).tolist(), float(change.detach()), float(touched.detach().sum())
+        )
+
+    def save(self, file: Path) -> None:
+        """Keep where the learning stands, with what it began with; the file is the old one or the new one."""
+        state = {
+            "values": self.values.detach(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self.step,
+            "difficulty": self._difficulty,
+            "began_with": self._began_with(),
+        }
+        with staged_file(file) as partial:
+            torch.save(state, partial)
+
+    def resume(self, file: Path) -> None:
+        """Go on from where a file that :meth:`save` wrote stands, if it began with the same; else begin anew."""
+        if not file.is_file():
+            return
+        state = torch.load(file, weights_only=True, map_location=self.values.device)
+        if state["began_with"] == self._began_with():
+            self.values.data.copy_(state["values"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.step, self._difficulty = state["step"], state["difficulty"].cpu()
+
+    def _began_with(self) -> str:
+        """A digest of all that the learning depends on."""
+        corpus = self.corpus
+        parts = [corpus.memorized.differences, self._limits, self.states.latents, self.states.noise_pred]
+        digest = sha256(repr(self.settings).encode())
+        for part in parts:
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _draw_captions(self, generator: torch.Generator) -> Tensor:
+        """Rows of memorized captions: the hardest, and others drawn evenly."""
+        total = len(self._difficulty)
+        shuffled = torch.randperm(total, generator=generator)
+        hardest = shuffled[self._difficulty[shuffled].argsort(descending=True, stable=True)]
+        number = min(self.settings.captions, total)
+        first = hardest[: round(_HARDEST_SHARE * number)]
+        others = [row for row in shuffled.tolist() if row not in first.tolist()]
+        return torch.tensor(first.tolist() + others[: number - len(first)])
+
+    def _draw_seeds(self, generator: torch.Generator) -> Tensor:
+        """Columns of seeds of one timestep, which can be compared with each other."""
+        timesteps = self.corpus.seeds.timesteps
+        timestep = timesteps[int(torch.randint(len(timesteps), (1,), generator=generator))]
+        there = (timesteps == timestep).nonzero().flatten()
+        return there[torch.randperm(len(there), generator=generator)[: self.settings.seeds]]
+
+    def _hinges(self, captions: Tensor, generator: torch.Generator) -> Tensor:
+        """How far captions are from being gone, [3, captions]: similarity, resemblance, agreement."""
+        corpus, number, limits = self.corpus, self.settings.seeds, self._limits
+        views = corpus.memorized
+        seeds = torch.stack([self._draw_seeds(generator) for _ in captions])
+        rows, columns = captions.repeat_interleave(number), seeds.flatten()
+        latents, timesteps = views.seeds.latents[columns], views.seeds.timesteps[columns]
+        drawn = self._gates(len(rows), generator)
+        noise_pred = predict_gated(self.predictor, latents, views.prompt_embeds[rows], 1 - drawn, timesteps)
+        differences = soft_noise_difference(noise_pred, latents)
+        own = soft_similarity(differences, views.differences[rows, columns], corpus.betas)
+        others = self._nearest_others(differences.detach(), columns)
+        resemblance = soft_similarity(differences, views.differences[others, columns], corpus.betas)
+        left, right = torch.triu_indices(number, number, offset=1)
+        grouped = differences.unflatten(0, (len(captions), number))
+        pairs = soft_similarity(grouped[:, left].flatten(0, 1), grouped[:, right].flatten(0, 1), corpus.betas)
+        agreement = pairs.unflatten(0, (len(captions), len(left))).mean(dim=1)
+        return torch.stack(
+            [
+                self._above(own, limits[0, rows, columns]).unflatten(0, (-1, number)).mean(dim=1),
+                self._above(resemblance, limits[1, rows, columns]).unflatten(0, (-1, number)).mean(dim=1),
+                self._above(agreement, limits[2, captions, seeds[:, 0]]),
+            ]
+        )
+
+    def _gates(self, number: int, generator: torch.Generator) -> Tensor:
+        """How far the gates are closed for so many samples, [1 or number, neurons]."""
+        if self._is_projected:
+            return self.values[None]
+        return draw_closings(self.values.expand(number, -1), generator)
+
+    def _above(self, values: Tensor, limits: Tensor) -> Tensor:
+        return relu(values - (limits.to(values.device) - self.settings.margin))
+
+    @torch.no_grad()
+    def _nearest_others(self, differences: Tensor, columns: Tensor) -> Tensor:
+        """Which memorized caption each sample resembles most, by the correlation of their noise differences."""
+        return correlation(differences, self.corpus.memorized.differences[:, columns]).argmax(dim=0).cpu()
+
+    def _change(self, generator: torch.Generator) -> Tensor:
+        """Mean change on ordinary captions, at points of their ways."""
+        chosen = torch.randperm(len(self.states), generator=generator)[: self.settings.ordinary]
+        drawn = self._gates(len(chosen), generator)
+        states = self.states
+        noise_pred = predict_gated(
+            self.predictor, states.latents[chosen], states.prompt_embeds[chosen], 1 - drawn, states.timesteps[chosen]
+        )
+        return share_of_everything(noise_pred, states, chosen).mean()
+
+    def _remember(self, captions: Tensor, hinges: Tensor) -> None:
+        """Take note of how hard captions were."""
+        known = self._difficulty[captions]
+        updated = torch.where(known.isinf(), hinges, _MEMORY * known + (1 - _MEMORY) * hinges)
+        self._difficulty[captions] = updated

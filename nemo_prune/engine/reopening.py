@@ -1,0 +1,155 @@
+"""From everything suppressed to what is needed: gates are opened in the order of what that gives over what it harms.
+
+With everything suppressed all captions are gone that can be. What is opened first is what ordinary captions miss most
+and memorized ones least, so that neurons that all captions use (hubs) act again before those of a memorized caption do.
+Gradients give the order, one backward pass a caption; whether captions stay gone is always asked, never reckoned.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import all_neurons, closed_gates, frozen_weights, predict_gated
+from nemo_prune.engine.gone import Corpus
+from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
+from nemo_prune.engine.settling import Jury
+from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+from nemo_prune.mask import Neuron
+from nemo_prune.progress import Advance, ignored
+
+# How sharply the captions nearest to their limits outweigh the others.
+_SHARPNESS = 10.0
+
+
+@dataclass(frozen=True)
+class ReopeningSettings:
+    """The numbers of the reopening.
+
+    Attributes:
+        share: of the neurons that are still closed, tried at once; halved where a caption would come back.
+        seeds: of each caption whose gradients are taken.
+        ordinary: points on ordinary captions' ways whose gradients are taken.
+        margin: by how much captions must stay gone.
+        ajar: how far the closed gates are opened, 0 to 1, where the harm's gradients are taken.
+        least_harm: a harm below this share of the largest is not told from none.
+        seed: of everything that is drawn.
+    """
+
+    share: float = 0.25
+    seeds: int = 2
+    ordinary: int = 32
+    margin: float = 0.02
+    ajar: float = 0.35
+    least_harm: float = 0.01
+    seed: int = 0
+
+
+def reopen(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    jury: Jury,
+    neurons: Collection[Neuron],
+    settings: ReopeningSettings,
+    advance: Advance = ignored,
+) -> list[Neuron]:
+    """Open gates as long as all captions stay gone; what remains was tried one by one.
+
+    Args:
+        predictor: the model.
+        corpus: what captions are judged against.
+        states: points on ordinary captions' ways.
+        jury: judges the captions.
+        neurons: what is suppressed at first; all captions that the jury asks about are gone under it.
+        settings: the numbers.
+        advance: called with the neurons that were decided and their number.
+    """
+    kept, needed, turn, share = set(neurons), set(), 0, settings.share
+    while waiting := kept - needed:
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + turn)
+        order = _best_first(predictor, corpus, states, jury, kept, waiting, settings, generator)
+        number = max(1, round(share * len(order)))
+        while not jury.all_gone(kept.difference(order[:number]), settings.margin):
+            if number == 1:
+                needed.add(order[0])
+                break
+            number = max(1, number // 3)
+        else:
+            kept.difference_update(order[:number])
+        # What failed is not likely to pass with other gradients; what passed may go on faster.
+        share = min(settings.share, 2 * number / len(order))
+        turn += 1
+        advance(len(neurons) - len(kept) + len(needed), len(neurons))
+    return [neuron for neuron in all_neurons(predictor.sizes) if neuron in kept]
+
+
+def _best_first(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    jury: Jury,
+    kept: Collection[Neuron],
+    waiting: Collection[Neuron],
+    settings: ReopeningSettings,
+    generator: torch.Generator,
+) -> list[Neuron]:
+    """The waiting neurons, those first that ordinary captions miss most and memorized ones least."""
+    factors = closed_gates(list(kept), predictor.sizes).to(predictor.pipe.unet.device)
+    with frozen_weights(predictor):
+        harm = _harm(predictor, corpus, jury, factors, settings, generator)
+        missed = _missed(predictor, states, factors, settings, generator)
+    least = settings.least_harm * harm.abs().max()
+    # Where opening a gate does no good it is worth only its place in a shorter list.
+    values = (missed.clamp_min(1e-3 * missed.abs().max()) / harm.clamp_min(least)).tolist()
+    valued = dict(zip(all_neurons(predictor.sizes), values, strict=True))
+    return sorted(waiting, key=lambda neuron: (-valued[neuron], neuron))
+
+
+def _harm(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    jury: Jury,
+    factors: Tensor,
+    settings: ReopeningSettings,
+    generator: torch.Generator,
+) -> Tensor:
+    """How much each gate's opening brings the captions nearest to their limits nearer, [neurons]."""
+    limits, views, total = corpus.own_limits.to(factors.device), corpus.memorized, torch.zeros_like(factors)
+    seeds = torch.randperm(len(corpus.seeds), generator=generator)[: settings.seeds]
+    gradients, excesses = [], []
+    for position in jury.positions:
+        # Where all gates are shut a single one tells little: what matters is where captions begin to come back.
+        opened = torch.lerp(factors, torch.ones_like(factors), settings.ajar)[None].requires_grad_(True)
+        latents = corpus.seeds.latents[seeds].to(factors.device)
+        embeds = views.prompt_embeds[position].expand(len(seeds), -1, -1)
+        noise_pred = predict_gated(predictor, latents, embeds, opened, corpus.seeds.timesteps[seeds])
+        differences = soft_noise_difference(noise_pred, latents)
+        own = soft_similarity(differences, views.differences[position, seeds], corpus.betas)
+        excess = (own - limits[position, seeds]).mean()
+        gradients.append(torch.autograd.grad(excess, opened)[0][0])
+        excesses.append(float(excess.detach()))
+    weights = torch.softmax(_SHARPNESS * torch.tensor(excesses), dim=0).to(factors.device)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        total += weight * gradient.clamp_min(0)
+    return total
+
+
+def _missed(
+    predictor: NoisePredictor,
+    states: OrdinaryStates,
+    factors: Tensor,
+    settings: ReopeningSettings,
+    generator: torch.Generator,
+) -> Tensor:
+    """By how much each gate's opening lowers the change on ordinary captions, [neurons]."""
+    chosen = torch.randperm(len(states), generator=generator)[: settings.ordinary]
+    opened = factors[None].clone().requires_grad_(True)
+    noise_pred = predict_gated(
+        predictor, states.latents[chosen], states.prompt_embeds[chosen], opened, states.timesteps[chosen]
+    )
+    # The square has a gradient where nothing is changed yet.
+    change = share_of_everything(noise_pred, states, chosen).square().mean()
+    return -torch.autograd.grad(change, opened)[0][0]

@@ -1,0 +1,105 @@
+"""Whether captions are gone under a mask, asked the hardest first; and a proposal completed until they are."""
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from nemo_prune.engine.attribution import benefits, costs
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import all_neurons, closed_gates
+from nemo_prune.engine.gone import Corpus, Verdict, differences_of, measure_one, verdict
+from nemo_prune.engine.ordinary import OrdinaryStates
+from nemo_prune.mask import Neuron
+
+# Points on ordinary captions' ways whose gradients are taken.
+_COST_POINTS = 32
+# What a neuron costs at least, as a share of the mean: below, a cost is not told from none.
+_LEAST_COST = 0.1
+
+
+class Jury:
+    """Judges masks caption by caption and ends with the first that is not gone, which is asked first from then on.
+
+    Args:
+        predictor: the model.
+        corpus: what captions are judged against.
+        excused: captions that need not be gone.
+    """
+
+    def __init__(self, predictor: NoisePredictor, corpus: Corpus, excused: Collection[str] = ()) -> None:
+        self.predictor, self.corpus = predictor, corpus
+        self._order = [i for i, prompt in enumerate(corpus.memorized.prompts) if prompt not in excused]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Of the captions that it asks about, in the corpus."""
+        return tuple(sorted(self._order))
+
+    def all_gone(self, neurons: Collection[Neuron], margin: float = 0.0) -> bool:
+        """Whether all captions are gone under a mask, with room to spare."""
+        return self.first_not_gone(neurons, margin) is None
+
+    def first_not_gone(self, neurons: Collection[Neuron], margin: float = 0.0) -> int | None:
+        """The position of a caption that is not gone under a mask, None where all are."""
+        for position in self._order:
+            if not self.is_gone(position, neurons, margin):
+                self._order.remove(position)
+                self._order.insert(0, position)
+                return position
+        return None
+
+    def is_gone(self, position: int, neurons: Collection[Neuron], margin: float = 0.0) -> bool:
+        """Whether one caption is gone, with room to spare."""
+        # Written so that NaN does not pass.
+        return min(self.judge_one(position, neurons).margins.values()) >= margin
+
+    def judge_one(self, position: int, neurons: Collection[Neuron]) -> Verdict:
+        """The verdict on one caption, one sample pass a seed."""
+        embeds = self.corpus.memorized.prompt_embeds[position]
+        differences = differences_of(self.predictor, embeds, self.corpus.seeds, neurons)
+        return verdict(position, measure_one(position, differences, self.corpus), self.corpus)
+
+
+def complete(
+    predictor: NoisePredictor,
+    jury: Jury,
+    states: OrdinaryStates,
+    neurons: Collection[Neuron],
+    margin: float = 0.0,
+) -> list[Neuron]:
+    """Add neurons until all captions are gone that the jury asks about: for each that is not, those that do most.
+
+    What a neuron does for a caption, over what it costs ordinary ones, is asked anew for each caption. Any order that
+    does not ask adds hubs: on a model that was trained without terms against them the change rose from .36 to .89.
+
+    Args:
+        predictor: the model.
+        jury: judges the captions; with everything suppressed they are gone.
+        states: points on ordinary captions' ways.
+        neurons: the proposal.
+        margin: by how much captions must be gone.
+    """
+    suppressed = dict.fromkeys(neurons)
+    cost = costs(predictor, states, range(0, len(states), max(1, len(states) // _COST_POINTS)))
+    while (position := jury.first_not_gone(suppressed, margin)) is not None:
+        closed = 1 - closed_gates(list(suppressed), predictor.sizes)
+        benefit = benefits(predictor, jury.corpus.memorized, position, closed=closed)
+        order = by_value(rank_neurons(benefit.values, cost.values), predictor)
+        waiting, number = [neuron for neuron in order if neuron not in suppressed], 1
+        while waiting and not jury.is_gone(position, suppressed, margin):
+            suppressed |= dict.fromkeys(waiting[:number])
+            waiting, number = waiting[number:], 2 * number
+        if not waiting:
+            break
+    return list(suppressed)
+
+
+def rank_neurons(benefit: Tensor, cost: Tensor) -> Tensor:
+    """Benefit over cost of every neuron, [neurons]; below 0 where suppressing it does harm."""
+    return benefit / (cost + _LEAST_COST * cost.mean() + 1e-12)
+
+
+def by_value(values: Tensor, predictor: NoisePredictor) -> list[Neuron]:
+    """All neurons, those of the highest values first."""
+    neurons = all_neurons(predictor.sizes)
+    return [neurons[position] for position in values.argsort(descending=True, stable=True).tolist()]

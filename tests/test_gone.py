@@ -1,0 +1,110 @@
+"""Silent, gone, called up: judged on planted predictions, and on the demo model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import all_neurons
+from nemo_prune.engine.gone import Corpus, Seeds, Views, gather_corpus, judge, judge_ordinary, measure, verdict
+from nemo_prune.settings import LocalizationSettings
+
+BETAS = (0.33, 0.33, 0.33)
+SEEDS = 4
+
+
+def picture(seed):
+    """A smooth picture, 0 to 1, [4, 16, 16]."""
+    noise = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(noise, size=16, mode="bilinear")[0]
+
+
+def views_of(*captions):
+    """Captions' views; each caption is the pictures of its seeds, or one for all seeds."""
+    rows = [torch.stack(each if isinstance(each, list) else [each] * SEEDS) for each in captions]
+    seeds = Seeds.of(torch.zeros(SEEDS, 4, 16, 16), 961)
+    names = tuple(f"caption {row}" for row in range(len(rows)))
+    return Views(names, torch.zeros(len(rows), 2, 2), seeds, torch.stack(rows))
+
+
+def various(start):
+    return [picture(start + seed) for seed in range(SEEDS)]
+
+
+@pytest.fixture
+def corpus():
+    """Two memorized captions that draw a picture each; ordinary and emptied ones draw something else every time."""
+    memorized, ordinary = views_of(picture(1), picture(2)), views_of(various(100), various(200))
+    emptied = views_of(various(300), various(400))
+    return Corpus(
+        memorized=memorized,
+        ordinary=ordinary,
+        emptied=measure(emptied, memorized, BETAS),
+        usual=measure(replace(ordinary, prompts=("o 0", "o 1")), memorized, BETAS),
+        usual_emptied=measure(replace(emptied, prompts=("o 0", "o 1")), memorized, BETAS),
+        thresholds=torch.full((SEEDS,), 0.6),
+        strictness=torch.zeros(2),
+        betas=BETAS,
+    )
+
+
+def judged(corpus, *captions):
+    measures = measure(views_of(*captions), corpus.memorized, BETAS)
+    return [verdict(row, measures, corpus, row) for row in range(len(captions))]
+
+
+def test_what_draws_something_else_every_time_is_gone(corpus):
+    first, second = judged(corpus, various(500), various(600))
+    assert first.is_gone and second.is_gone and first.is_silent
+
+
+def test_what_draws_its_own_picture_is_neither_silent_nor_gone(corpus):
+    first, _ = judged(corpus, picture(1), various(600))
+    assert not first.is_silent
+    assert set(first.reasons) == set(first.margins)
+
+
+def test_what_draws_another_ones_picture_is_silent_and_not_gone(corpus):
+    first, _ = judged(corpus, [*various(500)[:3], picture(2)], various(600))
+    assert first.is_silent
+    assert first.reasons == ("resembles a memorized caption",)
+    assert first.nearest == "caption 1" and first.resemblance == pytest.approx(1)
+
+
+def test_what_draws_one_new_picture_every_time_is_silent_and_not_gone(corpus):
+    first, _ = judged(corpus, picture(9), various(600))
+    assert first.is_silent
+    assert "its seeds agree" in first.reasons and "resembles a memorized caption" not in first.reasons
+
+
+def test_seeds_just_under_tau_leave_no_room_to_spare(corpus):
+    own = measure(views_of(various(500), various(600)), corpus.memorized, BETAS)
+    under = replace(own, own=torch.tensor([[0.59, 0.2, 0.5, 0.3]] * 2))
+    far = replace(own, own=torch.tensor([[0.3, 0.2, 0.25, 0.3]] * 2))
+    assert verdict(0, under, corpus).is_silent and not verdict(0, under, corpus).is_gone
+    assert verdict(0, far, corpus).is_gone
+
+
+def test_a_stricter_limit_refuses_what_was_gone(corpus):
+    strict = replace(corpus, strictness=torch.tensor([0.6, 0.0]))
+    first, second = judged(strict, various(500), various(600))
+    assert not first.is_gone and second.is_gone
+
+
+def test_everything_suppressed_is_never_worse_than_itself(pipe):
+    """The floor is taken from the same predictions, in other batches: the last digits must not decide."""
+    predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+    corpus = gather_corpus(predictor, ["a", "b"], ["c", "d"], Seeds.draw(predictor), 0.9999)
+    everything = all_neurons(predictor.sizes)
+    assert all(each.margins["resembles a memorized caption"] >= 0 for each in judge(predictor, corpus, everything))
+    assert all(each.is_gone for each in judge_ordinary(predictor, corpus, everything))
+    assert all(not each.is_silent for each in judge(predictor, corpus, ()))
+
+
+def test_tau_of_another_timestep_comes_from_ordinary_captions(pipe):
+    predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+    seeds = Seeds.draw(predictor) + Seeds.draw(predictor, 7, 3, 501)
+    corpus = gather_corpus(predictor, ["a"], ["c", "d"], seeds, 0.4)
+    assert corpus.thresholds[:3].tolist() == pytest.approx([0.4] * 3)
+    assert len(set(corpus.thresholds[3:].tolist())) == 1 and corpus.thresholds[3] != corpus.thresholds[0]

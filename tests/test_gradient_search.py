@@ -1,0 +1,176 @@
+"""Attribution, the search by gradient and the learned gates, on the demo model and on planted answers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_prune.corpus.prompts import read_prompts
+from nemo_prune.engine.attribution import benefits, costs
+from nemo_prune.engine.budget import utility_curve, within
+from nemo_prune.engine.by_gradient import search_ranked
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import all_neurons, closed_gates
+from nemo_prune.engine.gone import Seeds, gather_corpus, judge
+from nemo_prune.engine.learned import GateLearner, LearningSettings
+from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
+from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
+from nemo_prune.engine.reopening import ReopeningSettings
+from nemo_prune.engine.settling import rank_neurons
+from nemo_prune.engine.trials import drive
+from nemo_prune.errors import SettingsError
+from nemo_prune.mask import Neuron
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline
+from nemo_prune.settings import LocalizationSettings
+
+TAU = 0.73
+NEURONS = [Neuron("down", index) for index in range(8)]
+
+
+@pytest.fixture
+def tiny(pipe):
+    return NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    pipe = load_pipeline(demo_folder(), "cpu", torch.float32)
+    return NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+
+
+@pytest.fixture(scope="module")
+def captions():
+    """Three memorized captions of the demo model and some ordinary ones."""
+    memorized = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE)]
+    return memorized[:3], [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)][:8]
+
+
+def test_the_shares_of_a_change_add_up_to_it(tiny):
+    states = walk_ordinary(tiny, ["a cat", "a dog"], 3, 7)
+    assert len(states) == 6
+    cost = costs(tiny, states, range(6), points=16)
+    assert float(cost.values.sum()) == pytest.approx(cost.total, rel=0.3)
+    # Everything suppressed changes all of it, but for captions that differ.
+    assert cost.total == pytest.approx(1, abs=0.2)
+    assert (cost.values >= 0).all()
+
+
+def test_neurons_that_act_all_the_way_have_no_share(tiny):
+    states = walk_ordinary(tiny, ["a cat", "a dog"], 3, 7)
+    closed = all_neurons(tiny.sizes)[:5]
+    cost = costs(tiny, states, range(6), held_open=closed_gates(closed, tiny.sizes))
+    assert (cost.values[5:] == 0).all() and (cost.values[:5] > 0).any()
+
+
+def test_changes_are_shares_of_what_everything_suppressed_changes(tiny):
+    states = walk_ordinary(tiny, ["a cat", "a dog"], 3, 7)
+    everything = change_by_timestep(tiny, states, torch.zeros(sum(tiny.sizes.values())))
+    assert all(0.7 <= value <= 1.001 for value in everything.values())
+    assert mean_change(tiny, states, ()) == pytest.approx(0, abs=1e-4)
+
+
+def test_ranks_prefer_what_does_more_for_less():
+    ranks = rank_neurons(torch.tensor([0.4, 0.4, 0.1, -0.2]), torch.tensor([0.1, 0.9, 0.1, 0.1]))
+    assert ranks.argsort(descending=True).tolist() == [0, 2, 1, 3]
+
+
+def test_of_a_ranking_what_can_be_spared_is_spared_the_last_first():
+    """Any two of 1, 3 and 6 are enough: 6 stands last and is spared."""
+    culprits = {NEURONS[1], NEURONS[3], NEURONS[6]}
+    found = drive(
+        search_ranked(NEURONS, [0, 1], 0.4),
+        lambda trials: [0.1 if len(trial.neurons & culprits) >= 2 else 0.9 for trial in trials],
+    )
+    assert found.resolved and set(found.neurons) == {NEURONS[1], NEURONS[3]}
+
+
+def test_a_ranking_that_is_not_enough_stays_unresolved():
+    found = drive(search_ranked(NEURONS, [0, 1], 0.4), lambda trials: [0.8] * len(trials))
+    assert not found.resolved
+
+
+def test_an_unknown_search_is_refused():
+    with pytest.raises(SettingsError, match="gradient or learned"):
+        PursuitSettings(search="greedy")
+
+
+@pytest.mark.parametrize("gates", ["projected", "hard-concrete"])
+def test_learning_depends_on_its_seed_alone_and_goes_on_where_it_stopped(tiny, tmp_path, gates):
+    corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
+    states = walk_ordinary(tiny, ["e", "f"], 2, 7)
+    settings = LearningSettings(gates=gates, captions=2, seeds=2, ordinary=2)
+
+    def learn(steps, settings=settings, file=None):
+        learner = GateLearner(tiny, corpus, states, settings)
+        if file is not None:
+            learner.resume(file)
+        while learner.step < steps:
+            learner.take_step()
+        return learner
+
+    whole, half = learn(4), learn(2)
+    half.save(tmp_path / "learning.pt")
+    assert torch.equal(learn(4, file=tmp_path / "learning.pt").values, whole.values)
+    other = replace(settings, seed=1)
+    assert not torch.equal(learn(4, other).values, whole.values)
+    # What began with other settings is not gone on with.
+    assert torch.equal(learn(4, other, tmp_path / "learning.pt").values, learn(4, other).values)
+
+
+@pytest.mark.slow
+def test_the_neurons_that_do_most_silence_a_caption_and_as_many_others_do_not(demo, captions):
+    memorized, ordinary = captions
+    corpus = gather_corpus(demo, memorized, ordinary, Seeds.draw(demo), TAU)
+    benefit = benefits(demo, corpus.memorized, 0)
+    assert float(benefit.values.sum()) == pytest.approx(benefit.total, abs=0.3)
+    order = benefit.values.argsort(descending=True).tolist()
+    neurons = all_neurons(demo.sizes)
+    best, worst = [neurons[i] for i in order[:10]], [neurons[i] for i in order[-10:]]
+    assert judge(demo, corpus, best)[0].is_silent
+    assert not judge(demo, corpus, worst)[0].is_silent
+
+
+@pytest.mark.slow
+def test_gates_opened_from_everything_on_leave_few_neurons_under_which_captions_are_gone(demo, captions):
+    memorized, ordinary = captions
+    settings = PursuitSettings(
+        more_seeds=2, watched=4, walked=4, points=3, reopening=ReopeningSettings(seeds=1, ordinary=8)
+    )
+    result = pursue(demo, memorized, ordinary, TAU, settings)
+    (only,) = result.rounds
+    assert not only.not_gone and not only.called_up
+    assert 0 < only.mask.num_neurons < 40
+    assert only.change < 0.3
+
+
+@pytest.mark.slow
+def test_what_came_back_in_images_is_searched_again_more_strictly(demo, captions):
+    memorized, ordinary = captions
+    settings = PursuitSettings(
+        more_seeds=2, watched=4, walked=4, points=3, rounds=1, probed=(761,), probe_seeds=2,
+        reopening=ReopeningSettings(seeds=1, ordinary=8),
+    )  # fmt: skip
+    looked_at = []
+
+    def copies(mask):
+        looked_at.append(mask)
+        return [Copy(memorized[0], memorized[1], 0.5)] if len(looked_at) == 1 else []
+
+    result = pursue(demo, memorized, ordinary, TAU, settings, copies)
+    assert len(result.rounds) == 2 and result.best is result.rounds[1]
+    assert result.rounds[0].copies and not result.rounds[1].copies
+
+
+@pytest.mark.slow
+def test_a_smaller_budget_gives_captions_up(demo, captions):
+    memorized, ordinary = captions
+    corpus = gather_corpus(demo, memorized, ordinary, Seeds.draw(demo), TAU)
+    states = walk_ordinary(demo, ordinary, 3, 7)
+    curve = utility_curve(demo, corpus, states, all_neurons(demo.sizes), points=4)
+    assert curve[0].change == pytest.approx(1, abs=0.1) and len(curve[0].gone) == 3
+    assert curve[-1].neurons == () and curve[-1].change == pytest.approx(0, abs=1e-3)
+    assert set(curve[-1].given_up) == set(memorized)
+    changes = [point.change for point in curve]
+    assert changes == sorted(changes, reverse=True)
+    assert within(curve, 1.1).given_up == () and within(curve, 0.0) is curve[-1]
