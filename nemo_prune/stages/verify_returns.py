@@ -21,7 +21,7 @@ _MOST_RECALLED = 12
 
 
 def measure_captions(bench: Bench) -> list[CaptionReplication]:
-    """Memorized captions by both models, on fresh seeds; this part is never left out, for the others need its images."""
+    """Memorized captions by both models, on fresh seeds; this part is never left out."""
     if "replication" not in bench.parts:
         bench.parts.insert(0, "replication")
     with bench.part("replication") as (allowance, ledger, advance):
@@ -32,7 +32,7 @@ def measure_captions(bench: Bench) -> list[CaptionReplication]:
 
 
 def measure_attacks(bench: Bench) -> list[AttackRun]:
-    """Attacks on the text embedding, as many as can be afforded; the base and pictures never trained on are controls."""
+    """Attacks on the text embedding, as many as can be afforded, with their controls."""
     with bench.part("attack") as given:
         if given is None:
             return []
