@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_tokenizer
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
 from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.images import ImageFolder
@@ -15,7 +16,7 @@ from nemo_prune.proof.attack import AttackRun, AttackSettings, attack, summarize
 from nemo_prune.proof.changed_rows import changed_rows
 from nemo_prune.proof.copies import StructuralSimilarity
 from nemo_prune.proof.drawing import Drawing, Gallery, draw, drawn_images, image_latents, quick_latents, seeded_latents
-from nemo_prune.proof.image_networks import distances, image_features
+from nemo_prune.proof.image_networks import Alignment, distances, image_features
 from nemo_prune.proof.membership import PictureLoss, area_under_curve, picture_loss
 from nemo_prune.proof.passes import Ledger, PassCounter
 from nemo_prune.proof.recall_matrix import RecallMatrix, RecallRow, recall_row
@@ -257,6 +258,23 @@ def test_distances_are_small_for_the_same_pictures_and_larger_for_others(tmp_pat
     assert other["KID"] > itself["KID"] and distances(ours[:3], theirs) is None
     with pytest.raises(SettingsError, match="does not describe images"):
         image_features(tmp_path / "missing.pt", [picture(1)])
+
+
+def test_alignment_is_the_cosine_of_clips_towers(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path / "characters")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(tmp_path / "clip")
+    clip = Alignment(tmp_path / "clip")
+    values = clip("a cat", [picture(1), picture(2), picture(1)])
+    assert len(values) == 3 and all(-1 <= value <= 1 for value in values)
+    assert values[0] == pytest.approx(values[2], abs=1e-6) and values[0] != values[1]
+    with pytest.raises(SettingsError, match="holds no CLIP model"):
+        Alignment(tmp_path)
 
 
 # --- regrowth and roots ---

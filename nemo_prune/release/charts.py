@@ -51,8 +51,8 @@ def lines(
             axes.plot(x, values, _style(label), label=label, color=colour, marker="o", markersize=3)
         if cut is not None:
             axes.axhline(cut, color=_INK, linestyle="--", linewidth=0.8)
-        axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.set_ylim(bottom=min(0, *(value for values in series.values() for value in values)))
+        _legend(axes)
 
     return _drawn(name, labels, fill)
 
@@ -84,7 +84,7 @@ def distributions(name: str, groups: Mapping[str, Sequence[float]], label: str, 
             axes.hist(group, bins=24, range=(low, high), weights=weights, label=label, color=colour, alpha=0.6)
         if cut is not None:
             axes.axvline(cut, color=_INK, linestyle="--", linewidth=0.8)
-        axes.legend()
+        _legend(axes)
 
     return _drawn(name, (label, "share"), fill)
 
@@ -94,6 +94,11 @@ def _colours(names: Iterable[str]) -> list[str]:
     # A curve of one model and some sort of target begins with the model's name.
     found = [_MODELS.get(name.split(", ")[0]) for name in names]
     return [colour or next(others) for colour in found]
+
+
+def _legend(axes: Axes) -> None:
+    """Above the chart, where it covers nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def _style(name: str) -> str:
