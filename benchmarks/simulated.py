@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -277,8 +277,13 @@ class SimulatedScorer:
 
 def _fraction(text: str, seed: int, neurons: frozenset[Neuron]) -> float:
     """A number in 0..1 that a set and a seed always give."""
-    digest = blake2b(f"{text} {seed} {len(neurons)} {sum(map(_number, neurons))}".encode(), digest_size=4)
+    digest = blake2b(f"{text} {seed} {len(neurons)} {_number_of_set(neurons)}".encode(), digest_size=4)
     return int.from_bytes(digest.digest()) / 2**32
+
+
+@lru_cache(maxsize=64)
+def _number_of_set(neurons: frozenset[Neuron]) -> int:
+    return sum(map(_number, neurons))
 
 
 _PLACES = {layer: place for place, layer in enumerate(SD_V1_LAYERS)}

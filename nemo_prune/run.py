@@ -81,7 +81,7 @@ def prune_model(
         training_images = open_training_images(corpus.prompts)
         session = LocalSession(source, plan.model, plan.settings)
         work = _open_work(session, corpus, ordinary, plan)
-        _tell_a_long_run(session, corpus, plan, timed)
+        _tell_a_long_run(session, corpus, ordinary, plan, work, timed)
     localizer = _calibrated(session, ordinary, plan, work, timed)
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
@@ -262,8 +262,12 @@ def _identity(
     }
 
 
-def _tell_a_long_run(session: LocalSession, corpus: Corpus, plan: Plan, listener: Listener) -> None:
-    estimate = estimate_run(session.predictor, len(corpus.prompts), plan.verification)
+def _tell_a_long_run(
+    session: LocalSession, corpus: Corpus, ordinary: OrdinaryCaptions, plan: Plan, work: WorkFolder, listener: Listener
+) -> None:
+    is_calibrated = plan.calibration or ordinary.published or work.calibration.exists()
+    num_ordinary = 0 if is_calibrated else len(ordinary.texts)
+    estimate = estimate_run(session.predictor, len(corpus.prompts), num_ordinary, plan)
     if estimate.is_long:
         listener.say(estimate.described(len(corpus.prompts)))
 

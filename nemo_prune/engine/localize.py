@@ -308,7 +308,9 @@ def questions_of(
             trials = search.send(answers)
         except StopIteration as finished:
             return finished.value
-        answers = yield [(scored, trial._replace(neurons=trial.neurons | suppressed)) for trial in trials]
+        # One set for all seeds that are asked about it.
+        joined = {neurons: neurons | suppressed for neurons in {trial.neurons for trial in trials}}
+        answers = yield [(scored, trial._replace(neurons=joined[trial.neurons])) for trial in trials]
 
 
 def localization_of(finished: Finished[Detected, SearchResult]) -> PromptLocalization:

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -111,9 +111,13 @@ class Memo:
 
 def _key(scored: ScoredPrompt, trial: Trial) -> str:
     """A name for a question: prompt, seed, set, threshold, and whether all seeds are asked."""
-    neurons = sum(_number(neuron) for neuron in trial.neurons) % 2**64
     at_once = "*" if trial.at_once else ""
-    return f"{_digest(scored.prompt)} {trial.seed}{at_once} {neurons:x} {trial.threshold!r}"
+    return f"{_digest(scored.prompt)} {trial.seed}{at_once} {_number_of_set(trial.neurons):x} {trial.threshold!r}"
+
+
+@lru_cache(maxsize=64)
+def _number_of_set(neurons: frozenset[Neuron]) -> int:
+    return sum(map(_number, neurons)) % 2**64
 
 
 @cache

@@ -1,55 +1,68 @@
-"""How long a run will take, from its first passes."""
+"""How long a run will take: the passes of every stage, and what one takes here."""
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.settings import VerificationSettings
+from nemo_prune.progress import Stage
+from nemo_prune.settings import Plan
 
-# What finding the neurons of a memorized prompt takes beyond its detection where 675 candidates are tried and
-# 21 needed, the paper's median of template prompts of SD v1-4 (benchmarks/full_size.py counts it).
-_MOST_TRIALS = 181
+# Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
+# on a model of SD v1-4's memorized prompts (benchmarks/full_run.py). In between they are taken to follow a power.
+_NEURONS = (704, 5760)
+_LOCALIZATION = {"incremental": (0.0, 0.0), "union": (0.0, 0.0)}
+_MERGING = {"incremental": (0.0, 0.0), "union": (0.0, 0.0)}
+_WEIGHING_PROMPTS = 5
+_COST_PASSES = 10
 _LONG_BATCH_S = 10
 _MINUTE, _HOUR = 60, 3600
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """How long a run will take, in seconds.
+    """How long a run will take.
 
     Attributes:
-        a_pass: one latent through the U-Net once, in a full batch.
-        localization: for all prompts: at least, if none of them is memorized, and at most, if all are and
-            need as many neurons as the template prompts of SD v1-4 do.
-        images: drawing what is compared before and after.
+        a_pass: seconds that one latent takes through the U-Net once, in a full batch.
+        passes: stage -> sample passes at least, if no prompt is memorized, and at most, if all are.
     """
 
     a_pass: float
-    localization: tuple[float, float]
-    images: float
+    passes: Mapping[Stage, tuple[float, float]]
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of all stages, at least and at most."""
+        fewest, most = (sum(each[end] for each in self.passes.values()) for end in (0, 1))
+        return fewest * self.a_pass, most * self.a_pass
 
     @property
     def is_long(self) -> bool:
         """Whether a user should be told before waiting for it."""
-        return sum(self.localization) / 2 + self.images > _HOUR / 2
+        return sum(self.seconds) / 2 > _HOUR / 2
 
     def described(self, num_prompts: int) -> str:
         """The estimate in words."""
-        fewest, most = map(duration, self.localization)
+        fewest, most = map(duration, self.seconds)
+        images = self.passes[Stage.IMAGES_BEFORE][1] + self.passes[Stage.IMAGES_AFTER][1]
         return (
-            f"A pass of the U-Net takes {self.a_pass:.2g} s here, so that {num_prompts} prompts will take {fewest} "
-            f"(none is memorized) to {most} (all are), the images {duration(self.images)}. The run goes on, and can be "
-            "stopped and taken up again; --limit N examines the first N prompts."
+            f"A pass of the U-Net takes {self.a_pass:.2g} s here, so that a run on {num_prompts} prompts will take "
+            f"{fewest} (none is memorized) to {most} (all are), of which the images take "
+            f"{duration(images * self.a_pass)}. The run goes on, and can be stopped and taken up again; --limit N "
+            "examines the first N prompts."
         )
 
 
-def estimate_run(predictor: NoisePredictor, num_prompts: int, verification: VerificationSettings) -> TimeEstimate:
+def estimate_run(predictor: NoisePredictor, num_prompts: int, num_ordinary: int, plan: Plan) -> TimeEstimate:
     """Measure the first passes and reckon how long a run will take.
 
     Args:
         predictor: the model.
-        num_prompts: prompts to localize.
-        verification: the images that are drawn.
+        num_prompts: prompts to examine.
+        num_ordinary: ordinary prompts that are yet to be calibrated on.
+        plan: what is to be done.
     """
     latents = predictor.initial_latents(num_samples=predictor.batch_size)
     prompt_embeds = predictor.encode([""]).expand(len(latents), -1, -1)
@@ -63,16 +76,40 @@ def estimate_run(predictor: NoisePredictor, num_prompts: int, verification: Veri
     # The first batch also pays for memory and compiled kernels, which matters only where it is short.
     if seconds < _LONG_BATCH_S:
         seconds = seconds_of_a_batch()
-    a_pass = seconds / len(latents)
-    detection = predictor.settings.num_samples
-    images = min(num_prompts, verification.max_prompts) * verification.images_per_prompt
-    # Guidance takes two passes a step, and every image is drawn before and after.
-    passes_for_images = images * verification.num_inference_steps * 2 * 2
-    return TimeEstimate(
-        a_pass=a_pass,
-        localization=(num_prompts * detection * a_pass, num_prompts * (detection + _MOST_TRIALS) * a_pass),
-        images=passes_for_images * a_pass,
-    )
+    num_neurons = sum(predictor.sizes.values())
+    return TimeEstimate(seconds / len(latents), passes_of_stages(num_neurons, num_prompts, num_ordinary, plan))
+
+
+def passes_of_stages(
+    num_neurons: int, num_prompts: int, num_ordinary: int, plan: Plan
+) -> dict[Stage, tuple[float, float]]:
+    """Sample passes of every stage, at least and at most.
+
+    Args:
+        num_neurons: that are searched.
+        num_prompts: prompts to examine.
+        num_ordinary: ordinary prompts that are yet to be calibrated on.
+        plan: what is to be done.
+    """
+    seeds, verification = plan.settings.num_samples, plan.verification
+    detection, calibration = num_prompts * seeds, num_ordinary * seeds
+    weighing = num_neurons * _WEIGHING_PROMPTS if plan.preserve else 0
+    searching, merging = (num_prompts * _between(num_neurons, each[plan.merge]) for each in (_LOCALIZATION, _MERGING))
+    cost = verification.cost_prompts * _COST_PASSES
+    # Guidance takes two passes a step.
+    an_image = verification.num_inference_steps * 2
+    ordinary = verification.ordinary_images * verification.images_per_prompt * an_image
+    memorized = min(num_prompts, verification.max_prompts) * verification.images_per_prompt * an_image
+    return {
+        Stage.CALIBRATE: (calibration, calibration),
+        Stage.WEIGH: (weighing, weighing),
+        Stage.LOCALIZE: (detection, detection + searching),
+        Stage.MERGE: (0, merging),
+        # Fresh latents with the mask and without, and of memorized prompts the kept seeds.
+        Stage.SCORE_AGAIN: (2 * detection + cost, 3 * detection + cost),
+        Stage.IMAGES_BEFORE: (ordinary, ordinary + memorized),
+        Stage.IMAGES_AFTER: (ordinary, ordinary + memorized),
+    }
 
 
 def duration(seconds: float) -> str:
@@ -81,3 +118,12 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.0f} seconds"
+
+
+def _between(num_neurons: int, passes: tuple[float, float]) -> float:
+    """Passes a prompt for a number of neurons, on the power law through the two that were counted."""
+    small, large = passes
+    if not small:
+        return 0.0
+    power = math.log(large / small) / math.log(_NEURONS[1] / _NEURONS[0])
+    return small * (num_neurons / _NEURONS[0]) ** power

@@ -1,0 +1,84 @@
+"""All stages with the weights on another device than the processor: no tensor is mixed with one that is not there."""
+
+import pytest
+import torch
+
+from elsewhere import DEVICE, Elsewhere, OnTheDevice, pipeline_elsewhere
+from nemo_prune.engine.calibration import calibrate
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.localize import Localizer, localize_prompts
+from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
+from nemo_prune.engine.preserve import neuron_costs
+from nemo_prune.engine.scorer import Scorer
+from nemo_prune.mask import Neuron, NeuronMask, Pruning
+from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
+from nemo_prune.proof.cost import noise_change
+from nemo_prune.proof.images import draw_images
+from nemo_prune.proof.scores import score_under_mask
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
+
+SETTINGS = LocalizationSettings(num_samples=4)
+TEXTS = ["a cat", "two dogs", "a zebra"]
+
+
+@pytest.fixture(scope="module")
+def there(pipe):
+    return pipeline_elsewhere(pipe)
+
+
+@pytest.fixture
+def on_the_device():
+    with OnTheDevice():
+        yield
+
+
+def localizer_of(pipe):
+    scorer = Scorer(NoisePredictor(pipe, SETTINGS))
+    calibration = calibrate(scorer, [f"thing number {i}" for i in range(50)])
+    # Some of the sets of these weights are enough, others are not.
+    return Localizer(scorer, calibration, 0.03, refine_unresolved=True)
+
+
+def test_the_device_refuses_what_is_not_on_it(on_the_device):
+    here, away = torch.ones(2), torch.ones(2).to(DEVICE)
+    assert away.device == DEVICE and isinstance(torch.zeros(2, device=DEVICE), Elsewhere)
+    with pytest.raises(RuntimeError, match="same device"):
+        here + away
+    assert type(away.cpu()) is torch.Tensor and (away + away).device == DEVICE
+
+
+def test_localization_merge_and_proof_find_what_they_find_on_the_processor(pipe, there, on_the_device):
+    found = {}
+    for name, each in (("here", pipe), ("there", there)):
+        localizer = localizer_of(each)
+        results = list(localize_incrementally(localizer, TEXTS))
+        settled = settle_mask(localizer, results)
+        mask = settled.mask if settled.mask.num_neurons else union_mask(results, localizer.scorer.predictor.sizes, True)
+        fresh = localizer.scorer.predictor.initial_latents(seed=9)
+        scores = score_under_mask(localizer, localizer.scorer, results, mask, fresh)
+        union = sorted((result.prompt, result.neurons) for result in localize_prompts(localizer, TEXTS))
+        found[name] = (mask.neurons, scores, union)
+    assert found["here"] == found["there"]
+    assert found["here"][0]
+
+
+def test_half_precision_and_its_reference_agree_on_the_device(pipe, there, on_the_device):
+    predictor = NoisePredictor(there, SETTINGS)
+    scorer = Scorer(predictor, NoisePredictor(there, SETTINGS), margin=2.0)
+    localizer = Localizer(scorer, localizer_of(pipe).calibration, 0.03)
+    assert list(localize_prompts(localizer, TEXTS[:1])) and scorer.rechecks.made
+
+
+def test_costs_images_and_the_check_of_an_export(there, on_the_device):
+    predictor = NoisePredictor(there, SETTINGS, batch_size=64)
+    mask = NeuronMask.from_neurons([Neuron(layer, 0) for layer in predictor.sizes], predictor.sizes)
+    assert noise_change(predictor, TEXTS, {"mask": mask})["mask"] > 0
+    assert len(neuron_costs(predictor, TEXTS[:1])) == sum(predictor.sizes.values())
+    verification = VerificationSettings(images_per_prompt=2, num_inference_steps=2, guidance_scale=3.0)
+    assert len(draw_images(there, "a cat", verification)) == 2
+    expected = SuppressedPredictions.of(there, SETTINGS, Pruning(mask), TEXTS[:1])
+    assert all(type(each) is torch.Tensor for each in expected.noise_preds)
+    pruned = pipeline_elsewhere(there)
+    for layer, rows in mask.layers.items():
+        pruned.unet.get_submodule(layer).weight.data[rows.nonzero().flatten().tolist()] = 0
+    check_pruned_equals_suppressed(expected, pruned)
