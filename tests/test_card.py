@@ -282,7 +282,8 @@ def test_the_record_refers_to_prompts_without_naming_them_or_a_number_of_their_o
     results = record["prompt_results"]
     assert [result["prompt"] for result in results] == sorted(found.references.values())
     assert results[0].keys() == {
-        "prompt", "status", "above_threshold_before", "above_threshold_after", "copies_before", "copies_after", "is_gone",
+        "prompt", "status", "above_threshold_before", "above_threshold_after", "copies_before", "copies_after",
+        "is_gone",
     }  # fmt: skip
     assert sum(result["status"] == "localized" for result in results) == record["prompts"]["localized"] == 7
     assert all(result["above_threshold_before"] and not result["above_threshold_after"] for result in results)
