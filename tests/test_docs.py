@@ -102,6 +102,7 @@ def test_the_example_in_the_packages_docstring_does_what_it_says(tmp_path, monke
     assert found.attempted and not found.failed
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_and_takes_only_public_names(tmp_path, monkeypatch, capsys):
     path = ROOT / "examples" / "quickstart.py"
     assert re.findall(r"^from (nemo_prune\S*)", path.read_text(encoding="utf-8"), re.MULTILINE) == ["nemo_prune"]

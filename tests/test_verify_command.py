@@ -40,6 +40,7 @@ def spread(options):
     return [part for item in options.items() for part in item]
 
 
+@pytest.mark.slow
 def test_any_two_models_are_judged_and_the_json_has_everything(models):
     result = verify(*spread(models), *FEW, "--json")
     assert result.exit_code == 0, result.output
@@ -62,6 +63,7 @@ def test_a_broken_limit_is_exit_code_1_and_a_kept_one_is_not(models):
     assert "Error:" not in broken.stderr
 
 
+@pytest.mark.slow
 def test_a_release_is_judged_beside_the_base_that_it_names(models, model_folder, tmp_path):
     options = {key: value for key, value in models.items() if key in ("--prompts", "--ordinary")}
     shutil.copytree(models["--candidate"], tmp_path / "out")
@@ -103,6 +105,7 @@ def test_what_is_wrong_is_named(models, changes, words):
     assert words in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_work_folder_of_other_models_and_a_folder_of_something_else_are_refused(models, model_folder, tmp_path):
     work, same = tmp_path / "work", {**models, "--candidate": model_folder}
     assert verify(*spread(models), *FEW, "--work", work).exit_code == 0
