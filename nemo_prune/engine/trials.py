@@ -18,6 +18,7 @@ class Why(Enum):
     SELECTION = "the first candidates that are enough"
     REFINEMENT = "what of them can be spared"
     ENOUGH = "whether all seeds agree that the rest is enough"
+    WAY = "whether the sets that were jumped over are enough too"
     NOTHING_TO_SPARE = "whether any single neuron of the rest can be spared"
     IN_TURN = "set by set, because scores are not monotone"
     TOGETHER = "all seeds at once, because one was too close to decide alone"
