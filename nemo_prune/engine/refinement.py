@@ -82,8 +82,8 @@ def refine(
         start: where the sweep begins.
         selection: the initial set and the limit.
         record: what is known.
-        check_way: whether the sets that runs jumped over are asked about at the end, on one seed; one that is refuted
-            shows in the record that scores are not monotone.
+        check_way: whether the sets that runs jumped over are asked about at the end, on the seed that is the nearest
+            to the limit; one that is refuted shows in the record that scores are not monotone.
     """
     limit, sweeps, went_back = selection.limit, [start], False
     while True:
@@ -108,7 +108,8 @@ def refine(
             for groups in range(1, len(before.pending) - len(after.pending))
             if before.without(groups) > frozenset(after.kept)
         ]
-        yield from record.ask([(each, record.seeds[0]) for each in jumped], limit)
+        hardest = record.highest_seed(sweeps[-1].without(0))
+        yield from record.ask([(each, hardest) for each in jumped], limit)
     neurons = sweeps[-1].kept
     spare = yield from spare_neurons(neurons, limit, record)
     return None if spare else neurons

@@ -162,6 +162,11 @@ class Record:
         bits = self._bits_of(neurons)
         return max(known[bits] for known in self._known.values() if bits in known)
 
+    def highest_seed(self, neurons: frozenset[Neuron]) -> Hashable:
+        """The seed whose known similarity under a set is the highest."""
+        bits = self._bits_of(neurons)
+        return max(self.seeds, key=lambda seed: self._known[seed].get(bits, -inf))
+
     def is_refuted(self, neurons: frozenset[Neuron], limit: Limit) -> Search[bool]:
         """Whether the seed that refuted last refutes this set too: one trial."""
         (similarity,) = yield from self.ask([(neurons, self.seeds[0])], limit)
