@@ -68,7 +68,8 @@ def measure(corpus: Sequence[SimulatedPrompt], merge: str, batch_size: int) -> d
         folder = Path(name)
         memo = Memo(None, LineLog(folder / "answers.jsonl", {}))
         calibration = Calibration(0.358, 0.07, 1.0, scorer.statistics)
-        localizer = Localizer(scorer, calibration, RELEASED_CODE_THRESHOLD, memo=memo)
+        # As a run does it.
+        localizer = Localizer(scorer, calibration, RELEASED_CODE_THRESHOLD, check_way=merge == "union", memo=memo)
         session, plan = _SimulatedSession(scorer), Plan(out=folder / "out", merge=merge)
         found = localize_for_a_mask(session, localizer, texts, merge, folder / "localizations.jsonl", ledger)
         mask, settled = merge_localizations(localizer, found, plan, ledger)

@@ -282,7 +282,9 @@ def _calibrated(
     threshold = plan.settings.threshold or calibration.threshold
     preserve = weigh_neurons(session, ordinary.texts, plan.preserve, work.costs, listener)
     memo = Memo(work.detected, LineLog(work.answers, {"threshold": threshold}))
-    return Localizer(session.scorer, calibration, threshold, preserve, plan.include_unresolved, memo)
+    # A union is the paper's: there its very sets are wanted.
+    exactly = plan.merge == "union"
+    return Localizer(session.scorer, calibration, threshold, preserve, plan.include_unresolved, exactly, memo)
 
 
 def _score_again(

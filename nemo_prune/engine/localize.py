@@ -87,6 +87,8 @@ class Localizer:
         threshold: tau.
         preserve: departs from the paper in favour of ordinary captions; None follows it.
         refine_unresolved: whether sets of unresolved prompts are wanted, and so refined.
+        check_way: whether the sets that a refinement jumps over are asked about too, see
+            :class:`~nemo_prune.engine.search.SearchOptions`.
         memo: what is known already.
     """
 
@@ -95,6 +97,7 @@ class Localizer:
     threshold: float
     preserve: Preserve | None = None
     refine_unresolved: bool = False
+    check_way: bool = False
     memo: Memo = field(default_factory=Memo)
 
     @property
@@ -299,6 +302,7 @@ def questions_of(
             widening=preserve.strength if preserve else 0.0,
             everything=localizer.everything - suppressed,
             refine_unresolved=localizer.refine_unresolved,
+            check_way=localizer.check_way,
             reach=localizer.reach,
         ),
     )

@@ -50,9 +50,9 @@ class _Running(Generic[Key, Result]):
 
 
 class Pool(Generic[Key, Result]):
-    """Searches that are driven together; each batch takes the questions of those first that asked most so far.
+    """Searches that are driven together; each batch takes those first that ask least at once.
 
-    They take the longest, and what is long must not be what is left at the end.
+    They have to wait the most often, and must not be what is left at the end; those that ask much fill the batch up.
 
     Args:
         answer: answers questions, as many at once as are given.
@@ -104,7 +104,7 @@ class Pool(Generic[Key, Result]):
 
     def _next_batch(self, batch_size: int) -> list[tuple["_Running[Key, Result]", int]]:
         taken: list[tuple[_Running[Key, Result], int]] = []
-        for running in sorted(self._running, key=lambda each: -each.sample_passes):
+        for running in sorted(self._running, key=lambda each: (len(each.waiting), -each.sample_passes)):
             while running.waiting and len(taken) < batch_size:
                 unit = _next_unit(running.asked, running.waiting)
                 if taken and len(taken) + len(unit) > batch_size:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log
 
 from nemo_prune.engine.selection import Candidates, Selection
@@ -68,12 +69,21 @@ def sweep_by_cost(neurons: Sequence[Neuron], costs: Mapping[Neuron, float]) -> S
     return Sweep(tuple(sorted(neurons, key=lambda neuron: -costs[neuron])), (), of_layers=True)
 
 
-def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[Neuron, ...] | None]:
+def refine(
+    start: Sweep, selection: Selection, record: Record, check_way: bool = False
+) -> Search[tuple[Neuron, ...] | None]:
     """The greedy sweep, with runs dropped at once; None where the result can't be proven.
 
     While the sweep goes on a set is refuted by one seed alone. What it ends with is tried on all. A
     seed that refutes it takes the sweep back to where this seed was still under the limit, and is
     the first to be asked from then on. If that is nowhere, the initial set was not enough.
+
+    Args:
+        start: where the sweep begins.
+        selection: the initial set and the limit.
+        record: what is known.
+        check_way: whether the sets that runs jumped over are asked about at the end, on the seed that is the nearest
+            to the limit; one that is refuted shows in the record that scores are not monotone.
     """
     limit, sweeps, went_back = selection.limit, [start], False
     while True:
@@ -90,6 +100,16 @@ def refine(start: Sweep, selection: Selection, record: Record) -> Search[tuple[N
             sweeps = yield from _still_unrefuted(sweeps, selection, record)
             if not sweeps or record.contradicts_monotonicity():
                 return None
+    if check_way:
+        record.why = Why.WAY
+        jumped = [
+            before.without(groups)
+            for before, after in pairwise(sweeps)
+            for groups in range(1, len(before.pending) - len(after.pending))
+            if before.without(groups) > frozenset(after.kept)
+        ]
+        hardest = record.highest_seed(sweeps[-1].without(0))
+        yield from record.ask([(each, hardest) for each in jumped], limit)
     neurons = sweeps[-1].kept
     spare = yield from spare_neurons(neurons, limit, record)
     return None if spare else neurons

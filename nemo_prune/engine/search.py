@@ -74,6 +74,8 @@ class SearchOptions:
             it, 0 to 1: the more candidates there are, the more of the costly ones can be spared.
         everything: all neurons of the layers; with them it is asked first whether they are enough.
         refine_unresolved: whether the set of an unresolved prompt is refined.
+        check_way: whether the refinement asks about the sets that it jumped over too, one trial each: what is not
+            monotone there would have led the released code elsewhere.
         reach: how far below the similarity over all seeds that of a seed alone may be, see
             :class:`~nemo_prune.engine.trials.Record`.
     """
@@ -82,6 +84,7 @@ class SearchOptions:
     widening: float = 0.0
     everything: frozenset[Neuron] = frozenset()
     refine_unresolved: bool = True
+    check_way: bool = False
     reach: float = 0.0
 
 
@@ -177,7 +180,8 @@ def _search_as_the_paper(
         selection = yield from select(schedule, record, threshold, wanted)
         if not selection.resolved and not wanted:
             return selection, (), False
-        neurons = yield from refine(sweep_by_layers(selection.step, layer_order), selection, record)
+        start = sweep_by_layers(selection.step, layer_order)
+        neurons = yield from refine(start, selection, record, options.check_way)
         monotone = not record.contradicts_monotonicity()
         rounds += 1
     fell_back = neurons is None or not monotone

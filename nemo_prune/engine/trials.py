@@ -18,6 +18,7 @@ class Why(Enum):
     SELECTION = "the first candidates that are enough"
     REFINEMENT = "what of them can be spared"
     ENOUGH = "whether all seeds agree that the rest is enough"
+    WAY = "whether the sets that were jumped over are enough too"
     NOTHING_TO_SPARE = "whether any single neuron of the rest can be spared"
     IN_TURN = "set by set, because scores are not monotone"
     TOGETHER = "all seeds at once, because one was too close to decide alone"
@@ -160,6 +161,11 @@ class Record:
         """The highest similarity of the seeds that were tried under a set."""
         bits = self._bits_of(neurons)
         return max(known[bits] for known in self._known.values() if bits in known)
+
+    def highest_seed(self, neurons: frozenset[Neuron]) -> Hashable:
+        """The seed whose known similarity under a set is the highest."""
+        bits = self._bits_of(neurons)
+        return max(self.seeds, key=lambda seed: self._known[seed].get(bits, -inf))
 
     def is_refuted(self, neurons: frozenset[Neuron], limit: Limit) -> Search[bool]:
         """Whether the seed that refuted last refutes this set too: one trial."""

@@ -94,5 +94,5 @@ def localize_for_a_mask(
 def _localize_chunk(
     session: LocalSession, texts: Sequence[str], calibration: Calibration, threshold: float, refine_unresolved: bool
 ) -> Iterator[PromptLocalization]:
-    localizer = Localizer(session.scorer, calibration, threshold, refine_unresolved=refine_unresolved)
+    localizer = Localizer(session.scorer, calibration, threshold, refine_unresolved=refine_unresolved, check_way=True)
     return localize_prompts(localizer, texts)

@@ -1,0 +1,92 @@
+"""A merged mask is settled: who comes back is localized again, nobody is tried twice, nothing is left to spare."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.simulated import SimulatedPrompt, SimulatedScorer
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.localize import Localizer
+from nemo_prune.engine.merge import localize_incrementally, settle_mask
+from nemo_prune.engine.released_code import RELEASED_CODE_THRESHOLD, SD_V1_LAYERS
+from nemo_prune.engine.trials import Why
+from nemo_prune.mask import Neuron
+
+LAYERS = list(SD_V1_LAYERS)
+A, B, X, Y = (Neuron(LAYERS[0], index) for index in (1, 2, 3, 4))
+SEEDS = (0, 3, 7)
+
+
+def prompt(text, needed, candidates=(), disturbing=(), lowest=0.2, of_everything=0.0):
+    """A prompt that its needed neurons silence, on three seeds."""
+    return SimulatedPrompt(
+        text=text,
+        resolved=lowest < RELEASED_CODE_THRESHOLD,
+        candidates=(*needed, *candidates),
+        needed=tuple(needed),
+        seeds=SEEDS,
+        weights={seed: dict.fromkeys(needed, 0.4) for seed in SEEDS},
+        lowest=dict.fromkeys(SEEDS, lowest),
+        disturbing=dict(disturbing),
+        of_everything=of_everything,
+        step=0,
+    )
+
+
+def settled(*corpus):
+    scorer = SimulatedScorer(corpus)
+    localizer = Localizer(scorer, Calibration(0.358, 0.07, 1.0, scorer.statistics), RELEASED_CODE_THRESHOLD)
+    found = list(localize_incrementally(localizer, [each.text for each in corpus]))
+    before = scorer.passes.copy()
+    return found, settle_mask(localizer, found), scorer.passes - before
+
+
+@pytest.fixture
+def comes_back():
+    """The second one's neuron wakes the first, unless another neuron, that it does not need alone, is suppressed."""
+    return prompt("first", [A], [X, Y], {B: (0.5, X)}), prompt("second", [B])
+
+
+def test_a_prompt_that_comes_back_is_localized_again_on_top(comes_back):
+    found, result, _ = settled(*comes_back)
+    assert [each.neurons for each in found] == [(A,), (B,)]
+    assert result.rounds == 1
+    assert set(result.mask.neurons) == {A, B, X}
+    first, second = result.localizations
+    assert set(first.neurons) == {A, X} and second.neurons == (B,)
+    # It counts what was done for it the second time too.
+    assert first.sample_passes > found[0].sample_passes and first.status == "localized"
+
+
+def test_without_what_wakes_it_nobody_comes_back(comes_back):
+    _, second = comes_back
+    _, result, passes = settled(prompt("first", [A], [X, Y]), second)
+    assert result.rounds == 0 and set(result.mask.neurons) == {A, B}
+    assert not passes[Why.SELECTION]
+
+
+def test_what_no_prompt_needs_is_dropped_and_what_one_needs_is_not():
+    corpus = [prompt("a", [A], [X]), prompt("b", [B], [Y])]
+    scorer = SimulatedScorer(corpus)
+    localizer = Localizer(scorer, Calibration(0.358, 0.07, 1.0, scorer.statistics), RELEASED_CODE_THRESHOLD)
+    first, second = localize_incrementally(localizer, ["a", "b"])
+    result = settle_mask(localizer, [replace(first, neurons=(X, A)), replace(second, neurons=(Y, B))])
+    assert set(result.mask.neurons) == {A, B} and result.num_dropped == 2
+    assert settle_mask(localizer, [first, second]).num_dropped == 0
+
+
+def test_what_even_everything_does_not_silence_is_named_and_never_tried_again():
+    lost, other = prompt("lost", [X], [Y], lowest=0.6), prompt("other", [B])
+    found, result, passes = settled(lost, other)
+    assert [each.status for each in result.localizations] == ["unresolved", "localized"]
+    assert found[0].beyond_reach and not found[0].neurons
+    assert result.rounds == 0 and not passes[Why.SELECTION] and not passes[Why.EVERYTHING]
+
+
+def test_an_unresolved_prompt_is_tried_once_under_a_mask():
+    # Everything together brings it under tau, its candidates do not; the mask does not grow by trying it.
+    hard = prompt("hard", [X], [Y], lowest=0.6, of_everything=0.4)
+    found, result, passes = settled(hard, prompt("other", [B]))
+    assert not found[0].beyond_reach and found[0].status == "unresolved"
+    assert result.rounds == 1 and result.localizations[0].status == "unresolved"
+    assert 0 < passes[Why.SELECTION] <= 16 + len(SEEDS)
