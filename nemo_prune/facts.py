@@ -66,6 +66,8 @@ class PromptFacts(StatusCounts):
         not_monotone: prompts that were searched set by set.
         smallest_margin: the smallest distance of a deciding similarity from its threshold, to one digit.
         sample_passes: latents that went through the U-Net for the prompts.
+        beyond_reach: unresolved prompts that even everything suppressed does not silence.
+        with_spare: localized prompts of which a neuron could be spared alone; all others' sets are proven minimal.
     """
 
     memorized: int
@@ -75,6 +77,8 @@ class PromptFacts(StatusCounts):
     not_monotone: int
     smallest_margin: float | None
     sample_passes: int
+    beyond_reach: int = 0
+    with_spare: int = 0
 
 
 @dataclass(frozen=True)

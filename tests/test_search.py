@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nemo_prune.engine.search
-from nemo_prune.engine.search import search_neurons
+from nemo_prune.engine.search import SearchOptions, search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.engine.trials import drive
 from nemo_prune.mask import Neuron
@@ -39,9 +38,9 @@ def schedule_of(order, steps=4):
     return [Candidates(5 - 0.25 * k, k, tuple(order[:end])) for k, end in enumerate(ends)]
 
 
-def search(similarity, order=NEURONS, layer_order=LAYERS):
+def search(similarity, order=NEURONS, layer_order=LAYERS, options=SearchOptions()):
     scores = Scores(similarity)
-    return drive(search_neurons(schedule_of(order), SEEDS, TAU, layer_order), scores), scores
+    return drive(search_neurons(schedule_of(order), SEEDS, TAU, layer_order, options), scores), scores
 
 
 def plainly(similarity, order=NEURONS, layer_order=LAYERS):
@@ -144,7 +143,7 @@ def test_scores_that_are_not_monotone_are_noticed_and_searched_in_turn():
     assert outcome(result) == plainly(similarity)
 
 
-def trials_of_nearly_monotone_searches(corpora=range(30)):
+def trials_of_nearly_monotone_searches(options=SearchOptions(), corpora=range(30)):
     """Trials of those searches that fell back, which must end as the paper does.
 
     Weights add up, with a small error for each set and seed.
@@ -160,17 +159,16 @@ def trials_of_nearly_monotone_searches(corpora=range(30)):
             exact = 0.95 - sum(weight[neuron, seed] for neuron in neurons)
             return known.setdefault((neurons, seed), exact + random.uniform(-0.004, 0.004))
 
-        result, scores = search(similarity, many)
+        result, scores = search(similarity, many, options=options)
         if result.fell_back:
             trials.append(len(scores.asked))
             assert outcome(result) == plainly(similarity, many), number
     return trials
 
 
-def test_where_scores_are_nearly_monotone_a_search_in_turn_leaves_out_what_must_be_so(monkeypatch):
+def test_where_scores_are_nearly_monotone_a_search_in_turn_leaves_out_what_must_be_so():
     with_slack = trials_of_nearly_monotone_searches()
-    monkeypatch.setattr(nemo_prune.engine.search, "_SLACK", math.inf)
-    all_asked = trials_of_nearly_monotone_searches()
+    all_asked = trials_of_nearly_monotone_searches(SearchOptions(slack=math.inf))
     assert len(with_slack) == len(all_asked) >= 5
     assert sum(with_slack) < 0.9 * sum(all_asked)
 

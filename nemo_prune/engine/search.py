@@ -30,9 +30,6 @@ from nemo_prune.engine.selection import Candidates, Selection, first_unrefuted, 
 from nemo_prune.engine.trials import Limit, Record, Search, Why
 from nemo_prune.mask import Neuron
 
-# How much further from monotone than was seen scores may be, in a search set by set.
-_SLACK = 2.0
-
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -78,6 +75,7 @@ class SearchOptions:
             monotone there would have led the released code elsewhere.
         reach: how far below the similarity over all seeds that of a seed alone may be, see
             :class:`~nemo_prune.engine.trials.Record`.
+        slack: how many times further from monotone than was seen scores may be, in a search set by set.
     """
 
     costs: Mapping[Neuron, float] | None = None
@@ -86,6 +84,7 @@ class SearchOptions:
     refine_unresolved: bool = True
     check_way: bool = False
     reach: float = 0.0
+    slack: float = 2.0
 
 
 def search_neurons(
@@ -186,26 +185,30 @@ def _search_as_the_paper(
         rounds += 1
     fell_back = neurons is None or not monotone
     if fell_back:
-        selection, neurons = yield from _search_in_turn(schedule, record, threshold, layer_order, wanted)
+        selection, neurons = yield from _search_in_turn(schedule, record, threshold, layer_order, options)
     return selection, neurons, fell_back
 
 
 def _search_in_turn(
-    schedule: Sequence[Candidates], record: Record, threshold: float, layer_order: Sequence[str], wanted: bool
+    schedule: Sequence[Candidates],
+    record: Record,
+    threshold: float,
+    layer_order: Sequence[str],
+    options: SearchOptions,
 ) -> Search[tuple[Selection, tuple[Neuron, ...]]]:
     """The released code's procedure, set by set; a seed is asked unless it is known what it must answer.
 
-    It must answer what the trials so far leave no room for, if no score is further from monotone than twice
-    the furthest that was seen. Where a trial on the way is, all of it is decided again with more room.
+    It must answer what the trials so far leave no room for, if no score is further from monotone than the
+    furthest that was seen, times the slack. Where a trial on the way is, all of it is decided again with more room.
     """
-    record.slack = _SLACK * record.largest_violation()
+    record.slack = options.slack * record.largest_violation()
     while True:
         record.why = Why.IN_TURN
-        selection = yield from select_in_turn(schedule, record, threshold, wanted)
-        if not selection.resolved and not wanted:
+        selection = yield from select_in_turn(schedule, record, threshold, options.refine_unresolved)
+        if not selection.resolved and not options.refine_unresolved:
             return selection, ()
         neurons = yield from refine_in_turn(sweep_by_layers(selection.step, layer_order), selection.limit, record)
-        needed = _SLACK * record.largest_violation()
+        needed = options.slack * record.largest_violation()
         if needed <= record.slack:
             return selection, neurons
         record.slack = needed

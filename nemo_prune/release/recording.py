@@ -79,6 +79,8 @@ def prompt_facts(examined: Sequence[ExaminedPrompt], num_duplicates: int, unreso
         not_monotone=sum(each.fell_back for each in localizations),
         smallest_margin=float(f"{min(margins):.1g}") if margins else None,
         sample_passes=sum(each.sample_passes for each in localizations),
+        beyond_reach=sum(each.beyond_reach and each.status == "unresolved" for each in localizations),
+        with_spare=sum(bool(each.spare) for each in localizations),
     )
 
 
