@@ -195,6 +195,7 @@ def test_the_same_command_goes_on_from_the_work_folder_and_gives_the_same_bytes(
     assert json.loads((out / "nemo_prune.json").read_text())["prompt_results"] == record["prompt_results"]
 
 
+@pytest.mark.slow
 def test_a_torn_last_line_is_done_again(finished, arguments, tmp_path):
     out, _, _ = finished
     work = tmp_path / "work"
@@ -241,6 +242,7 @@ def test_a_run_that_is_killed_three_times_ends_as_an_undisturbed_one(finished, a
     assert result(out) == result(finished[0])
 
 
+@pytest.mark.slow
 def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_path, monkeypatch):
     """Scores under the mask and images, each stopped half way; the calibration in test_work.py."""
     out, _, _ = finished
@@ -284,6 +286,7 @@ def test_nothing_to_prune_says_so_exits_0_and_writes_no_model(arguments, tmp_pat
     assert (tmp_path / "out.work" / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_a_run_scales_the_rows_of_keys_and_values(arguments, tmp_path, model_folder):
     del arguments["--calibration"]
     changes = {"projections": "both", "scale": -0.3}
@@ -300,6 +303,7 @@ def test_a_run_scales_the_rows_of_keys_and_values(arguments, tmp_path, model_fol
     assert "multiplied by -0.3" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_single_file_with_all_else_in_a_folder_beside_it(finished, arguments, model_folder, tmp_path):
     out = tmp_path / "pruned.safetensors"
     result = run({**arguments, "--out": out}, "--include-unresolved", "--json")

@@ -131,6 +131,7 @@ def test_a_published_summary_is_coarse_and_has_no_figure_of_few_captions(gathere
     assert coarse.utility_loss == round(summary.utility_loss, 2) and coarse.base == summary.base
 
 
+@pytest.mark.slow
 def test_a_model_beside_itself_gives_back_the_same_and_has_lost_nothing(pipe, prompts, tmp_path):
     settings = replace(SETTINGS, parts=("replication", "utility", "roots"))
     summary = gather_evidence(pipe, pipe, prompts, ORDINARY, settings, tmp_path / "work").summary
@@ -161,6 +162,7 @@ def test_everything_is_resumed_and_nothing_is_measured_twice(gathered, pipe, can
     assert without_times(again) == without_times(evidence) and not passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "after"), [("replication", 2), ("attack", 1)])
 def test_a_stopped_gathering_ends_as_if_it_had_not_been_stopped(
     gathered, pipe, candidate, prompts, tmp_path, stage, after
@@ -173,6 +175,7 @@ def test_a_stopped_gathering_ends_as_if_it_had_not_been_stopped(
     assert without_times(resumed) == without_times(evidence)
 
 
+@pytest.mark.slow
 def test_other_weights_begin_anew_and_a_larger_budget_goes_on(gathered, pipe, candidate, prompts, tmp_path):
     evidence, folder, _ = gathered
     shutil.copytree(folder, tmp_path / "work")

@@ -174,6 +174,7 @@ def test_hidden_folders_and_cards_are_not_copied(model_folder, tmp_path):
     assert not any(".cache" in name for name in copied)
 
 
+@pytest.mark.slow
 def test_stock_diffusers_generates_from_the_export_without_our_package(model_folder, mask, tmp_path):
     export(model_folder, mask, tmp_path / "out")
     program = (

@@ -72,6 +72,7 @@ def test_a_merge_silences_what_it_resolves_with_fewer_neurons(ways):
     assert ways["incremental"]["statuses"]["localized"] >= ways["union"]["statuses"]["localized"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_one_object_and_nothing_else(table):
     command = [sys.executable, "-m", "benchmarks.full_run", "--table", str(table), "--prompts", "4", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

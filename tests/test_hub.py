@@ -83,6 +83,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_repos_and_masks_are_fetched_and_used_offline_afterwards_and_others_are_named_errors(
     hub, model_folder, tmp_path
 ):

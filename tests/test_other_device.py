@@ -51,6 +51,7 @@ def test_the_device_refuses_what_is_not_on_it(on_the_device):
     assert type(away.cpu()) is torch.Tensor and (away + away).device == DEVICE
 
 
+@pytest.mark.slow
 def test_localization_merge_and_proof_find_what_they_find_on_the_processor(pipe, there, calibration, on_the_device):
     found = {}
     for name, each in (("here", pipe), ("there", there)):

@@ -55,6 +55,7 @@ def test_any_two_models_are_judged_and_the_json_has_everything(models):
     assert "two ships" in result.stderr and "not available" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_limit_is_exit_code_1_and_a_kept_one_is_not(models):
     kept = verify(*spread(models), *FEW, "--max-replication", 1, "--max-utility-loss", 10)
     assert kept.exit_code == 0 and "Limit broken" not in kept.stdout and "memorized captions drawn" in kept.stdout
