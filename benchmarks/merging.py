@@ -170,7 +170,8 @@ class Comparison:
 
     def matched(self) -> NeuronMask:
         """The mask that the random one has as many neurons as."""
-        masks = [way.mask for name, way in self.found.items() if name != "unpruned" and way.mask is not None]
+        unmatched = ("unpruned", "random", "everything")
+        masks = [way.mask for name, way in self.found.items() if name not in unmatched and way.mask is not None]
         return (
             masks[-1]
             if masks

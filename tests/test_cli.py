@@ -29,6 +29,7 @@ from benchmarks.kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.cli import app
+from nemo_prune.progress import Stage
 from nemo_prune.stages.estimate import TimeEstimate
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -321,7 +322,7 @@ def test_a_run_writes_a_single_file_with_all_else_in_a_folder_beside_it(finished
 
 
 def test_a_run_that_will_take_long_says_so_and_goes_on(arguments, monkeypatch):
-    slow = TimeEstimate(a_pass=60.0, localization=(1e5, 1e6), images=1e5)
+    slow = TimeEstimate(60.0, dict.fromkeys(Stage, (0.0, 0.0)) | {Stage.LOCALIZE: (1680.0, 16_800.0)})
     monkeypatch.setattr(nemo_prune.run, "estimate_run", lambda *given: slow)
     result = run(arguments, "--json", threshold=0.999999)
     assert result.exit_code == 0 and "2 prompts will take 28 hours" in result.stderr
