@@ -43,7 +43,7 @@ def run(model_folder, tmp_path):
     def run(name="out"):
         plan = Plan(
             out=tmp_path / name,
-            settings=LocalizationSettings(num_samples=2, threshold=0.05),
+            settings=LocalizationSettings(num_samples=2, threshold=0.01),
             verification=VerificationSettings(
                 images_per_prompt=2, ordinary_images=1, cost_prompts=2, num_inference_steps=2
             ),
@@ -106,8 +106,8 @@ def test_a_run_finishes_where_every_large_batch_fails(run, monkeypatch):
     }
     assert run("short").num_neurons
     for name, tried in sizes.items():
-        # Guidance takes two samples an image.
-        assert max(tried) > 1 and min(tried) <= 2, name
+        # Images are decoded one by one from the start; guidance takes two samples an image.
+        assert (max(tried) > 1) == (name != "drawing") and min(tried) <= 2, name
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_where_nothing_fits_the_error_is_named_and_the_same_command_goes_on(run,
             run()
     assert not (tmp_path / "out").exists()
     assert run().num_neurons
-    facts = json.loads((tmp_path / "out" / "nemo_prune" / "record.json").read_text())
+    facts = json.loads((tmp_path / "out" / "nemo_prune.json").read_text())
     assert facts["export_verified"]
 
 
