@@ -153,23 +153,13 @@ def test_the_engine_finds_what_the_released_codes_procedure_finds_with_fewer_pas
 
 
 @pytest.mark.slow
-def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(localizer, calibration, tmp_path):
+def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(localizer, calibration):
     texts = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "VM"][:3]
     scorer, threshold = localizer.scorer, localizer.threshold
     sizes = scorer.predictor.sizes
     found = list(localize_incrementally(localizer, texts))
     assert [each.prompt for each in found] == texts
-    log = tmp_path / "needed.jsonl"
-    settled = settle_mask(localizer, found, log_file=log)
-    first, *lines = log.read_text().splitlines(keepends=True)
-    assert len(lines) == settled.mask.num_neurons + settled.num_dropped
-    # Stopped half way it goes on, and says the same; what is known is not tried again.
-    log.write_text(first + "".join(lines[: len(lines) // 2]))
-    assert settle_mask(localizer, found, log_file=log).mask.neurons == settled.mask.neurons
-    assert log.read_text() == first + "".join(lines)
-    before = scorer.sample_passes
-    settle_mask(localizer, found, log_file=log)
-    assert scorer.sample_passes - before == sum(10 + len(each.kept_seeds) for each in found)
+    settled = settle_mask(localizer, found)
     union = union_mask(list(localize_prompts(localizer, texts)), sizes)
     assert 0 < settled.mask.num_neurons <= union.num_neurons
     detected = [each for text in texts for each in detect(scorer, [text], threshold)]

@@ -313,7 +313,7 @@ def test_a_run_pushes_or_the_release_stands_and_the_error_says_the_command(hub, 
     (tmp_path / "prompts.txt").write_text("a cat\n")
     (tmp_path / "ordinary.txt").write_text("\n".join(f"thing {i}" for i in range(50)))
     command = ["--model", model_folder, "--prompts", tmp_path / "prompts.txt", "--calibration-prompts",
-               tmp_path / "ordinary.txt", "--num-samples", 2, "--threshold", 0.05, "--include-unresolved",
+               tmp_path / "ordinary.txt", "--num-samples", 2, "--threshold", 0.01, "--include-unresolved",
                "--work", tmp_path / "work", "--push-to", "me/run"]  # fmt: skip
     refused = pushing(*command, "--out", tmp_path / "out", "--json", command="run")
     facts = json.loads(refused.stdout)

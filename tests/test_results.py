@@ -91,7 +91,7 @@ def test_the_stages_alone_give_the_mask_of_the_run(model_folder, tmp_path):
     assert invoke("calibrate", *common, *ordinary, "--out", calibration).exit_code == 0
     for name in ("a", "b"):
         command = ["localize", *common, "--prompts", tmp_path / f"{name}.txt", "--calibration", calibration]
-        command += ["--threshold", "0.01"]
+        command += ["--threshold", "0.01", "--include-unresolved"]
         assert invoke(*command, "--work", tmp_path / name).exit_code == 0
     files = [tmp_path / name / "localizations.jsonl" for name in ("a", "b")]
     assert invoke("merge", *files, "--out", mask, "--include-unresolved").exit_code == 0
