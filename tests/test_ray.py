@@ -36,7 +36,9 @@ ORDINARY = OrdinaryCaptions(tuple(f"thing number {i}" for i in range(50)))
 
 
 def localize(session, work, listener=Listener()):
-    return localize_model(session, CORPUS, ORDINARY, LocalizationPlan(work, SETTINGS, ON_CPU, include_unresolved=True), listener)
+    return localize_model(
+        session, CORPUS, ORDINARY, LocalizationPlan(work, SETTINGS, ON_CPU, include_unresolved=True), listener
+    )
 
 
 def found_in(localizations):
