@@ -8,7 +8,7 @@ import torch
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import benefits, costs
 from nemo_prune.engine.budget import utility_curve, within
-from nemo_prune.engine.by_gradient import search_ranked
+from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import Seeds, gather_corpus, judge
@@ -16,6 +16,7 @@ from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.reopening import ReopeningSettings
+from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.settling import rank_neurons
 from nemo_prune.engine.trials import drive
 from nemo_prune.errors import SettingsError
@@ -174,3 +175,18 @@ def test_a_smaller_budget_gives_captions_up(demo, captions):
     changes = [point.change for point in curve]
     assert changes == sorted(changes, reverse=True)
     assert within(curve, 1.1).given_up == () and within(curve, 0.0) is curve[-1]
+
+
+def test_a_corpus_by_gradient_takes_memorized_captions_and_says_of_others_that_they_are_not(demo, captions):
+    memorized, ordinary = captions
+    scorer = Scorer(demo)
+    texts, cost = [ordinary[0], *memorized[:2]], torch.ones(sum(demo.sizes.values()))
+    highest = scorer.score_prompts(ordinary[:1])[0].memorization.values.max()
+    tau = max(TAU, float(highest) + 0.01)
+    found = list(localize_by_gradient(scorer, texts, tau, cost))
+    assert [each.prompt for each in found] == texts
+    assert [each.status for each in found] == ["not_memorized", "localized", "localized"]
+    suppressed = {neuron for each in found for neuron in each.neurons}
+    for text, each in zip(texts[1:], found[1:], strict=True):
+        (scored,) = scorer.score_prompts([text])
+        assert max(scorer.suppressed_similarities(scored, each.kept_seeds, suppressed)) <= tau

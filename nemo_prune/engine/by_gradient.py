@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_prune.engine.attribution import benefits
 from nemo_prune.engine.gates import closed_gates
 from nemo_prune.engine.gone import Seeds, Views
-from nemo_prune.engine.localize import Detected, PromptLocalization, detect
+from nemo_prune.engine.localize import Detected, PromptLocalization, detect, not_memorized
 from nemo_prune.engine.refinement import refine, refine_in_turn, sweep_by_cost
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.search import SearchResult
@@ -52,7 +52,7 @@ def localize_by_gradient(
     for done, prompt in enumerate(prompts, start=1):
         (detected,) = detect(scorer, [prompt], threshold)
         if not detected.kept_seeds:
-            yield detected.not_memorized()
+            yield not_memorized(detected)
         else:
             passes_before = scorer.sample_passes
             found = _search(scorer, detected, threshold, cost_values, suppressed)
