@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.oracle import refined
 from benchmarks.simulated import SimulatedPrompt, SimulatedScorer, read_prompts
 from nemo_prune.compute.session import Session
 from nemo_prune.engine.calibration import Calibration
@@ -125,17 +126,7 @@ def plainly(prompt: SimulatedPrompt, scorer: SimulatedScorer) -> tuple[bool, set
     step = next((step for step in schedule if score(step.neurons) <= tau), None)
     if step is None:
         return False, set()
-    layers = list(scorer.predictor.sizes)[::-1]
-    kept = sorted(step.neurons, key=lambda neuron: layers.index(neuron.layer))
-    for layer in layers:
-        others = [neuron for neuron in kept if neuron.layer != layer]
-        if len(others) < len(kept) and score(others) < tau:
-            kept = others
-    for neuron in list(kept):
-        others = [other for other in kept if other != neuron]
-        if score(others) < tau:
-            kept = others
-    return True, set(kept)
+    return True, set(refined(step.neurons, list(scorer.predictor.sizes)[::-1], tau, score))
 
 
 class _SimulatedSession(Session):

@@ -31,13 +31,14 @@ from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import all_neurons, closed_gates
-from nemo_prune.engine.gone import FRESH_SEED, Seeds, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.engine.ordinary import change_by_timestep, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
+from nemo_prune.engine.views import Seeds
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder
 from nemo_prune.models.known import DEMO

@@ -8,7 +8,7 @@ twice keeps its last place alone, and a channel without variation becomes 0 inst
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -93,16 +93,7 @@ class Oracle:
     def refine(self, embeds: Tensor, initial: list[Neuron], kept: list[int], limit: float) -> list[Neuron]:
         """Let go of layers, mid block first, then of neurons, as long as the score stays below the limit."""
         layers = list(self.predictor.layers)[::-1]
-        remaining = sorted(initial, key=lambda neuron: layers.index(neuron.layer))
-        for layer in layers:
-            others = [neuron for neuron in remaining if neuron.layer != layer]
-            if others and len(others) < len(remaining) and self.score(embeds, others, kept) < limit:
-                remaining = others
-        for neuron in list(remaining):
-            others = [other for other in remaining if other != neuron]
-            if others and self.score(embeds, others, kept) < limit:
-                remaining = others
-        return remaining
+        return refined(initial, layers, limit, lambda neurons: self.score(embeds, neurons, kept))
 
     def score(self, embeds: Tensor, neurons: Collection[Neuron], kept: list[int]) -> float:
         """The highest similarity with and without the neurons over the kept seeds: 2 S passes."""
@@ -115,6 +106,29 @@ class Oracle:
         mask = NeuronMask.from_neurons(neurons, self.predictor.sizes)
         noise_pred = self.predictor.predict_noise(self.latents, embeds, [mask])[0]
         return noise_difference(noise_pred, self.latents.to(noise_pred.device))
+
+
+def refined(
+    initial: Collection[Neuron], layers: Sequence[str], limit: float, score: Callable[[list[Neuron]], float]
+) -> list[Neuron]:
+    """What remains when layers, then neurons, are let go of as long as the score stays below the limit (Alg. 4).
+
+    Args:
+        initial: the initial set.
+        layers: in the order of the tests.
+        limit: what scores must stay below.
+        score: of a set that is not empty.
+    """
+    remaining = sorted(initial, key=lambda neuron: layers.index(neuron.layer))
+    for layer in layers:
+        others = [neuron for neuron in remaining if neuron.layer != layer]
+        if others and len(others) < len(remaining) and score(others) < limit:
+            remaining = others
+    for neuron in list(remaining):
+        others = [other for other in remaining if other != neuron]
+        if others and score(others) < limit:
+            remaining = others
+    return remaining
 
 
 def lower_bound(num_samples: int, num_kept: int, num_neurons: int) -> int:

@@ -266,14 +266,6 @@ class SimulatedScorer:
         self.seconds += time.perf_counter() - began
         return answers
 
-    def suppressed_similarities(
-        self, scored: ScoredPrompt, seeds: Sequence[int], neurons: Collection[Neuron], threshold: float = 0.0
-    ) -> list[float]:
-        """The same for some seeds of one prompt."""
-        chosen = frozenset(neurons)
-        trials = [Trial(chosen, seed, threshold, tuple(seeds), True, Why.SCORE_AGAIN) for seed in seeds]
-        return self.answer([(scored, trial) for trial in trials])
-
 
 def _fraction(text: str, seed: int, neurons: frozenset[Neuron]) -> float:
     """A number in 0..1 that a set and a seed always give."""

@@ -7,7 +7,8 @@ import torch
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
-from nemo_prune.engine.gone import Corpus, Seeds, Views, gather_corpus, judge, judge_ordinary, measure, verdict
+from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, verdict
+from nemo_prune.engine.views import Seeds, Views, measure
 from nemo_prune.settings import LocalizationSettings
 
 BETAS = (0.33, 0.33, 0.33)

@@ -11,7 +11,7 @@ from nemo_prune.engine.budget import utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
-from nemo_prune.engine.gone import Seeds, gather_corpus, judge
+from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
@@ -19,6 +19,7 @@ from nemo_prune.engine.reopening import ReopeningSettings
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.settling import rank_neurons
 from nemo_prune.engine.trials import drive
+from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder

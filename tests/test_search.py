@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.oracle import refined
 from nemo_prune.engine.search import SearchOptions, search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.engine.trials import drive
@@ -58,16 +59,7 @@ def plainly(similarity, order=NEURONS, layer_order=LAYERS):
             break
     resolved = reached <= TAU
     limit = TAU if resolved else reached
-    kept = sorted(step.neurons, key=lambda neuron: layer_order.index(neuron.layer))
-    for layer in layer_order:
-        others = [neuron for neuron in kept if neuron.layer != layer]
-        if len(others) < len(kept) and score(others) < limit:
-            kept = others
-    for neuron in list(kept):
-        others = [other for other in kept if other != neuron]
-        if score(others) < limit:
-            kept = others
-    return step, resolved, tuple(kept)
+    return step, resolved, tuple(refined(step.neurons, layer_order, limit, score))
 
 
 def outcome(result):

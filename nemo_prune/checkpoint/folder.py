@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_prune.checkpoint.parts import NOT_A_PART, why_left_out
@@ -55,10 +55,6 @@ class CheckpointFiles:
     def licence_texts(self) -> tuple[str, ...]:
         """Names of the licence texts at the root."""
         return tuple(path.name for path in self.kept if len(path.parts) == 1 and is_licence_file(path.name))
-
-    def copied_to(self, folder: Path) -> "CheckpointFiles":
-        """The same files in a copy, which has the kept files only."""
-        return replace(self, folder=folder, left_out={})
 
 
 def scan_folder(base: Path) -> CheckpointFiles:

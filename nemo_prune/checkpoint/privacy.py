@@ -12,8 +12,6 @@ from pathlib import Path
 from nemo_prune.checkpoint.folder import INDEX_FILE
 from nemo_prune.checkpoint.parts import PARTS
 from nemo_prune.errors import ModelError
-from nemo_prune.files.layout import SAFETENSORS
-from nemo_prune.files.safetensors_header import read_metadata
 from nemo_prune.files.untrusted import read_json
 
 PIPELINE_CLASS = "StableDiffusionPipeline"
@@ -87,14 +85,6 @@ def named_keys(keys: Sequence[str]) -> tuple[str, ...]:
 def write_config(target: Path, content: Mapping) -> None:
     """Write a config that was cleaned."""
     target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def dropped_of(folder: Path, path: Path, tensors_changed: bool = False) -> tuple[str, ...]:
-    """The keys that a release's copy of a file does not have."""
-    if path.suffix == SAFETENSORS:
-        return cleaned_metadata(read_metadata(folder / path), tensors_changed)[1]
-    cleaned = cleaned_config(folder, path)
-    return cleaned[1] if cleaned else ()
 
 
 def _cleaned(content: Mapping, where: str, dropped: list[str]) -> dict:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import frozen_weights, predict_gated
-from nemo_prune.engine.gone import Views
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+from nemo_prune.engine.views import Views
 
 # Where on the way from open (1) to closed (0) gradients are taken; midpoints of equal parts.
 POINTS = 4

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from nemo_prune.engine.attribution import benefits
 from nemo_prune.engine.gates import closed_gates
-from nemo_prune.engine.gone import Seeds, Views
 from nemo_prune.engine.localize import Detected, PromptLocalization, detect, not_memorized
 from nemo_prune.engine.refinement import refine, refine_in_turn, sweep_by_cost
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.search import SearchResult
+from nemo_prune.engine.search import SearchResult, search_result
 from nemo_prune.engine.selection import Candidates, select, select_in_turn
 from nemo_prune.engine.settling import by_value, rank_neurons
 from nemo_prune.engine.trials import Limit, Record, Search, Trial, drive
+from nemo_prune.engine.views import Seeds, Views
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, ignored
 
@@ -85,15 +85,7 @@ def search_ranked(ranked: Sequence[Neuron], seeds: Sequence[int], threshold: flo
         selection = yield from select_in_turn(schedule, record, threshold)
         neurons = yield from refine_in_turn(sweep_by_cost(selection.step.neurons, order), selection.limit, record)
     score = yield from record.score(frozenset(neurons), Limit(threshold, strict=False))
-    return SearchResult(
-        selected=selection.step,
-        resolved=selection.resolved,
-        selected_score=record.highest_known(frozenset(selection.step.neurons)),
-        neurons=neurons,
-        neurons_score=score,
-        fell_back=fell_back,
-        margin=record.margin,
-    )
+    return search_result(record, selection, neurons, score, fell_back)
 
 
 def _search(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from nemo_prune.engine.localize import Localizer
 from nemo_prune.engine.pool import batches_of
-from nemo_prune.engine.refinement import Sweep
+from nemo_prune.engine.refinement import Sweep, drop_likely_run
 from nemo_prune.engine.silence import Silence
 from nemo_prune.engine.trials import Limit, Record, Search, Trial, Why, drive
 from nemo_prune.mask import Neuron
@@ -126,23 +126,18 @@ class _Dropping:
 
     def _next_needed(self, sweep: Sweep) -> Search[Sweep]:
         """Drop the likely run of neurons, or find the first of them that can't be spared."""
-        passes, fails, probe = 0, sweep.likely_run + 1, sweep.likely_run
-        while True:
-            dropped = [neuron for group in sweep.pending[:probe] for neuron in group]
+
+        def wakes_any(groups: int) -> Search[bool]:
+            dropped = [neuron for group in sweep.pending[:groups] for neuron in group]
             asked = dict.fromkeys(
                 seed for each in dropped for seed in (*self._woken.get(each, ()), *self._likely.get(each, ()))
             )
-            woken = yield from self._first_awake(sweep.without(probe), list(asked))
+            woken = yield from self._first_awake(sweep.without(groups), list(asked))
             if woken is not None:
-                fails = probe
                 self._wakes[dropped[-1]] = woken
-            else:
-                passes = probe
-            if passes == sweep.likely_run:
-                return sweep.after(dropped=passes, needed=0)
-            if fails - passes == 1:
-                return sweep.after(dropped=passes, needed=1)
-            probe = (passes + fails) // 2
+            return woken is not None
+
+        return (yield from drop_likely_run(sweep, wakes_any))
 
     def _still_silent(self, sweeps: Sequence[Sweep], seeds: Sequence[Seed]) -> Search[list[Sweep]]:
         """The part of the way along which all of some seeds were silent, found by halving for each of them."""

@@ -28,9 +28,10 @@ from nemo_prune.engine.gates import (
     settled_closings,
     touched_probabilities,
 )
-from nemo_prune.engine.gone import Corpus, correlation
+from nemo_prune.engine.gone import Corpus
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+from nemo_prune.engine.views import correlation
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.staging import staged_file
 

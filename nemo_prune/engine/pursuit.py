@@ -9,11 +9,12 @@ from pathlib import Path
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
-from nemo_prune.engine.gone import Corpus, Seeds, Verdict, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change, walk_ordinary
 from nemo_prune.engine.reopening import ReopeningSettings, reopen
 from nemo_prune.engine.settling import Jury, complete
+from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored

@@ -1,6 +1,6 @@
 """The refined set (Alg. 4): what of the initial set can't be spared, in the order of the greedy sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
@@ -129,11 +129,20 @@ def _is_enough(sweep: Sweep, start: Sweep, selection: Selection, record: Record)
 
 def _next_needed(sweep: Sweep, limit: Limit, record: Record) -> Search[Sweep]:
     """Drop the likely run of groups, or find the first of them that can't be spared."""
-    passes, fails = 0, sweep.likely_run + 1
-    probe = sweep.likely_run
     is_refuted = record.is_closely_refuted if sweep.of_layers else record.is_refuted
+    return (yield from drop_likely_run(sweep, lambda groups: is_refuted(sweep.without(groups), limit)))
+
+
+def drop_likely_run(sweep: Sweep, needs_any: Callable[[int], Search[bool]]) -> Search[Sweep]:
+    """Drop the likely run of groups, or find by halving the first of them that can't be spared.
+
+    Args:
+        sweep: where it stands.
+        needs_any: asks whether the first so many pending groups can't all be spared.
+    """
+    passes, fails, probe = 0, sweep.likely_run + 1, sweep.likely_run
     while True:
-        if (yield from is_refuted(sweep.without(probe), limit)):
+        if (yield from needs_any(probe)):
             fails = probe
         else:
             passes = probe

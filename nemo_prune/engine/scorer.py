@@ -19,6 +19,7 @@ from nemo_prune.engine.similarity import (
     similarity,
 )
 from nemo_prune.engine.trials import Trial, Why
+from nemo_prune.facts import Rechecks
 from nemo_prune.mask import Neuron
 
 _MOST_REMEMBERED = 64
@@ -44,19 +45,6 @@ class ScoredPrompt:
     noise_differences: Tensor
     memorization: MemorizationScore
     extremes: Tensor
-
-
-@dataclass(frozen=True)
-class Rechecks:
-    """Similarities near the threshold that float32 decided.
-
-    Attributes:
-        made: how many.
-        overturned: how many of them the lower precision had on the other side of the threshold.
-    """
-
-    made: int = 0
-    overturned: int = 0
 
 
 class Scorer:

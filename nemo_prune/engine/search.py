@@ -110,10 +110,10 @@ def search_neurons(
     beyond_reach = yield from _is_beyond_reach(schedule, record, threshold, options)
     if beyond_reach and not options.refine_unresolved:
         selection = Selection(schedule[-1], False, Limit(threshold, strict=False))
-        return _result(record, selection, (), None, beyond_reach=True)
+        return search_result(record, selection, (), None, beyond_reach=True)
     selection, neurons, fell_back = yield from _search_as_the_paper(schedule, record, threshold, layer_order, options)
     if not neurons:
-        return _result(record, selection, (), None, fell_back, beyond_reach=beyond_reach)
+        return search_result(record, selection, (), None, fell_back, beyond_reach=beyond_reach)
     spare: tuple[Neuron, ...] = ()
     if fell_back:
         spare = yield from spare_neurons(neurons, selection.limit, record)
@@ -125,10 +125,10 @@ def search_neurons(
             neurons, spare = cheap, ()
     record.why = Why.ENOUGH
     score = yield from record.score(frozenset(neurons), selection.limit)
-    return _result(record, selection, neurons, score, fell_back, spare, beyond_reach)
+    return search_result(record, selection, neurons, score, fell_back, spare, beyond_reach)
 
 
-def _result(
+def search_result(
     record: Record,
     selection: Selection,
     neurons: tuple[Neuron, ...],
@@ -137,6 +137,7 @@ def _result(
     spare: tuple[Neuron, ...] = (),
     beyond_reach: bool = False,
 ) -> SearchResult:
+    """What a search found, with what its record knows of it."""
     return SearchResult(
         selected=selection.step,
         resolved=selection.resolved,

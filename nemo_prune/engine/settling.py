@@ -7,8 +7,9 @@ from torch import Tensor
 from nemo_prune.engine.attribution import benefits, costs
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
-from nemo_prune.engine.gone import Corpus, Verdict, differences_of, measure_one, verdict
+from nemo_prune.engine.gone import Corpus, Verdict, verdict
 from nemo_prune.engine.ordinary import OrdinaryStates
+from nemo_prune.engine.views import differences_of, measure_one
 from nemo_prune.mask import Neuron
 
 # Points on ordinary captions' ways whose gradients are taken.
@@ -57,7 +58,9 @@ class Jury:
         """The verdict on one caption, one sample pass a seed."""
         embeds = self.corpus.memorized.prompt_embeds[position]
         differences = differences_of(self.predictor, embeds, self.corpus.seeds, neurons)
-        return verdict(position, measure_one(position, differences, self.corpus), self.corpus)
+        return verdict(
+            position, measure_one(position, differences, self.corpus.memorized, self.corpus.betas), self.corpus
+        )
 
 
 def complete(

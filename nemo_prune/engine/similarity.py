@@ -64,7 +64,9 @@ def ssim_window(height: int, width: int) -> tuple[float, int]:
     )
 
 
-def similarity(a: Tensor, b: Tensor, betas: Sequence[float], ranges: Tensor | None = None) -> Tensor:
+def similarity(
+    a: Tensor, b: Tensor, betas: Sequence[float], ranges: Tensor | None = None, least: float = 0.0
+) -> Tensor:
     """Multi-scale SSIM of noise differences, sample by sample (Alg. 1).
 
     torchmetrics' multi-scale SSIM takes one range for a whole call, so its scales are put together here, each with
@@ -76,6 +78,7 @@ def similarity(a: Tensor, b: Tensor, betas: Sequence[float], ranges: Tensor | No
         betas: exponent per scale.
         ranges: the range of the data of each sample at each scale, [batch, scales], see :func:`joint_ranges`; 1 where
             it is not given.
+        least: what each scale's similarity counts as at least.
 
     Returns:
         [batch], at most 1.
@@ -88,7 +91,7 @@ def similarity(a: Tensor, b: Tensor, betas: Sequence[float], ranges: Tensor | No
             data_range=1.0 if ranges is None else ranges[:, scale, None, None, None],
         )  # fmt: skip
         last = scale == len(betas) - 1
-        product = product * torch.relu(whole if last else contrast) ** beta
+        product = product * (whole if last else contrast).clamp_min(least) ** beta
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return product
 

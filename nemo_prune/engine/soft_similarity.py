@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
-from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from nemo_prune.engine.similarity import ssim_window
+from nemo_prune.engine.similarity import similarity
 
 # The power .33 has an endless slope at 0: below this, a scale's similarity has no gradient.
 _LEAST = 1e-3
@@ -44,15 +41,4 @@ def soft_similarity(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
     Returns:
         [batch], at most 1.
     """
-    sigma, kernel_size = ssim_window(*a.shape[-2:])
-    result = torch.ones(len(a), device=a.device)
-    for scale, beta in enumerate(betas):
-        whole, contrast = ssim(
-            a, b, sigma=sigma, kernel_size=kernel_size, data_range=1.0, reduction="none",
-            return_contrast_sensitivity=True,
-        )  # fmt: skip
-        # The luminance counts at the coarsest scale alone.
-        value = whole if scale == len(betas) - 1 else contrast
-        result = result * value.reshape(-1).clamp_min(_LEAST) ** beta
-        a, b = avg_pool2d(a, 2), avg_pool2d(b, 2)
-    return result
+    return similarity(a, b, betas, least=_LEAST)

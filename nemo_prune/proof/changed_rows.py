@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from nemo_prune.engine.layers import find_text_projections, layer_sizes
+from nemo_prune.engine.layers import find_text_projections
 from nemo_prune.errors import ModelError
 from nemo_prune.mask import NeuronMask
 
@@ -51,11 +51,6 @@ def changed_rows(base: StableDiffusionPipeline, candidate: StableDiffusionPipeli
         NeuronMask(rows),
         _differ(base.unet, candidate.unet, searched) or _differ(base.text_encoder, candidate.text_encoder, set()),
     )
-
-
-def sizes_of(pipe: StableDiffusionPipeline) -> dict[str, int]:
-    """Neurons of all text projections of the down and mid blocks."""
-    return layer_sizes(find_text_projections(pipe.unet, "both"))
 
 
 def _rows_that_differ(a: nn.Linear, b: nn.Linear) -> torch.BoolTensor:

@@ -21,7 +21,7 @@ from nemo_prune.proof.intervals import Equivalence, Spread
 from nemo_prune.proof.replication import ReplicationJudge
 from nemo_prune.settings import LocalizationSettings
 
-PRECISION, RANDOM, SEEDS = "another precision", "as many random neurons", "two seeds"
+PRECISION, RANDOM = "another precision", "as many random neurons"
 _PLACES = (0.02, 0.25, 0.5, 0.75, 0.96)
 _SEEDS_PER_CAPTION = 2
 

@@ -9,10 +9,11 @@ from PIL import Image
 
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.engine.gone import Corpus, Seeds, Verdict, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
 from nemo_prune.engine.ordinary import walk_ordinary
 from nemo_prune.engine.pursuit import Copy, Pursuit, PursuitSettings, pursue
+from nemo_prune.engine.views import Seeds
 from nemo_prune.files.work import WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
