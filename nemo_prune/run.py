@@ -41,7 +41,7 @@ from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_ve
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
-from nemo_prune.stages.pursue import judge_mask, pursue_mask, spare_ordinary
+from nemo_prune.stages.pursue import Bar, judge_mask, pursue_mask, spare_ordinary
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def prune_model(
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
     mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
-    memorized = [each.prompt for each in localizations if each.is_memorized]
-    mask, curve = spare_ordinary(localizer, memorized, ordinary.texts, mask, plan.max_utility_loss, timed)
+    bar = Bar(localizer, [each.prompt for each in localizations if each.is_memorized], ordinary.texts)
+    mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
     scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
     examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
-    judged = judge_mask(localizer, scaled, memorized if mask.num_neurons else (), ordinary.texts, mask, timed)
+    judged = judge_mask(bar, scaled, mask, timed)
     examined = with_verdicts(examined, judged.memorized)
     cost = measure_cost(
         session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration

@@ -13,7 +13,7 @@ from nemo_prune.engine.results import read_results
 from nemo_prune.errors import OutputError, PromptError, RecordError
 from nemo_prune.files.json_values import from_json
 from nemo_prune.files.layout import ReleaseLayout
-from nemo_prune.files.work import LineLog, WorkFolder
+from nemo_prune.files.work import LineLog, WorkFiles, WorkFolder
 from nemo_prune.mask import Neuron
 from nemo_prune.models.source import ModelSource, load_pipeline, resolve_model
 from nemo_prune.progress import Listener, Stage
@@ -151,19 +151,19 @@ def base_of_release(out: Path) -> ModelSource:
 
 def run_results(work: Path) -> RunResults:
     """What a run's work folder knows; nothing where it is not there any more."""
-    localizations, verified = work / "localizations.jsonl", work / "verified.jsonl"
-    if not localizations.is_file():
+    files = WorkFiles(work)
+    if not files.localizations.is_file():
         return RunResults()
-    results = read_results(localizations)
+    results = read_results(files.localizations)
     scores = {}
-    if verified.is_file():
+    if files.verified.is_file():
         # The first line says what the others depend on.
-        for line in list(LineLog(verified))[1:]:
+        for line in list(LineLog(files.verified))[1:]:
             text = line.pop("prompt")
             try:
                 scores[text] = from_json(ScoresUnderMask, line)
             except ValueError as error:
-                raise PromptError(f"{verified} is damaged: {error}. Remove it, or repeat the run.") from error
+                raise PromptError(f"{files.verified} is damaged: {error}. Remove it, or repeat the run.") from error
     return RunResults(results.localizations, scores, results.header.threshold)
 
 

@@ -39,35 +39,15 @@ def _refuse_what_is_not_a_work_folder(path: Path) -> None:
         raise OutputError(f"{path} is not empty and not a work folder. Use another --work.")
 
 
-class WorkFolder:
-    """The folder with the identity of what it holds.
+class WorkFiles:
+    """Where everything of a run lies in its work folder.
 
     Args:
-        path: the folder; created if missing.
-        identity: what the results depend on (model, settings, prompts), as JSON values.
-        overwrite: start afresh if the folder holds results of another identity.
-
-    Raises:
-        OutputError: the folder holds results of another identity, another process works in it, or it can't be used.
+        path: the folder.
     """
 
-    def __init__(self, path: Path, identity: dict, overwrite: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        identity = json.loads(json.dumps(identity))
-        claim_work_folder(path)
-        try:
-            known = self._read_identity()
-            if known is not None and known != identity:
-                changed = sorted(key for key in identity if known.get(key) != identity[key])
-                if not overwrite:
-                    raise OutputError(
-                        f"The work folder {path} holds another run's results; changed since: "
-                        f"{', '.join(changed)}. Use another --work, or --overwrite to start afresh."
-                    )
-                self._clear()
-            write_atomically(path / _IDENTITY, json.dumps(identity, indent=2))
-        except OSError as error:
-            raise OutputError(f"The work folder {path} can't be used: {error}") from error
 
     @property
     def calibration(self) -> Path:
@@ -108,6 +88,42 @@ class WorkFolder:
     def prompt_key(self) -> Path:
         """The secret key of the references to prompts."""
         return self.path / "prompt_key"
+
+    @property
+    def learning(self) -> Path:
+        """Where the learning of gates stands."""
+        return self.path / "learning.pt"
+
+
+class WorkFolder(WorkFiles):
+    """The folder with the identity of what it holds.
+
+    Args:
+        path: the folder; created if missing.
+        identity: what the results depend on (model, settings, prompts), as JSON values.
+        overwrite: start afresh if the folder holds results of another identity.
+
+    Raises:
+        OutputError: the folder holds results of another identity, another process works in it, or it can't be used.
+    """
+
+    def __init__(self, path: Path, identity: dict, overwrite: bool = False) -> None:
+        super().__init__(path)
+        identity = json.loads(json.dumps(identity))
+        claim_work_folder(path)
+        try:
+            known = self._read_identity()
+            if known is not None and known != identity:
+                changed = sorted(key for key in identity if known.get(key) != identity[key])
+                if not overwrite:
+                    raise OutputError(
+                        f"The work folder {path} holds another run's results; changed since: "
+                        f"{', '.join(changed)}. Use another --work, or --overwrite to start afresh."
+                    )
+                self._clear()
+            write_atomically(path / _IDENTITY, json.dumps(identity, indent=2))
+        except OSError as error:
+            raise OutputError(f"The work folder {path} can't be used: {error}") from error
 
     def _read_identity(self) -> dict | None:
         path = self.path / _IDENTITY

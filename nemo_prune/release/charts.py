@@ -69,6 +69,7 @@ def bars(name: str, values: Mapping[str, int], totals: Mapping[str, int], label:
             told = f" {values[each]} of {totals[each]}" if each in totals else f" {values[each]}"
             axes.text(values[each], place, told, va="center")
         axes.margins(x=0.2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     return _drawn(name, (label, ""), fill, height=0.6 + 0.28 * max(1, len(values)))
 

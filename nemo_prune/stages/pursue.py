@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -88,7 +89,7 @@ def pursue_mask(
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
             predictor, memorized, ordinary, localizer.threshold, PursuitSettings(search=plan.search), looks, advance,
-            work.path / "learning.pt",
+            work.learning,
         )  # fmt: skip
     best = pursuit.best
     came_back = {each.prompt for each in best.not_gone} | {each.prompt for each in best.copies}
@@ -99,63 +100,60 @@ def pursue_mask(
     return best.mask, resolved, pursuit
 
 
+class Bar:
+    """What the final mask is judged against, predicted once, when it is asked for.
+
+    Args:
+        localizer: the unpruned model and what is usual for it.
+        memorized: captions that are to be gone.
+        ordinary: ordinary captions, of which some are watched.
+    """
+
+    def __init__(self, localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str]) -> None:
+        self.localizer, self.memorized, self.ordinary = localizer, memorized, ordinary
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The captions on the seeds of the detection and on fresh ones."""
+        predictor = self.localizer.scorer.predictor
+        seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, _FRESH_SEEDS)
+        return gather_corpus(predictor, self.memorized, self.ordinary[:_WATCHED], seeds, self.localizer.threshold)
+
+
 def spare_ordinary(
-    localizer: Localizer,
-    memorized: Sequence[str],
-    ordinary: Sequence[str],
-    mask: NeuronMask,
-    max_utility_loss: float | None,
-    listener: Listener,
+    bar: Bar, mask: NeuronMask, max_utility_loss: float | None, listener: Listener
 ) -> tuple[NeuronMask, Sequence[CurvePoint]]:
     """The mask that a limit on the change for ordinary captions allows, and the curve that it is chosen from.
 
     Args:
-        localizer: the model and what is usual for it.
-        memorized: captions that are to go.
-        ordinary: ordinary captions.
+        bar: what masks are judged against.
         mask: the whole one.
         max_utility_loss: the limit; None keeps the mask, and no curve is made.
         listener: hears the stage.
     """
-    if max_utility_loss is None or not mask.num_neurons or not memorized:
+    if max_utility_loss is None or not mask.num_neurons or not bar.memorized:
         return mask, ()
-    predictor = localizer.scorer.predictor
+    predictor = bar.localizer.scorer.predictor
     with listener.stage(Stage.SPARE) as advance:
-        corpus = _judged_against(localizer, memorized, ordinary)
-        states = walk_ordinary(predictor, ordinary[_WATCHED : 2 * _WATCHED] or ordinary)
-        curve = utility_curve(predictor, corpus, states, mask.neurons, advance=advance)
+        states = walk_ordinary(predictor, bar.ordinary[_WATCHED : 2 * _WATCHED] or bar.ordinary)
+        curve = utility_curve(predictor, bar.corpus, states, mask.neurons, advance=advance)
     return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, predictor.sizes), curve
 
 
-def judge_mask(
-    localizer: Localizer,
-    scaled: NoisePredictor,
-    memorized: Sequence[str],
-    ordinary: Sequence[str],
-    mask: NeuronMask,
-    listener: Listener,
-) -> Judged:
+def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Listener) -> Judged:
     """Judge every memorized caption under the final mask, on the seeds of the detection and on fresh ones.
 
     Args:
-        localizer: the unpruned model and what is usual for it.
-        scaled: the same; what it suppresses it multiplies as the pruning does.
-        memorized: captions that are to be gone.
-        ordinary: ordinary captions, of which some are watched.
+        bar: what it is judged against.
+        scaled: the unpruned model; what it suppresses it multiplies as the pruning does.
         mask: the final one.
         listener: hears the stage.
     """
     with listener.stage(Stage.JUDGE):
-        if not memorized or not ordinary:
+        if not mask.num_neurons or not bar.memorized or not bar.ordinary:
             return Judged((), ())
-        corpus = _judged_against(localizer, memorized, ordinary)
-        return Judged(tuple(judge(scaled, corpus, mask.neurons)), tuple(judge_ordinary(scaled, corpus, mask.neurons)))
-
-
-def _judged_against(localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str]) -> Corpus:
-    predictor = localizer.scorer.predictor
-    seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, _FRESH_SEEDS)
-    return gather_corpus(predictor, memorized, ordinary[:_WATCHED], seeds, localizer.threshold)
+        neurons = mask.neurons
+        return Judged(tuple(judge(scaled, bar.corpus, neurons)), tuple(judge_ordinary(scaled, bar.corpus, neurons)))
 
 
 class _CopyLooks:
