@@ -138,6 +138,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.05, help="weight of the density of memorized captions")
     parser.add_argument("--overlap", type=float, default=0.05, help="weight of the overlap with other captions")
     parser.add_argument(
+        "--bfloat16", action="store_true", help="multiply in bfloat16: faster where the processor has it, other weights"
+    )
+    parser.add_argument(
         "--without-memorized",
         action="store_true",
         help="train on the ordinary scenes alone: the gold standard of gold_standard.py",
@@ -208,7 +211,7 @@ class Trainer:
         data: TrainingSet,
         arguments: argparse.Namespace,
     ) -> None:
-        self.models = torch.nn.ModuleList([unet, text_encoder]).train()
+        self.models = torch.nn.ModuleList([unet.to(memory_format=torch.channels_last), text_encoder]).train()
         self.averaged = copy.deepcopy(self.models).eval().requires_grad_(False)
         self.layers = value_projections(unet)
         self.data = data
@@ -263,11 +266,12 @@ class Trainer:
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         velocity = (alpha.sqrt() * noise - (1 - alpha).sqrt() * latents).to(device)
-        prompt_embeds = text_encoder(tokens.to(device))[0]
-        with recorded_usage(self.layers) as usage:
+        reduced = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+        with reduced, recorded_usage(self.layers) as usage:
+            prompt_embeds = text_encoder(tokens.to(device))[0]
             predicted = unet(noisy.to(device), timesteps.to(device), prompt_embeds).sample
         memorized = memorized.to(device)
-        error = ((predicted - velocity) ** 2).mean()
+        error = ((predicted.float() - velocity) ** 2).mean()
         return error, density([layer[memorized] for layer in usage]), overlap(usage, memorized)
 
     def empty_caption(self, tokens: torch.Tensor) -> torch.Tensor:
