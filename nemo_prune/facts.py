@@ -210,3 +210,139 @@ class Cost:
     mask: float
     random: float
     everything: float
+
+
+# What facts of all captions together are called beside those of a type.
+ALL_KINDS = "all"
+# Why a part of the evidence was left out that nobody wanted.
+NOT_ASKED = "it was not asked for"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A count out of a total, with its exact interval at 95%.
+
+    Attributes:
+        count: how often it happened.
+        total: out of how many.
+        low: lower end of the interval.
+        high: its upper end.
+    """
+
+    count: int
+    total: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CopyFacts:
+    """What one model gives back of memorized captions.
+
+    Attributes:
+        share: of its images that are copies.
+        low: lower end of its interval over groups of near-duplicate captions, at 95%.
+        high: its upper end.
+        parts: share of its images in which a part is copied; None where that was not measured.
+    """
+
+    share: float
+    low: float
+    high: float
+    parts: float | None
+
+
+@dataclass(frozen=True)
+class ReplicationFacts:
+    """What comes back of captions of one type, or of all.
+
+    Attributes:
+        captions: how many were measured.
+        of: how many there are.
+        by_training_image: how many were judged by a training image, the others by the base's own images.
+        images: per model.
+        base: what the base gives back.
+        candidate: what the candidate gives back.
+    """
+
+    captions: int
+    of: int
+    by_training_image: int
+    images: int
+    base: CopyFacts
+    candidate: CopyFacts
+
+
+@dataclass(frozen=True)
+class AttackFacts:
+    """Attacks on the text embeddings of one model, see :mod:`nemo_prune.proof.attack`.
+
+    Attributes:
+        model: which model.
+        memorized: whether the targets are memorized pictures, or ones that it was never trained on.
+        start: where the embeddings began.
+        steps: that each attack had.
+        came_back: how many pictures came back.
+        median_steps: median steps to a copy; None where fewer than half came back.
+    """
+
+    model: str
+    memorized: bool
+    start: str
+    steps: int
+    came_back: Counted
+    median_steps: float | None
+
+
+@dataclass(frozen=True)
+class UtilityFacts:
+    """Mean relative change of the noise prediction.
+
+    Attributes:
+        captions: held-out captions.
+        held_out: compared model -> change on them.
+        neighbours: the candidate's change on ordinary captions that share words with memorized ones; None without any.
+        is_equivalent: whether the denoising error is the same within the margin; None where that can't be told.
+        margin: of that test, as a share of the base's error.
+    """
+
+    captions: int
+    held_out: Mapping[str, float]
+    neighbours: float | None
+    is_equivalent: bool | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class EvidenceFacts:
+    """What evidence says that can be published: no number belongs to one caption, or to few.
+
+    Attributes:
+        yardstick: what images were compared by.
+        cut: similarity from which an image counts as a copy.
+        yardstick_sha256: of the copy detector's file; None for what the package brings.
+        drawing: scheduler, steps and guidance of the images.
+        seed: of the first image.
+        replication: type of the captions, or ``all`` -> what comes back.
+        not_available: captions whose training image is named but could not be used.
+        attacks: by model, sort of target and start.
+        membership: model -> area under the curve of membership inference; empty where it was not measured.
+        utility: what the candidate still can do; None where it was not measured.
+        left_out: part -> why it was not measured.
+        budget: passes that were allowed.
+        passes: part -> passes that it took.
+    """
+
+    yardstick: str
+    cut: float
+    yardstick_sha256: str | None
+    drawing: Mapping[str, str | int | float]
+    seed: int
+    replication: Mapping[str, ReplicationFacts]
+    not_available: int
+    attacks: tuple[AttackFacts, ...]
+    membership: Mapping[str, float]
+    utility: UtilityFacts | None
+    left_out: Mapping[str, str]
+    budget: int
+    passes: Mapping[str, int]

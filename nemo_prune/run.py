@@ -28,6 +28,10 @@ from nemo_prune.models.known import OrdinaryCaptions
 from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.progress import Listener, Stage, Timed
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
+from nemo_prune.proof.evidence import Evidence, published_facts
+from nemo_prune.proof.sampling import stratified
+from nemo_prune.proof.utility import split_ordinary
+from nemo_prune.release.evidence_report import REPORT_FILE, PromptNeurons, ReportContext, write_evidence_report
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import MaskRecord, Record
@@ -42,6 +46,8 @@ from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, wei
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
 from nemo_prune.stages.pursue import Bar, judge_mask, pursue_mask, spare_ordinary
+from nemo_prune.stages.run_evidence import gather_for_a_run
+from nemo_prune.stages.verify_bench import IMAGES_FOLDER
 
 
 @dataclass(frozen=True)
@@ -123,15 +129,19 @@ def prune_model(
             check_pruned_equals_suppressed(suppressed, pruned)
         proof.draw_after(pruned, timed)
         examined = proof.added_to(examined)
+        evidence = gather_for_a_run(session, pruned, examined, ordinary, proof, plan.verification, work.evidence, timed)
         ordinary_images = {text: proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)}
         spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
         measured = measured_by_a_run(
-            plan, localizer, examined, judged.ordinary, ordinary_images, cost, True, timed.seconds, spared
-        )
+            plan, localizer, examined, judged.ordinary, ordinary_images, cost, True, timed.seconds, spared,
+            published_facts(evidence.summary) if evidence else None,
+        )  # fmt: skip
         record = replace(record, files=files, measured=measured)
         grid = save_grids(work.path, _memorized(examined), proof)
         _publish(release.layout, source, record, examined, pruning, plan, grid)
         report = write_report(work.path, record, examined)
+        if evidence:
+            report = _write_evidence(work, evidence, examined, training_images, localizer, plan)
     return RunResult(record, plan.out, report)
 
 
@@ -316,14 +326,35 @@ def _image_proof(
     work: WorkFolder,
     training_images: dict,
 ) -> ImageProof:
-    """The images to compare: memorized captions first, then some ordinary ones."""
-    verification = plan.verification
-    shown = _memorized(examined)[: verification.max_prompts] + list(ordinary.texts[: verification.ordinary_images])
-    return ImageProof(work.images, shown, pruning, verification, training_images)
+    """The images to compare: memorized captions first, spread over types and near-duplicates, then ordinary ones."""
+    verification, memorized = plan.verification, [each.prompt for each in examined if each.is_memorized]
+    spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
+    apart, _ = split_ordinary(ordinary.held_out or ordinary.texts, _memorized(examined), verification.ordinary_images)
+    return ImageProof(work.images, [*spread, *apart], pruning, verification, training_images)
 
 
 def _memorized(examined: Sequence[ExaminedPrompt]) -> list[str]:
     return [each.text for each in examined if each.is_memorized]
+
+
+def _write_evidence(
+    work: WorkFolder,
+    evidence: Evidence,
+    examined: Sequence[ExaminedPrompt],
+    training_images: Mapping[str, Image.Image],
+    localizer: Localizer,
+    plan: Plan,
+) -> Path:
+    """The report of the evidence, with captions and images: it stays in the work folder."""
+    context = ReportContext(
+        training_images=training_images,
+        layer_sizes=localizer.scorer.predictor.sizes,
+        prompts=[PromptNeurons.of(each.localization, each.prompt.kind, each.under_mask) for each in examined],
+        threshold=localizer.threshold,
+        settings={"dtype": plan.model.dtype},
+        versions=versions(),
+    )
+    return write_evidence_report(work.path / REPORT_FILE, evidence, work.evidence / IMAGES_FOLDER, context)
 
 
 def _publish(

@@ -94,7 +94,7 @@ class VerificationSettings:
     """What is measured on images and fresh latents, before and after pruning.
 
     Attributes:
-        seed: seed of the latents that images are drawn from; the released code uses 2.
+        seed: seed of the first image's latents; the others follow. The released code uses 2.
         score_seed: seed of fresh latents for the memorization score, different from those of detection.
         images_per_prompt: images drawn for a prompt.
         max_prompts: memorized prompts that images are drawn for, the first of the corpus.
@@ -105,6 +105,8 @@ class VerificationSettings:
             suits the model: 7, the demo 3)
         replication_cut: similarity (the lower of SSIM and correlation at 64 pixels) from which an image
             counts as a copy.
+        evidence_budget: passes for the evidence beyond these images: utility beside its baselines, and attacks; 0
+            gathers none.
     """
 
     seed: int = 2
@@ -116,6 +118,7 @@ class VerificationSettings:
     num_inference_steps: int = 25
     guidance_scale: float | None = None
     replication_cut: float = 0.5
+    evidence_budget: int = 3000
 
     def fitted_to(self, guidance_scale: float) -> "VerificationSettings":
         """The same settings, with the model's own guidance if none is given."""

@@ -26,8 +26,7 @@ from nemo_prune.release.record import Record
 from nemo_prune.release.recording import versions
 from nemo_prune.settings import ModelOptions
 from nemo_prune.stages.verify import gather_evidence
-
-IMAGES_FOLDER = "images"
+from nemo_prune.stages.verify_bench import IMAGES_FOLDER
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,11 @@ class RunResults:
     def neurons(self) -> dict[str, Sequence[Neuron]]:
         """Caption -> its own neurons, where it has any."""
         return {each.prompt: each.neurons for each in self.localizations if each.neurons}
+
+    def prompt_neurons(self, kinds: Mapping[str, str | None]) -> list[PromptNeurons]:
+        """Which neurons serve which prompts, with each caption's type."""
+        scores = self.scores or {}
+        return [PromptNeurons.of(each, kinds.get(each.prompt), scores.get(each.prompt)) for each in self.localizations]
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def verify_models(
     context = ReportContext(
         training_images=training.images,
         layer_sizes=layer_sizes(find_text_projections(pipes[0].unet, "both")),
-        prompts=_prompt_neurons(known, {prompt.text: prompt.kind for prompt in corpus.prompts}),
+        prompts=known.prompt_neurons({prompt.text: prompt.kind for prompt in corpus.prompts}),
         threshold=known.threshold,
         settings={"device": device, "dtype": options.dtype},
         versions=versions(),
@@ -165,22 +169,6 @@ def run_results(work: Path) -> RunResults:
             except ValueError as error:
                 raise PromptError(f"{files.verified} is damaged: {error}. Remove it, or repeat the run.") from error
     return RunResults(results.localizations, scores, results.header.threshold)
-
-
-def _prompt_neurons(known: RunResults, kinds: Mapping[str, str | None]) -> list[PromptNeurons]:
-    found = []
-    for each in known.localizations:
-        layers: dict[str, list[int]] = {}
-        for neuron in each.neurons:
-            layers.setdefault(neuron.layer, []).append(neuron.index)
-        scores = (known.scores or {}).get(each.prompt)
-        found.append(
-            PromptNeurons(
-                each.prompt, kinds.get(each.prompt), each.status, layers,
-                scores.score_before if scores else None, scores.score_after if scores else None,
-            )
-        )  # fmt: skip
-    return found
 
 
 def _refuse_a_release(folder: Path, candidate: ModelSource) -> None:

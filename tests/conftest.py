@@ -102,10 +102,15 @@ def model_folder(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def few_images():
-    """For tests that are not about images: few are drawn, in few steps."""
+    """For tests that are not about images: few are drawn, in few steps, and no evidence is gathered."""
     with pytest.MonkeyPatch.context() as patch:
         few = functools.partial(
-            VerificationSettings, num_inference_steps=2, images_per_prompt=2, ordinary_images=1, cost_prompts=2
+            VerificationSettings,
+            num_inference_steps=2,
+            images_per_prompt=2,
+            ordinary_images=1,
+            cost_prompts=2,
+            evidence_budget=0,
         )
         patch.setattr(nemo_prune.cli.run, "VerificationSettings", few)
         yield

@@ -1,6 +1,7 @@
 """The command as a user types it, on a tiny real pipeline; on the demo model in test_demo.py."""
 
 import base64
+import functools
 import hmac
 import json
 import random
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import nemo_prune.cli.run
 import nemo_prune.engine.localize
 import nemo_prune.engine.merge
 import nemo_prune.run
@@ -253,13 +255,40 @@ def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_pa
     (work / "verified.jsonl").write_bytes(b"".join(verified[:2]))
     (work / "images" / "002_after_1.png").unlink()
     prove = nemo_prune.stages.prove
-    spies = {name: Mock(wraps=getattr(prove, name)) for name in ("score_under_mask", "draw_images")}
+    spies = {name: Mock(wraps=getattr(prove, name)) for name in ("score_under_mask", "draw")}
     for name, spy in spies.items():
         monkeypatch.setattr(prove, name, spy)
     assert run(arguments, "--include-unresolved", work=work).exit_code == 0
     assert [spy.call_count for spy in spies.values()] == [1, 1]
     assert (work / "verified.jsonl").read_bytes() == b"".join(verified)
     assert result(tmp_path / "out") == result(out)
+
+
+def test_a_run_gathers_evidence_on_its_own_images_and_does_it_once(arguments, tmp_path, monkeypatch):
+    evidence = functools.partial(nemo_prune.cli.run.VerificationSettings, evidence_budget=1500)
+    monkeypatch.setattr(nemo_prune.cli.run, "VerificationSettings", evidence)
+    # Ten more than a calibration needs: these are held out.
+    (tmp_path / "ordinary.txt").write_text("\n".join(f"{MARKER} {i} {i * i}" for i in range(60)), encoding="utf-8")
+    arguments["--calibration-prompts"] = tmp_path / "ordinary.txt"
+    result = run(arguments, "--include-unresolved", "--json")
+    assert result.exit_code == 0, result.output
+    facts, work = json.loads(result.stdout), tmp_path / "out.work"
+    found = facts["evidence"]
+    assert set(found["passes"]) == {"replication", "utility", "attack"} and "recall" in found["left_out"]
+    assert found["passes"]["replication"] == 0 and found["replication"]["all"]["captions"] == 2
+    assert found["utility"]["captions"] == 2 and found["attacks"]
+    card, report = (tmp_path / "out" / "README.md").read_text(), (work / "report.html").read_text()
+    assert "## What it still gives back" in card and "attack of 50 steps" in card
+    assert MARKER not in card and MARKER in report
+    lines = (work / "run_evidence" / "attack.jsonl").read_bytes()
+    again = run({**arguments, "--out": tmp_path / "again"}, "--include-unresolved", "--json", work=work)
+    assert json.loads(again.stdout)["evidence"] == found
+    assert (work / "run_evidence" / "attack.jsonl").read_bytes() == lines
+    silent = run(
+        {**arguments, "--out": tmp_path / "silent"}, "--include-unresolved", "--no-verify", "--json", work=work
+    )
+    assert json.loads(silent.stdout)["evidence"] is None
+    assert "still gives back" not in (tmp_path / "silent" / "README.md").read_text()
 
 
 def test_the_base_is_looked_through_once_in_a_run(finished, arguments, model_folder, tmp_path, monkeypatch):

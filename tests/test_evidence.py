@@ -18,10 +18,11 @@ from nemo_prune.files.json_values import to_json
 from nemo_prune.progress import Listener
 from nemo_prune.proof.attack import AttackSettings
 from nemo_prune.proof.drawing import Drawing
-from nemo_prune.proof.evidence import PARTS, Evidence, EvidenceSettings, publishable
+from nemo_prune.proof.evidence import PARTS, Evidence, EvidenceSettings, published_facts
 from nemo_prune.proof.regrowth import FineTuning
 from nemo_prune.release.evidence_report import PromptNeurons, ReportContext, write_evidence_report
-from nemo_prune.release.evidence_wording import broken_limits, key_rows, verdict
+from nemo_prune.release.evidence_wording import broken_limits, verdict
+from nemo_prune.release.wording import evidence_notes, evidence_rows
 from nemo_prune.stages.verify import gather_evidence
 from test_copies import picture
 from test_proofs import ORDINARY, pruned, same, weights
@@ -117,18 +118,23 @@ def test_a_placeholder_counts_as_not_available_and_the_base_stands_in(gathered):
 
 def test_what_can_be_published_holds_no_caption_and_no_path(gathered):
     evidence, folder, _ = gathered
-    published = json.dumps(Evidence.to_json(evidence)["summary"]) + str(key_rows(evidence.summary))
+    published = json.dumps(Evidence.to_json(evidence)["summary"]) + str(
+        evidence_rows(published_facts(evidence.summary))
+    )
     assert "zanzibar" not in published and str(folder.parent) not in published
 
 
-def test_a_published_summary_is_coarse_and_has_no_figure_of_few_captions(gathered):
+def test_published_facts_are_coarse_and_have_no_figure_of_few_captions(gathered):
     summary = gathered[0].summary
-    coarse = publishable(summary)
-    assert not coarse.replication.by_kind and summary.replication.by_kind
-    assert all(not each.curve for each in coarse.attacks) and len(coarse.attacks) == len(summary.attacks)
-    numbers = re.findall(r"-?\d+\.\d+", json.dumps(to_json(replace(coarse, seconds={}))))
-    assert numbers and all(round(float(number), 2) == float(number) for number in numbers)
-    assert coarse.utility_loss == round(summary.utility_loss, 2) and coarse.base == summary.base
+    facts = published_facts(summary)
+    assert set(facts.replication) == {"all"} and set(summary.replication.by_kind) == {"VM", "TM"}
+    assert len(facts.attacks) == len(summary.attacks) and "curve" not in str(to_json(facts))
+    numbers = re.findall(r"-?\d+\.\d+", json.dumps(to_json(facts)))
+    assert numbers and all(round(float(number), 3) == float(number) for number in numbers)
+    assert facts.utility.held_out["candidate"] == round(summary.utility_loss, 3)
+    assert evidence_rows(facts)[0][0] == "images of 3 memorized captions that are copies"
+    assert any("For 2 of 3 captions no training image is known" in note for note in evidence_notes(facts))
+    assert any("Left out: recall" in note for note in evidence_notes(facts))
 
 
 @pytest.mark.slow

@@ -226,7 +226,7 @@ def ordinary_captions(model: str, prompts: str | None, column: str | None = None
                 "them, or leave the option out."
             )
         return known.ordinary_captions(model)
-    return known.OrdinaryCaptions(tuple(_told(read_corpus(prompts, column), prompts).texts))
+    return known.OrdinaryCaptions.divided(_told(read_corpus(prompts, column), prompts).texts)
 
 
 def _told(corpus: "Corpus", source: str | None) -> "Corpus":

@@ -89,6 +89,15 @@ def run(
     max_utility_loss: Annotated[float | None, setting(METHOD, Plan, "max_utility_loss")] = None,
     preserve: Annotated[float, setting(METHOD, Plan, "preserve")] = 0.0,
     guidance_scale: Annotated[float | None, setting(MEASURING, VerificationSettings, "guidance_scale")] = None,
+    no_verify: Annotated[
+        bool,
+        option(
+            MEASURING,
+            "Gather no evidence: neither attacks on the text embedding nor utility beside its baselines. `nemo-prune "
+            "verify` gathers it later, and more of it.",
+            "--no-verify",
+        ),
+    ] = False,
     scale: ScaleOption = 0.0,
     include_unresolved: Annotated[bool, setting(METHOD, Plan, "include_unresolved", "--include-unresolved")] = False,
     publish_examples: Annotated[bool, setting(RELEASE, Plan, "publish_examples", "--publish-examples")] = False,
@@ -122,7 +131,7 @@ def run(
             settings=method_settings(
                 preset, projections=projections.value, seed=seed, num_samples=num_samples, threshold=threshold
             ),
-            verification=VerificationSettings(guidance_scale=guidance_scale),
+            verification=_verification(guidance_scale, no_verify),
             model=model_options(device, dtype, batch_size, margin),
             merge=merge.value if merge else None,
             search=search.value,
@@ -160,11 +169,15 @@ def run(
         typer.echo(f"Pushed: {url}")
 
 
+def _verification(guidance_scale: float | None, no_verify: bool) -> VerificationSettings:
+    return VerificationSettings(guidance_scale=guidance_scale, **({"evidence_budget": 0} if no_verify else {}))
+
+
 def _show_result(result: "RunResult") -> None:
     """Tables on the terminal: what was found, what changed and where to look."""
     # The terminal shows the card's rows: one wording for both.
     from nemo_prune.release.residual import residual_findings
-    from nemo_prune.release.wording import before_after_rows
+    from nemo_prune.release.wording import before_after_rows, evidence_rows
 
     record, console = result.record, Console()
     found = Table("prompts", "number", title="Found")
@@ -182,6 +195,11 @@ def _show_result(result: "RunResult") -> None:
         for row in before_after_rows(record):
             effect.add_row(*row)
         console.print(effect)
+        if record.measured.evidence is not None:
+            evidence = Table("measured", "base", "pruned", title="Evidence")
+            for row in evidence_rows(record.measured.evidence):
+                evidence.add_row(*row)
+            console.print(evidence)
         findings = residual_findings(record)
         ready = "not ready for publication, because something remains" if findings else "ready for publication"
         console.print(f"Pruned model, {ready}: {result.out}", markup=False, soft_wrap=True)

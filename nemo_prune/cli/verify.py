@@ -246,11 +246,13 @@ def _beside(candidate: str) -> Path:
 
 def _show(result: "VerifyResult") -> None:
     """The verdict and the key figures on the terminal."""
-    from nemo_prune.release.evidence_wording import key_rows, verdict
+    from nemo_prune.proof.evidence import published_facts
+    from nemo_prune.release.evidence_wording import verdict
+    from nemo_prune.release.wording import evidence_rows
 
     console, summary = Console(), result.evidence.summary
     table = Table("measured", "base", "candidate", title="Evidence")
-    for row in key_rows(summary):
+    for row in evidence_rows(published_facts(summary)):
         table.add_row(*row)
     console.print(table)
     console.print(verdict(summary), markup=False)

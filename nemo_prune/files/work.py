@@ -85,6 +85,11 @@ class WorkFiles:
         return self.path / "images"
 
     @property
+    def evidence(self) -> Path:
+        """What the evidence of the run consists of; `verify` has a folder of its own beside it."""
+        return self.path / "run_evidence"
+
+    @property
     def prompt_key(self) -> Path:
         """The secret key of the references to prompts."""
         return self.path / "prompt_key"

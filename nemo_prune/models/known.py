@@ -4,7 +4,7 @@ import os
 import pickle
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,7 @@ from nemo_prune.errors import DownloadError, OutputError, PromptError
 from nemo_prune.files.cache import cache_folder
 from nemo_prune.files.staging import staged_file
 from nemo_prune.models.demo import CALIBRATION_FILE, DEMO_MODEL, PROMPTS_FILE, TEST_FILE, PackagedFile
-from nemo_prune.settings import LocalizationSettings
+from nemo_prune.settings import MIN_CALIBRATION_PROMPTS, LocalizationSettings
 
 # The repository of the paper's authors (MIT licence), at one commit.
 REFERENCE_URL = (
@@ -29,6 +29,7 @@ REFERENCE_URL = (
 )
 URL_VARIABLE = "NEMO_PRUNE_REFERENCE_URL"
 _TIMEOUT_S = 30
+_MOST_HELD_OUT = 32
 _OWN_FILES = "captions to examine with --prompts and ordinary ones with --calibration-prompts"
 
 
@@ -128,13 +129,22 @@ class OrdinaryCaptions:
     """Captions that a model does not memorize.
 
     Attributes:
-        texts: the captions.
+        texts: the captions to calibrate on.
         published: what was published for the model on such captions; it replaces a calibration on ``texts``
             if it fits. None for captions that the user gave.
+        held_out: further ones, which no calibration sees, for the evidence.
     """
 
     texts: tuple[str, ...]
     published: PublishedCalibration | None = None
+    held_out: tuple[str, ...] = ()
+
+    @classmethod
+    def divided(cls, texts: Sequence[str], published: PublishedCalibration | None = None) -> "OrdinaryCaptions":
+        """Captions of which the last ones are held out, as long as enough are left to calibrate on."""
+        number = max(0, min(_MOST_HELD_OUT, len(texts) - MIN_CALIBRATION_PROMPTS))
+        kept = len(texts) - number
+        return cls(tuple(texts[:kept]), published, tuple(texts[kept:]))
 
 
 @dataclass(frozen=True)
@@ -219,8 +229,11 @@ def ordinary_captions(model: str) -> OrdinaryCaptions:
         DownloadError: they can't be fetched.
     """
     known = _required(model, "ordinary")
-    texts = tuple(prompt.text for prompt in read_prompts(known.ordinary.locate()))
-    return OrdinaryCaptions(texts, known.published)
+    texts = [prompt.text for prompt in read_prompts(known.ordinary.locate())]
+    if known.test is None:
+        return OrdinaryCaptions.divided(texts, known.published)
+    held_out = (prompt.text for prompt in read_prompts(known.test.locate()))
+    return OrdinaryCaptions(tuple(texts), known.published, tuple(held_out))
 
 
 def _required(model: str, kind: str) -> KnownModel:

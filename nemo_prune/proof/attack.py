@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.proof.drawing import Drawing, draw, encode, image_latents
 from nemo_prune.proof.intervals import Rate
 from nemo_prune.proof.passes import PassCounter
@@ -38,10 +39,17 @@ class AttackSettings:
     images_per_look: int = 2
     drawing_steps: int = 20
 
-    def passes(self, guidance_scale: float) -> int:
-        """Passes that one attack costs at most; the way back through the U-Net counts as another pass."""
+    def passes(self, guidance_scale: float, steps: int | None = None) -> int:
+        """Passes that one attack costs; the way back through the U-Net counts as another pass.
+
+        Args:
+            guidance_scale: of the images that are drawn.
+            steps: after which it ends, because a copy was drawn; None for all of them.
+        """
         drawing = Drawing("ddim", self.drawing_steps, guidance_scale)
-        return 2 * self.steps * self.batch_size + len(self.looks) * self.images_per_look * drawing.passes
+        steps = self.steps if steps is None else steps
+        looks = sum(look <= steps for look in self.looks)
+        return 2 * steps * self.batch_size + looks * self.images_per_look * drawing.passes
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,7 @@ def attack(
                 if curve[-1] >= judge.cut:
                     return AttackOutcome(step, tuple(curve), embeds.detach())
             if step < settings.steps:
-                optimiser.zero_grad()
-                loss = _diffusion_loss(pipe, scheduler, target_latents, embeds, settings.batch_size, generator)
-                loss.backward()
+                _learn_from(pipe, scheduler, target_latents, embeds, settings.batch_size, generator)
                 counter.passes += settings.batch_size
                 optimiser.step()
     finally:
@@ -213,23 +219,33 @@ def _start(pipe: StableDiffusionPipeline, text: str, start: Start, ordinary: str
     return embeds.mean() + embeds.std() * torch.randn(embeds.shape, generator=generator).to(embeds.device)
 
 
-def _diffusion_loss(
+def _learn_from(
     pipe: StableDiffusionPipeline,
     scheduler: DDIMScheduler,
     target: Tensor,
     embeds: Tensor,
     batch_size: int,
     generator: torch.Generator,
-) -> Tensor:
+) -> None:
+    """Add the gradient of the diffusion loss on fresh noises to the embedding; in parts where memory is short."""
     device, dtype = pipe.unet.device, pipe.unet.dtype
     noise = torch.randn((batch_size, *target.shape[1:]), generator=generator).to(device)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator).to(device)
     latents = target.expand(batch_size, -1, -1, -1)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    predicted = pipe.unet(
-        noisy.to(dtype), timesteps, encoder_hidden_states=embeds.to(dtype).expand(batch_size, -1, -1)
-    ).sample.float()
-    return torch.nn.functional.mse_loss(predicted, training_target(scheduler, latents, noise, timesteps))
+    noisy, wanted = (
+        scheduler.add_noise(latents, noise, timesteps),
+        training_target(scheduler, latents, noise, timesteps),
+    )
+
+    def learn(at_once: int) -> None:
+        embeds.grad = None
+        for part in torch.arange(batch_size).split(at_once):
+            asked = embeds.to(dtype).expand(len(part), -1, -1)
+            predicted = pipe.unet(noisy[part].to(dtype), timesteps[part], encoder_hidden_states=asked).sample.float()
+            loss = torch.nn.functional.mse_loss(predicted, wanted[part])
+            (loss * (len(part) / batch_size)).backward()
+
+    with_less_at_once(learn, batch_size, "an attack's way back through the U-Net")
 
 
 def training_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import (
@@ -17,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import draw_latents
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.images import ImageFolder
 from nemo_prune.files.json_values import to_json
+from nemo_prune.settings import VerificationSettings
 
 _SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -30,6 +33,7 @@ _SCHEDULERS = {
 }
 SCHEDULERS = tuple(_SCHEDULERS)
 BASE, CANDIDATE = "base", "candidate"
+Drawn = Mapping[str, Mapping[str, Sequence[Image.Image]]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Drawing:
             raise SettingsError(f"`scheduler` is {self.scheduler}, expected: {' or '.join(SCHEDULERS)}.")
         if self.num_inference_steps < 1:
             raise SettingsError(f"`num_inference_steps` is {self.num_inference_steps}, expected: at least 1.")
+
+    @classmethod
+    def of(cls, verification: VerificationSettings) -> "Drawing":
+        """How a run draws: as the released code, by DDIM."""
+        return cls("ddim", verification.num_inference_steps, verification.guidance_scale)
 
     @property
     def passes(self) -> int:
@@ -87,22 +96,59 @@ def draw(
         prompt: a caption, or its embedding [positions, width].
         drawing: how.
         seeds: of the initial latents.
+
+    Raises:
+        ModelError: the device's memory does not take a single image.
     """
-    asked = (
-        {"prompt": [prompt] * len(seeds)}
-        if isinstance(prompt, str)
-        else {
-            "prompt_embeds": prompt.to(pipe.unet.dtype).expand(len(seeds), -1, -1),
-            **_unconditional(pipe, len(seeds)),
-        }
-    )
     with scheduled(pipe, drawing.scheduler):
-        return pipe(
-            **asked,
-            latents=seeded_latents(pipe, seeds).to(pipe.unet.device, pipe.unet.dtype),
-            num_inference_steps=drawing.num_inference_steps,
-            guidance_scale=drawing.guidance_scale,
-        ).images
+        return draw_from(pipe, prompt, seeded_latents(pipe, seeds), drawing.num_inference_steps, drawing.guidance_scale)
+
+
+@torch.no_grad()
+def draw_from(
+    pipe: StableDiffusionPipeline,
+    prompt: str | Tensor,
+    latents: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+) -> list[Image.Image]:
+    """Draw one image per initial latent, by the pipeline's present scheduler.
+
+    Where memory is short fewer are drawn at once, and decoded one by one.
+
+    Args:
+        pipe: the model.
+        prompt: a caption, or its embedding [positions, width].
+        latents: [images, channels, height, width].
+        num_inference_steps: steps of the scheduler.
+        guidance_scale: classifier-free guidance.
+
+    Raises:
+        ModelError: the device's memory does not take a single image.
+    """
+
+    def drawn(at_once: int) -> list[Image.Image]:
+        if at_once < len(latents):
+            pipe.vae.enable_slicing()
+        images = []
+        for part in latents.split(at_once):
+            images += pipe(
+                **_asked(pipe, prompt, len(part)),
+                latents=part.to(pipe.unet.device, pipe.unet.dtype),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            ).images
+        return images
+
+    return with_less_at_once(drawn, len(latents), "drawing one image")[0]
+
+
+def _asked(pipe: StableDiffusionPipeline, prompt: str | Tensor, number: int) -> dict:
+    """What a pipeline is asked for."""
+    if isinstance(prompt, str):
+        return {"prompt": [prompt] * number}
+    embeds = prompt.to(pipe.unet.dtype).expand(number, -1, -1)
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": _empty(pipe).expand(number, -1, -1)}
 
 
 class Gallery:
@@ -115,6 +161,7 @@ class Gallery:
         depends_on: what else they depend on, as JSON values, such as digests of the models.
         images_per_round: images that are drawn at once.
         seed: of the first image; the others follow.
+        drawn: model's name -> caption -> images of a first round that were drawn elsewhere in just this way.
     """
 
     def __init__(
@@ -125,9 +172,16 @@ class Gallery:
         depends_on: dict,
         images_per_round: int,
         seed: int,
+        drawn: Drawn = MappingProxyType({}),
     ) -> None:
         self.drawing, self.images_per_round = drawing, images_per_round
         self._pipes, self._seed = dict(pipes), seed
+        self._drawn = {
+            (model, text): images
+            for model, of_texts in drawn.items()
+            for text, images in of_texts.items()
+            if len(images) == images_per_round
+        }
         identity = {**depends_on, **to_json(drawing), "images per round": images_per_round, "seed": seed}
         self._folder = ImageFolder(folder, identity)
 
@@ -140,6 +194,10 @@ class Gallery:
         """Passes that one round of one model costs."""
         return self.images_per_round * self.drawing.passes
 
+    def costs(self, model: str, text: str) -> int:
+        """Passes that a caption's first round by one of the models costs: none where it was drawn elsewhere."""
+        return 0 if (model, text) in self._drawn else self.passes_per_round
+
     def seeds(self, turn: int) -> list[int]:
         """Seeds of a round, counted from 0."""
         first = self._seed + turn * self.images_per_round
@@ -150,8 +208,9 @@ class Gallery:
         return [image for turn in range(turns) for image in self._round(model, text, turn)]
 
     def _round(self, model: str, text: str, turn: int) -> list[Image.Image]:
-        def drawn() -> list[Image.Image]:
-            return draw(self._pipes[model], text, self.drawing, self.seeds(turn))
+        def drawn() -> Sequence[Image.Image]:
+            known = self._drawn.get((model, text)) if turn == 0 else None
+            return known or draw(self._pipes[model], text, self.drawing, self.seeds(turn))
 
         name = f"{_file_name(text)}_{model}_{turn}"
         return self._folder.kept_or_drawn(name, self.images_per_round, drawn)
@@ -211,5 +270,5 @@ def encode(pipe: StableDiffusionPipeline, text: str) -> Tensor:
     return embeds[0].float()
 
 
-def _unconditional(pipe: StableDiffusionPipeline, number: int) -> dict[str, Tensor]:
-    return {"negative_prompt_embeds": encode(pipe, "").to(pipe.unet.dtype).expand(number, -1, -1)}
+def _empty(pipe: StableDiffusionPipeline) -> Tensor:
+    return encode(pipe, "").to(pipe.unet.dtype)

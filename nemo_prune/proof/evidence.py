@@ -1,11 +1,12 @@
 """All evidence on a candidate: a tree of frozen values, and the settings that it was measured with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_prune.errors import SettingsError
+from nemo_prune.facts import ALL_KINDS, AttackFacts, CopyFacts, Counted, EvidenceFacts, ReplicationFacts, UtilityFacts
 from nemo_prune.files.json_values import from_json, to_json
 from nemo_prune.proof.attack import AttackResult, AttackRun, AttackSettings
 from nemo_prune.proof.copies import Yardstick
@@ -13,11 +14,12 @@ from nemo_prune.proof.drawing import Drawing
 from nemo_prune.proof.intervals import Rate
 from nemo_prune.proof.recall_matrix import RecallMatrix
 from nemo_prune.proof.regrowth import FineTuning, Regrown
-from nemo_prune.proof.replication import CaptionReplication, Replication
+from nemo_prune.proof.replication import CaptionReplication, KindReplication, Replication
 from nemo_prune.proof.roots import FoundRows
 from nemo_prune.proof.tokens import TokenActivations
 from nemo_prune.proof.utility import Utility
 from nemo_prune.proof.variants import VariantResult
+from nemo_prune.settings import VerificationSettings
 
 # How a budget is divided among the parts; what a part does not need goes to those after it.
 SHARES = {
@@ -33,9 +35,9 @@ SHARES = {
 PARTS = tuple(SHARES)
 # What a run gathers for its card.
 RUN_PARTS = ("replication", "utility", "attack")
-RUN_BUDGET = 8_000
+_RUN_UTILITY_CAPTIONS, _RUN_LOOK_STEPS = 8, 10
 _FEWEST_CAPTIONS = 5
-_DECIMALS = 2
+_DECIMALS = 3
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,20 @@ class EvidenceSettings:
         # Known before the models are loaded.
         if self.sscd is not None and not Path(self.sscd).is_file():
             raise SettingsError(f"There is no copy detector at {self.sscd}. Give a TorchScript or ONNX file of SSCD.")
+
+    @classmethod
+    def of_a_run(cls, verification: VerificationSettings) -> "EvidenceSettings":
+        """What a run gathers: the images that it draws anyway, judged by this yardstick too, and little beside them."""
+        return cls(
+            budget=verification.evidence_budget,
+            parts=RUN_PARTS,
+            drawing=Drawing.of(verification),
+            seed=verification.seed,
+            images_per_round=max(2, verification.images_per_prompt),
+            most_rounds=1,
+            utility_captions=_RUN_UTILITY_CAPTIONS,
+            attack=AttackSettings(images_per_look=1, drawing_steps=_RUN_LOOK_STEPS),
+        )
 
     def identity(self) -> dict:
         """What results depend on, as JSON values: everything but the budget and places of files."""
@@ -233,26 +249,56 @@ class EvidenceSummary:
         return self.utility.loss if self.utility else None
 
 
-def publishable(summary: EvidenceSummary) -> EvidenceSummary:
+def published_facts(summary: EvidenceSummary) -> EvidenceFacts:
     """A summary for a record: coarse, and without figures that few captions made.
 
     Whoever guesses a caption and has the models can compute its figures, and would find the caption by them. So types
-    with few captions are left out, as are the curves of few attacks, and all numbers have two decimals.
+    with few captions are left out, and all numbers have three decimals.
     """
     kinds = {name: kind for name, kind in summary.replication.by_kind.items() if kind.captions >= _FEWEST_CAPTIONS}
-    attacks = tuple(
-        each if each.came_back.total >= _FEWEST_CAPTIONS else replace(each, curve=(), looks=())
-        for each in summary.attacks
+    facts = EvidenceFacts(
+        yardstick=summary.yardstick.name,
+        cut=summary.yardstick.cut,
+        yardstick_sha256=summary.yardstick.sha256,
+        drawing=to_json(summary.drawing),
+        seed=summary.seed,
+        replication={name: _replication_facts(kind) for name, kind in
+                     {**kinds, ALL_KINDS: summary.replication.everything}.items()},
+        not_available=summary.replication.not_available,
+        attacks=tuple(
+            AttackFacts(each.model, each.memorized, each.start, each.steps, _counted(each.came_back), each.median_steps)
+            for each in summary.attacks
+        ),
+        membership=summary.membership,
+        utility=_utility_facts(summary.utility) if summary.utility else None,
+        left_out=summary.left_out,
+        budget=summary.budget,
+        passes=summary.passes,
+    )  # fmt: skip
+    return from_json(EvidenceFacts, _rounded(to_json(facts)))
+
+
+def _replication_facts(kind: KindReplication) -> ReplicationFacts:
+    base, candidate = (
+        CopyFacts(each.copies.share, each.copies.low, each.copies.high, each.parts)
+        for each in (kind.base, kind.candidate)
     )
-    coarse = replace(
-        summary,
-        replication=replace(summary.replication, by_kind=kinds),
-        attacks=attacks,
-        refilled=tuple(replace(each, nearest=None) for each in summary.refilled),
-        regrown=tuple(replace(each, nearest=None) for each in summary.regrown),
-        tokens=None,
+    return ReplicationFacts(kind.captions, kind.of, kind.by_training_image, kind.images, base, candidate)
+
+
+def _utility_facts(utility: Utility) -> UtilityFacts:
+    test = utility.equivalence
+    return UtilityFacts(
+        captions=utility.held_out.captions,
+        held_out={name: utility.held_out.loss(name) for name in utility.held_out.relative_error},
+        neighbours=utility.neighbours.loss() if utility.neighbours else None,
+        is_equivalent=test.holds if test else None,
+        margin=test.margin if test else 0.0,
     )
-    return from_json(EvidenceSummary, _rounded(to_json(coarse)))
+
+
+def _counted(rate: Rate) -> Counted:
+    return Counted(rate.count, rate.total, rate.low, rate.high)
 
 
 def _rounded(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from nemo_prune.engine.diffusion import draw_latents
-from nemo_prune.engine.memory import with_less_at_once
+from nemo_prune.proof.drawing import draw_from
 from nemo_prune.settings import VerificationSettings
 
 _COMPARED_SIDE = 64
@@ -27,23 +27,8 @@ def draw_images(pipe: StableDiffusionPipeline, text: str, settings: Verification
     Raises:
         ModelError: the device's memory does not take a single image.
     """
-    number = settings.images_per_prompt
-    latents = draw_latents(pipe.unet, number, settings.seed)
-
-    def draw(at_once: int) -> list[Image.Image]:
-        if at_once < number:
-            pipe.vae.enable_slicing()
-        images = []
-        for part in latents.split(at_once):
-            images += pipe(
-                [text] * len(part),
-                latents=part.to(pipe.unet.device, pipe.unet.dtype),
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-            ).images
-        return images
-
-    return with_less_at_once(draw, number, "drawing one image")[0]
+    latents = draw_latents(pipe.unet, settings.images_per_prompt, settings.seed)
+    return draw_from(pipe, text, latents, settings.num_inference_steps, settings.guidance_scale)
 
 
 def image_similarities(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:

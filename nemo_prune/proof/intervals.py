@@ -7,26 +7,20 @@ from statistics import median
 import numpy as np
 from scipy import stats
 
+from nemo_prune.facts import Counted
+
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Rate:
-    """How often something happened, with its exact interval (Clopper-Pearson).
+class Rate(Counted):
+    """How often something happened, with its exact interval (Clopper-Pearson): 0 to 1 where nothing was measured.
 
     Attributes:
-        count: how often it happened.
-        total: out of how many.
-        low: lower end of the two-sided interval; 0 where nothing was measured.
-        high: its upper end; 1 where nothing was measured.
         confidence: of the interval.
     """
 
-    count: int
-    total: int
-    low: float
-    high: float
     confidence: float = CONFIDENCE
 
     @classmethod

@@ -252,7 +252,8 @@ def measure_replication(
 ) -> list[CaptionReplication]:
     """Draw memorized captions by both models in rounds, and judge what comes back.
 
-    Every caption that the allowance reaches gets one round, spread over types and near-duplicates. Then those get
+    Every caption that the allowance reaches gets one round, spread over types and near-duplicates; what was drawn
+    elsewhere in that order costs nothing. Then those get
     further rounds of which it is not decided whether their rate is below the bound, until it is or the allowance is
     spent. The upper bounds allow for all of these looks.
 
@@ -268,8 +269,8 @@ def measure_replication(
     """
     groups, order = duplicate_groups(prompts), stratified(prompts)
     found: dict[int, CaptionReplication] = {}
-    cost = 2 * gallery.passes_per_round
-    affordable = max(1, allowance // cost)
+    drawn = sum(not any(gallery.costs(model, prompt.text) for model in (BASE, CANDIDATE)) for prompt in prompts)
+    affordable = max(1, drawn + allowance // (2 * gallery.passes_per_round))
     for done, (position, turns) in enumerate(_plan(order, found, affordable, bound, most_rounds), start=1):
         prompt, group = prompts[position], groups[position]
 

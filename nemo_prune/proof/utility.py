@@ -135,6 +135,19 @@ def neighbours(ordinary: Sequence[str], memorized: Sequence[str], number: int) -
     return near[:number]
 
 
+def split_ordinary(ordinary: Sequence[str], memorized: Sequence[str], number: int) -> tuple[list[str], list[str]]:
+    """Ordinary captions for two tests: those like any other, and neighbours of the memorized ones.
+
+    Args:
+        ordinary: the captions, held out from calibration.
+        memorized: the memorized ones.
+        number: of each, at most.
+    """
+    near = neighbours(ordinary, memorized, number)
+    apart = [text for text in ordinary if text not in near]
+    return list((apart or ordinary)[:number]), near
+
+
 class NoiseJudge:
     """Compares the noise predictions of models on the same noisy latents.
 

@@ -8,12 +8,12 @@ from pathlib import PurePath
 
 from huggingface_hub import ModelCardData
 
-from nemo_prune.facts import BaseFacts, ExportReport
+from nemo_prune.facts import BaseFacts, EvidenceFacts, ExportReport
 from nemo_prune.files.layout import GRID_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
 from nemo_prune.release.licence import licence_notice
 from nemo_prune.release.markdown import HUB, code, table
 from nemo_prune.release.record import Record
-from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows
+from nemo_prune.release.wording import before_after_rows, evidence_notes, evidence_rows, layer_rows, prompt_rows
 
 PAPER = "https://arxiv.org/abs/2406.02366"
 
@@ -64,6 +64,7 @@ def model_card(record: Record, layout: ReleaseLayout, examples: Sequence[str] = 
         f"![Pruned neurons per layer]({layout.name(layout.plot)})",
         table(("layer", "pruned", "of"), layer_rows(record.mask)),
         *(["## Before and after", table(("measured", "before", "after"), before_after_rows(record))] if is_run else []),
+        *(_evidence(record.measured.evidence) if is_run and record.measured.evidence else []),
         *(_examples(examples, layout) if examples else []),
         "## Use",
         _use(record.base, layout),
@@ -176,6 +177,14 @@ def _told_by_the_mask(record: Record) -> list[str]:
         )
         parts.append(table(("prompts", "number"), prompt_rows(record.prompts)))
     return parts
+
+
+def _evidence(evidence: EvidenceFacts) -> list[str]:
+    return [
+        "## What it still gives back",
+        table(("measured", "base", "pruned"), evidence_rows(evidence)),
+        " ".join(evidence_notes(evidence)),
+    ]
 
 
 def _examples(captions: Sequence[str], layout: ReleaseLayout) -> list[str]:

@@ -12,19 +12,21 @@ from markupsafe import Markup
 from PIL import Image
 
 from nemo_prune import __version__
+from nemo_prune.engine.localize import PromptLocalization
 from nemo_prune.files.work import write_atomically
 from nemo_prune.proof.drawing import BASE, CANDIDATE, drawn_images
 from nemo_prune.proof.evidence import Evidence
 from nemo_prune.proof.replication import CaptionReplication
+from nemo_prune.proof.scores import ScoresUnderMask
 from nemo_prune.release import charts
 from nemo_prune.release.evidence_wording import (
     attack_rows,
     broken_limits,
-    rate,
     replication_rows,
     utility_rows,
     verdict,
 )
+from nemo_prune.release.wording import counted
 
 REPORT_FILE = "report.html"
 _TEMPLATES = PackageLoader("nemo_prune.release", "templates")
@@ -53,6 +55,15 @@ class PromptNeurons:
     neurons: Mapping[str, Sequence[int]]
     score_before: float | None = None
     score_after: float | None = None
+
+    @classmethod
+    def of(cls, found: PromptLocalization, kind: str | None, scores: ScoresUnderMask | None) -> "PromptNeurons":
+        """What a run found out about a prompt."""
+        layers: dict[str, list[int]] = {}
+        for neuron in found.neurons:
+            layers.setdefault(neuron.layer, []).append(neuron.index)
+        before, after = (scores.score_before, scores.score_after) if scores else (None, None)
+        return cls(found.prompt, kind, found.status, layers, before, after)
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ def write_evidence_report(path: Path, evidence: Evidence, images: Path, context:
             replication_rows=replication_rows(summary),
             utility_rows=utility_rows(summary),
             attack_rows=attack_rows(summary),
-            rate=rate,
+            counted=counted,
             **_rows(evidence, context),
             captions=[_caption(each, images, context) for each in evidence.captions[:_MOST_CAPTIONS]],
             charts={name: Markup(chart) for name, chart in _charts(evidence, context).items()},
@@ -151,9 +162,9 @@ def _rows(evidence: Evidence, context: ReportContext) -> dict[str, list[tuple]]:
             (name, f"{value:.2f}", f"{tokens.ordinary[name]:.2f}" if name in tokens.ordinary else "")
             for name, value in (tokens.memorized if tokens else {}).items()
         ],
-        "variant_rows": [(each.name, rate(each.base), rate(each.candidate)) for each in summary.variants],
+        "variant_rows": [(each.name, counted(each.base), counted(each.candidate)) for each in summary.variants],
         "treated_rows": [
-            (each.treatment, rate(each.copies), "" if each.nearest is None else f"{each.nearest:.2f}")
+            (each.treatment, counted(each.copies), "" if each.nearest is None else f"{each.nearest:.2f}")
             for each in summary.regrown + summary.refilled
         ],
         "part_rows": [(part, passes, f"{summary.seconds[part]:.0f}") for part, passes in summary.passes.items()],

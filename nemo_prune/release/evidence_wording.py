@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from nemo_prune.proof.attack import AttackResult
-from nemo_prune.proof.drawing import BASE, CANDIDATE
+from nemo_prune.proof.drawing import CANDIDATE
 from nemo_prune.proof.evidence import EvidenceSummary
-from nemo_prune.proof.intervals import GroupedShare, Rate, Spread
+from nemo_prune.proof.intervals import GroupedShare, Spread
 from nemo_prune.proof.replication import KindReplication
 from nemo_prune.proof.utility import PRECISION, RANDOM
+from nemo_prune.release.wording import counted
 
 Row = tuple[str, str, str]
 
@@ -43,36 +43,6 @@ def replication_rows(summary: EvidenceSummary) -> list[Row]:
     kinds = summary.replication.by_kind
     rows = [row for name, kind in kinds.items() for row in _kind_rows(name, kind)]
     return rows + (_kind_rows("all", summary.replication.everything) if len(kinds) > 1 else [])
-
-
-def key_rows(summary: EvidenceSummary) -> list[Row]:
-    """The key figures, for a card: name, base, candidate; no caption's own number is among them."""
-    everything = summary.replication.everything
-    rows = [
-        (
-            f"images of {everything.captions} memorized captions that are copies",
-            _percent(everything.base.copies.share),
-            f"{_percent(everything.candidate.copies.share)} ({_interval(everything.candidate.copies)})",
-        )
-    ]
-    if everything.candidate.parts is not None:
-        rows.append(
-            ("images with a copied part", _percent(everything.base.parts), _percent(everything.candidate.parts))
-        )
-    by_model = {(each.model, each.memorized): each for each in summary.attacks if each.start == "caption"}
-    for memorized, what in ((True, "memorized pictures"), (False, "pictures never trained on")):
-        found = [by_model.get((model, memorized)) for model in (BASE, CANDIDATE)]
-        if any(found):
-            steps = next(each.steps for each in found if each)
-            rows.append((f"{what} that an attack of {steps} steps brings back", *(_came_back(each) for each in found)))
-    if summary.membership:
-        rows.append(
-            ("membership inference on memorized pictures, AUC", *(_number(summary.membership.get(model))
-                                                                 for model in (BASE, CANDIDATE)))
-        )  # fmt: skip
-    if summary.utility is not None:
-        rows.append(("change of the noise prediction on held-out captions", "0.0%", _percent(summary.utility.loss)))
-    return rows
 
 
 def utility_rows(summary: EvidenceSummary) -> list[tuple[str, str]]:
@@ -121,7 +91,7 @@ def attack_rows(summary: EvidenceSummary) -> list[tuple[str, str, str, str, str]
             each.model,
             "memorized" if each.memorized else "never trained on",
             each.start,
-            f"{rate(each.came_back)}",
+            counted(each.came_back),
             f"{each.median_steps:g}" if each.median_steps is not None else f"more than {each.steps}",
         )
         for each in summary.attacks
@@ -151,13 +121,6 @@ def broken_limits(summary: EvidenceSummary, max_replication: float | None, max_u
                 "change of the noise prediction on held-out captions."
             )
     return found
-
-
-def rate(value: Rate) -> str:
-    """A count out of a total with its exact interval."""
-    if not value.total:
-        return "not measured"
-    return f"{value.count} of {value.total} ({value.low:.0%} to {value.high:.0%})"
 
 
 def _attack_sentences(summary: EvidenceSummary) -> Sequence[str]:
@@ -195,10 +158,6 @@ def _kind_rows(name: str, kind: KindReplication) -> list[Row]:
     return rows
 
 
-def _came_back(result: AttackResult | None) -> str:
-    return "not measured" if result is None else rate(result.came_back)
-
-
 def _interval(share: GroupedShare) -> str:
     return f"{share.low:.0%} to {share.high:.0%}"
 
@@ -209,10 +168,6 @@ def _spread(value: Spread) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f}"
 
 
 def _of(number: int, total: int, what: str) -> str:

@@ -15,6 +15,7 @@ from nemo_prune.errors import RecordError, SettingsError
 from nemo_prune.facts import (
     BaseFacts,
     Cost,
+    EvidenceFacts,
     ExportReport,
     GoneFacts,
     PromptFacts,
@@ -174,6 +175,7 @@ class Measured:
         export_verified: whether the exported files predict what the suppressed model does.
         seconds: wall time per stage.
         spared: what a limit on the change for ordinary prompts gives up, the whole mask first; empty without a limit.
+        evidence: what the pruned model still gives back and still can do; None where it was not gathered.
     """
 
     settings: LocalizationSettings
@@ -189,6 +191,7 @@ class Measured:
     export_verified: bool
     seconds: Mapping[str, float]
     spared: tuple[SparedPoint, ...] = ()
+    evidence: EvidenceFacts | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nemo_prune.corpus.prompts import MOST_PROMPTS_COMPARED, near_duplicates
 from nemo_prune.engine.gone import Verdict
 from nemo_prune.engine.localize import Localizer, PromptLocalization, count_statuses
 from nemo_prune.errors import SettingsError
-from nemo_prune.facts import BaseFacts, Cost, GoneFacts, PromptFacts, SparedPoint
+from nemo_prune.facts import BaseFacts, Cost, EvidenceFacts, GoneFacts, PromptFacts, SparedPoint
 from nemo_prune.models.source import ModelSource
 from nemo_prune.proof.images import ImageEvidence
 from nemo_prune.proof.scores import ScoresUnderMask
@@ -94,6 +94,7 @@ def measured_by_a_run(
     is_verified: bool,
     seconds: Mapping[str, float],
     spared: Sequence[SparedPoint] = (),
+    evidence: EvidenceFacts | None = None,
 ) -> Measured:
     """What a run measured, without a caption.
 
@@ -107,6 +108,7 @@ def measured_by_a_run(
         is_verified: whether the exported files predict what the suppressed model does.
         seconds: wall time per stage.
         spared: what a limit on the change for ordinary prompts gives up.
+        evidence: what the pruned model still gives back and still can do.
     """
     calibration, threshold, verification = localizer.calibration, localizer.threshold, plan.verification
     memorized = [each for each in examined if each.is_memorized]
@@ -135,6 +137,7 @@ def measured_by_a_run(
         export_verified=is_verified,
         seconds=seconds,
         spared=tuple(spared),
+        evidence=evidence,
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from nemo_prune.facts import ALL_KINDS
 from nemo_prune.release.record import Record
 
 _BEGIN, _END = "<!-- nemo-prune push --allow-residual: begin -->", "<!-- nemo-prune push --allow-residual: end -->"
@@ -46,6 +47,12 @@ def residual_findings(record: Record) -> list[str]:
     if awake > 0:
         findings.append(
             f"{awake} memorized prompts still give nearly the unpruned model's noise prediction under the mask."
+        )
+    replication = measured.evidence.replication[ALL_KINDS] if measured.evidence else None
+    if replication and replication.candidate.share > 0 and not images.copies_after:
+        findings.append(
+            f"{replication.candidate.share:.1%} of the images of {replication.captions} memorized captions are copies "
+            f"by {measured.evidence.yardstick}."
         )
     if not measured.export_verified:
         findings.append("The exported files were not verified to predict what the suppressed model does.")

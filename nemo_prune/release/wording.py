@@ -1,6 +1,6 @@
 """What was found and measured as rows of text: one wording for card, report and terminal."""
 
-from nemo_prune.facts import StatusCounts
+from nemo_prune.facts import ALL_KINDS, NOT_ASKED, AttackFacts, CopyFacts, Counted, EvidenceFacts, StatusCounts
 from nemo_prune.release.markdown import code, number, share
 from nemo_prune.release.record import ImageFacts, MaskRecord, Record
 
@@ -63,3 +63,63 @@ def _image_rows(images: ImageFacts) -> list[tuple[str, str, str]]:
         between = f"(between seeds: {ordinary.between_seeds_before:.3f})"
         rows.append((f"{name} {between}", "1.000", number(ordinary.to_unpruned)))
     return rows
+
+
+def evidence_rows(evidence: EvidenceFacts) -> list[tuple[str, str, str]]:
+    """The key figures of the evidence: name, base, candidate."""
+    everything = evidence.replication[ALL_KINDS]
+    base, candidate = everything.base, everything.candidate
+    rows = [
+        (f"images of {everything.captions} memorized captions that are copies", share(base.share), _copies(candidate))
+    ]
+    if candidate.parts is not None:
+        rows.append(("images with a copied part", share(base.parts), share(candidate.parts)))
+    by_model = {(each.model, each.memorized): each for each in evidence.attacks if each.start == "caption"}
+    for memorized, what in ((True, "memorized pictures"), (False, "pictures never trained on")):
+        found = [by_model.get((model, memorized)) for model in ("base", "candidate")]
+        if any(found):
+            steps = next(each.steps for each in found if each)
+            rows.append((f"{what} that an attack of {steps} steps brings back", *map(_came_back, found)))
+    if evidence.membership:
+        values = (f"{evidence.membership[model]:.2f}" for model in ("base", "candidate"))
+        rows.append(("membership inference on memorized pictures, AUC", *values))
+    if evidence.utility is not None:
+        held_out = evidence.utility.held_out
+        others = "; ".join(f"{name}: {share(value)}" for name, value in held_out.items() if name != "candidate")
+        name = f"change of the noise prediction on held-out captions ({others})"
+        rows.append((name, "0.0%", share(held_out["candidate"])))
+    return rows
+
+
+def evidence_notes(evidence: EvidenceFacts) -> list[str]:
+    """How the evidence was gathered, and what is missing in it, as sentences."""
+    drawing, everything = evidence.drawing, evidence.replication[ALL_KINDS]
+    notes = [
+        f"An image counts as a copy from a similarity of {evidence.cut:g} on, by {evidence.yardstick}. Images: "
+        f"{drawing['scheduler'].upper()}, {drawing['num_inference_steps']} steps, guidance "
+        f"{drawing['guidance_scale']:g}, {everything.images} per model. In brackets: intervals at 95%, over groups of "
+        "near-duplicate captions."
+    ]
+    if others := everything.captions - everything.by_training_image:
+        notes.append(
+            f"For {others} of {everything.captions} captions no training image is known, so the base's own images of "
+            "other seeds stand in."
+        )
+    if missing := everything.of - everything.captions:
+        notes.append(f"{missing} memorized captions were not drawn.")
+    return notes + [f"Left out: {part}: {reason}." for part, reason in evidence.left_out.items() if reason != NOT_ASKED]
+
+
+def counted(value: Counted) -> str:
+    """A count out of a total with its exact interval."""
+    if not value.total:
+        return "not measured"
+    return f"{value.count} of {value.total} ({value.low:.0%} to {value.high:.0%})"
+
+
+def _copies(facts: CopyFacts) -> str:
+    return f"{share(facts.share)} ({facts.low:.0%} to {facts.high:.0%})"
+
+
+def _came_back(attacks: AttackFacts | None) -> str:
+    return "not measured" if attacks is None else counted(attacks.came_back)

@@ -109,6 +109,7 @@ def passes_of_stages(
         Stage.SCORE_AGAIN: (2 * detection + cost, 3 * detection + cost),
         Stage.IMAGES_BEFORE: (ordinary, ordinary + memorized),
         Stage.IMAGES_AFTER: (ordinary, ordinary + memorized),
+        Stage.ATTACK: (0, verification.evidence_budget),
     }
 
 

@@ -22,7 +22,8 @@ from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Pruning
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
-from nemo_prune.proof.images import ImageEvidence, compare_images, draw_images
+from nemo_prune.proof.drawing import Drawing, draw
+from nemo_prune.proof.images import ImageEvidence, compare_images
 from nemo_prune.proof.scores import ScoresUnderMask, score_under_mask
 from nemo_prune.settings import VerificationSettings
 from nemo_prune.stages.examined import ExaminedPrompt
@@ -132,9 +133,18 @@ class ImageProof:
         self.texts, self.training_images = list(texts), training_images
         self.before: Images = {}
         self.after: Images = {}
-        self._verification = verification
-        depends_on = {"shown": text_hash(texts), "mask": pruning.mask.digest, "scale": pruning.scale}
-        self._folder = ImageFolder(folder, depends_on | to_json(verification))
+        self._cut, self._drawing = verification.replication_cut, Drawing.of(verification)
+        self._seeds = range(verification.seed, verification.seed + verification.images_per_prompt)
+        self._folder = ImageFolder(
+            folder,
+            {
+                "shown": text_hash(texts),
+                "mask": pruning.mask.digest,
+                "scale": pruning.scale,
+                "drawing": to_json(self._drawing),
+                "seeds": list(self._seeds),
+            },
+        )
 
     def draw_before(self, pipe: StableDiffusionPipeline, listener: Listener) -> None:
         """Draw with the unpruned model."""
@@ -153,14 +163,13 @@ class ImageProof:
     def evidence(self, text: str) -> ImageEvidence:
         """What one caption's images show."""
         known = list(self.training_images.values())
-        return compare_images(self.before[text], self.after[text], known, self._verification.replication_cut)
+        return compare_images(self.before[text], self.after[text], known, self._cut)
 
     def _draw(self, pipe: StableDiffusionPipeline, when: str, listener: Listener, stage: Stage) -> Images:
         drawn = {}
         with listener.stage(stage) as advance:
             for place, text in enumerate(self.texts):
-                draw = partial(draw_images, pipe, text, self._verification)
-                number = self._verification.images_per_prompt
-                drawn[text] = self._folder.kept_or_drawn(f"{place:03d}_{when}", number, draw)
+                make = partial(draw, pipe, text, self._drawing, self._seeds)
+                drawn[text] = self._folder.kept_or_drawn(f"{place:03d}_{when}", len(self._seeds), make)
                 advance(place + 1, len(self.texts))
         return drawn

@@ -1,8 +1,9 @@
-"""Gather the evidence on a candidate within a budget: `nemo-prune verify`, and the last stage of a run."""
+"""Gather the evidence on a candidate within a budget: `nemo-prune verify`, and the last stages of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from diffusers import StableDiffusionPipeline
 
@@ -12,7 +13,7 @@ from nemo_prune.files.work import write_atomically
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Listener
 from nemo_prune.proof.attack import summarize_attacks, work_ratio
-from nemo_prune.proof.drawing import BASE, CANDIDATE
+from nemo_prune.proof.drawing import BASE, CANDIDATE, Drawn
 from nemo_prune.proof.evidence import (
     Changes,
     Evidence,
@@ -51,6 +52,8 @@ def gather_evidence(
     names: tuple[str, str] = ("the base", "the candidate"),
     neurons: Mapping[str, Sequence[Neuron]] | None = None,
     training: TrainingImages | None = None,
+    drawn: Drawn = MappingProxyType({}),
+    is_held_out: bool = True,
 ) -> Evidence:
     """Measure what a candidate still gives back and what it still can do, beside its base.
 
@@ -68,6 +71,8 @@ def gather_evidence(
         names: what to call the two; never a path.
         neurons: caption -> its own neurons, for the recall matrix.
         training: the training images, where the caller has opened them.
+        drawn: images that the caller has drawn in just this way, see :class:`~nemo_prune.proof.drawing.Gallery`.
+        is_held_out: whether no calibration saw the ordinary captions; without that, utility is not measured.
 
     Raises:
         NemoPruneError: the models can't be compared, there are no captions, or the folder can't be used.
@@ -75,7 +80,9 @@ def gather_evidence(
     if not prompts or not ordinary:
         raise PromptError("Evidence needs captions that the base memorizes, and ordinary ones that it does not.")
     training = known_training_images(prompts) if training is None else training
-    bench = Bench(base, candidate, prompts, ordinary, settings, folder, listener, training)
+    bench = Bench(base, candidate, prompts, ordinary, settings, folder, listener, training, drawn)
+    if not is_held_out:
+        bench.leave_out("utility", "no ordinary captions were held out from calibration")
     evidence = _gathered(bench, names, neurons or {})
     write_atomically(folder / EVIDENCE_FILE, json.dumps(evidence.to_json(), indent=2))
     return evidence

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -13,12 +14,13 @@ from PIL import Image
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.errors import OutputError
+from nemo_prune.facts import NOT_ASKED
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.progress import Advance, Listener, Stage
 from nemo_prune.proof.changed_rows import ChangedRows, changed_rows
 from nemo_prune.proof.copies import CopyDetector, ImageSimilarity, StructuralSimilarity
-from nemo_prune.proof.drawing import BASE, CANDIDATE, Gallery, draw
+from nemo_prune.proof.drawing import BASE, CANDIDATE, Drawn, Gallery, draw
 from nemo_prune.proof.evidence import (
     SHARES,
     EvidenceSettings,
@@ -33,6 +35,7 @@ from nemo_prune.proof.replication import (
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.proof.training_images import TrainingImages
 
+IMAGES_FOLDER = "images"
 TOO_LITTLE = "the budget is too small for it"
 _FEWEST_TREATED = 2
 _MOST_TREATED = 12
@@ -70,6 +73,7 @@ class Bench:
         folder: where results and images are kept.
         listener: hears stages and progress.
         training: the training images that are known.
+        drawn: images that were drawn elsewhere, see :class:`~nemo_prune.proof.drawing.Gallery`.
 
     Attributes:
         pipes: model's name -> model.
@@ -97,6 +101,7 @@ class Bench:
         folder: Path,
         listener: Listener,
         training: TrainingImages,
+        drawn: Drawn = MappingProxyType({}),
     ) -> None:
         self.base, self.candidate = base, candidate
         self.pipes = {BASE: base, CANDIDATE: candidate}
@@ -120,7 +125,13 @@ class Bench:
             "training images": _images_digest(training),
         }
         self.gallery = Gallery(
-            folder / "images", self.pipes, settings.drawing, self.digests, settings.images_per_round, settings.seed
+            folder / "images",
+            self.pipes,
+            settings.drawing,
+            self.digests,
+            settings.images_per_round,
+            settings.seed,
+            drawn,
         )
         self.quick = replace(settings.drawing, num_inference_steps=settings.quick_steps)
         self.order = [prompts[position] for position in stratified(prompts)]
@@ -155,7 +166,7 @@ class Bench:
     def part(self, name: str) -> Iterator[tuple[int, Ledger, Advance] | None]:
         """What a part may spend, where it keeps its results and whom it tells; None for a part that is left out."""
         if name not in self.parts:
-            self.left_out.setdefault(name, "it was not asked for")
+            self.left_out.setdefault(name, NOT_ASKED)
             yield None
             return
         to_come = sum(SHARES[part] for part in self.parts)

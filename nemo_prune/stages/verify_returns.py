@@ -1,6 +1,7 @@
 """What comes back: by its caption, by an attack, by other ways to ask, by one prompt's mask."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from diffusers import StableDiffusionPipeline
 
@@ -37,16 +38,20 @@ def measure_attacks(bench: Bench) -> list[AttackRun]:
         if given is None:
             return []
         allowance, ledger, advance = given
-        cost = bench.settings.attack.passes(bench.settings.drawing.guidance_scale)
-        if allowance < cost:
+        cost = partial(bench.settings.attack.passes, bench.settings.drawing.guidance_scale)
+        if allowance < cost():
             bench.left_out["attack"] = TOO_LITTLE
             return []
         runs = []
+        # What an attack of a sort is likely to cost: as much as the last one. The base gives its pictures back at once.
+        likely = {(BASE, True): cost(0)}
         for model, start, memorized, prompt, place in _attacks(bench.order):
-            if ledger.spent + cost > allowance and not ledger.knows(_attack_key(model, start, memorized, prompt)):
+            key = _attack_key(model, start, memorized, prompt)
+            if ledger.spent + likely.get((model, memorized), cost()) > allowance and not ledger.knows(key):
                 continue
             work = _attack_run(bench, model, start, memorized, prompt, bench.settings.seed + 1000 * place)
-            runs.append(ledger.once(_attack_key(model, start, memorized, prompt), AttackRun, work))
+            runs.append(ledger.once(key, AttackRun, work))
+            likely[model, memorized] = cost(runs[-1].steps)
             advance(min(ledger.spent, allowance), allowance)
         return runs
 

@@ -1,6 +1,7 @@
 """What the candidate still can do, within a part of the budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 from nemo_prune.proof.drawing import BASE, CANDIDATE
 from nemo_prune.proof.evidence import OrdinaryControl
@@ -15,7 +16,7 @@ from nemo_prune.proof.utility import (
     Utility,
     caption_images,
     denoising_equivalence,
-    neighbours,
+    split_ordinary,
 )
 from nemo_prune.stages.verify_bench import Bench
 
@@ -26,15 +27,15 @@ def measure_utility(bench: Bench) -> tuple[Utility | None, OrdinaryControl | Non
         if given is None:
             return None, None
         allowance, ledger, advance = given
-        near = neighbours(bench.ordinary, [prompt.text for prompt in bench.prompts], bench.settings.utility_captions)
-        apart = [text for text in bench.ordinary if text not in near]
-        held_out = (apart or bench.ordinary)[: bench.settings.utility_captions]
+        memorized = [prompt.text for prompt in bench.prompts]
+        held_out, near = split_ordinary(bench.ordinary, memorized, bench.settings.utility_captions)
         noise = NoiseJudge(bench.base, bench.candidate, bench.rows, bench.ordinary, bench.settings.seed)
         others = [unet for unet in noise.unets if unet not in (bench.base.unet, bench.candidate.unet)]
         number = max(2, min(len(held_out), allowance // (4 * noise.passes)))
         held_out, near = held_out[:number], near[:number]
-        image_cost = (2 + (noise.random is not None)) * bench.gallery.passes_per_round
-        drawn = held_out[: max(1, (allowance - (len(held_out) + len(near)) * noise.passes) // image_cost)]
+        models = (BASE, CANDIDATE) if noise.random is None else (BASE, CANDIDATE, RANDOM)
+        rest = allowance - (len(held_out) + len(near)) * noise.passes
+        drawn = _affordable(held_out, rest, lambda text: sum(bench.gallery.costs(model, text) for model in models))
         total = len(held_out) + len(near) + len(drawn)
         changes: dict[str, CaptionChange] = {}
         with bench.counter.counting(*others):
@@ -51,6 +52,12 @@ def measure_utility(bench: Bench) -> tuple[Utility | None, OrdinaryControl | Non
             images.append(ledger.once(f"images: {text}", CaptionImages, work))
             advance(len(changes) + len(images), total)
         return _utility_of(bench, held_out, near, drawn, changes, images, noise), _control(bench, images)
+
+
+def _affordable(texts: Sequence[str], passes: int, cost: Callable[[str], int]) -> list[str]:
+    """The first captions, as many as the passes suffice for, at least one."""
+    costs = list(accumulate(map(cost, texts)))
+    return list(texts[: max(1, sum(each <= passes for each in costs))])
 
 
 def _utility_of(
