@@ -45,7 +45,7 @@ from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_ve
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
-from nemo_prune.stages.pursue import Bar, judge_mask, pursue_mask, spare_ordinary
+from nemo_prune.stages.pursue import Bar, detect_corpus, judge_mask, pursue_mask, spare_ordinary
 from nemo_prune.stages.run_evidence import gather_for_a_run
 from nemo_prune.stages.verify_bench import IMAGES_FOLDER
 
@@ -208,18 +208,16 @@ def _find_mask(
     """The mask that the plan's search finds, and the prompts as they are under it."""
     if plan.search == "greedy":
         found = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, listener)
-        return merge_localizations(localizer, found, plan, listener)
-    mask, found, pursuit = pursue_mask(
-        session.pipe, localizer, corpus.texts, ordinary.texts, training_images, plan, work, listener
+        first, found = merge_localizations(localizer, found, plan, listener)
+        # The union is the paper's: it stays what the paper makes it.
+        if plan.merge == "union":
+            return first, found
+    else:
+        with listener.stage(Stage.LOCALIZE):
+            first, found = None, detect_corpus(localizer, corpus.texts)
+    return pursue_mask(
+        session.pipe, localizer, corpus.prompts, found, first, ordinary.texts, training_images, plan, work, listener
     )
-    if pursuit is not None and pursuit.best.copies:
-        left = len({each.prompt for each in pursuit.best.copies})
-        price = pursuit.next_step_costs
-        more = (
-            "" if price is None else f" A stricter mask changed ordinary captions by {price:+.0%} of everything more."
-        )
-        listener.say(f"Images of {left} prompts still copy after {len(pursuit.rounds)} rounds of the search.{more}")
-    return mask, found
 
 
 def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:

@@ -21,7 +21,7 @@ from nemo_prune.engine.settling import rank_neurons
 from nemo_prune.engine.trials import drive
 from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
-from nemo_prune.mask import Neuron
+from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.settings import LocalizationSettings
@@ -95,6 +95,28 @@ def test_a_ranking_that_is_not_enough_stays_unresolved():
 def test_an_unknown_search_is_refused():
     with pytest.raises(SettingsError, match="gradient or learned"):
         PursuitSettings(search="greedy")
+
+
+def test_a_mask_under_which_nothing_copies_is_not_pursued(tiny):
+    first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
+    assert pursue(tiny, ["a"], ["c", "d"], 0.5, PursuitSettings(), lambda mask: [], first=first).rounds == ()
+    assert tiny.sample_passes == 0
+
+
+def test_a_mask_that_leaves_copies_is_searched_again_and_given_up_for_one_that_leaves_none(tiny):
+    first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
+    settings = PursuitSettings(
+        search="gradient", more_seeds=2, watched=1, walked=1, points=2, rounds=1, probed=(), probe_seeds=2
+    )
+    looked_at = []
+
+    def copies(mask):
+        looked_at.append(mask)
+        return [Copy("a", "a", 1.0)] if mask is first else []
+
+    result = pursue(tiny, ["a"], ["c", "d"], 0.5, settings, copies, first=first)
+    assert looked_at[0] is first and result.rounds[0].mask is first and len(result.rounds) == 2
+    assert result.best is result.rounds[1] and not result.best.copies
 
 
 @pytest.mark.parametrize("gates", ["projected", "hard-concrete"])

@@ -102,7 +102,7 @@ class Pursuit:
     """The masks that a corpus was pursued with, one a round.
 
     Attributes:
-        rounds: what each round ended with.
+        rounds: what each round ended with; none where the mask of another search was enough.
     """
 
     rounds: tuple[Round, ...]
@@ -128,6 +128,7 @@ def pursue(
     copies: Callable[[NeuronMask], Sequence[Copy]] = lambda mask: (),
     advance: Advance = ignored,
     checkpoint: Path | None = None,
+    first: NeuronMask | None = None,
 ) -> Pursuit:
     """Find a mask under which memorized captions are gone and ordinary ones change as little as may be.
 
@@ -142,7 +143,12 @@ def pursue(
         copies: draws images under a mask and says what copied; called once a round.
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
+        first: the mask of another search, which stands for the first round's. If nothing copies under it there is
+            nothing to pursue, and no round is made.
     """
+    copied = () if first is None else copies(first)
+    if first is not None and not copied:
+        return Pursuit(())
     watched, walked = ordinary[: settings.watched], ordinary[settings.watched :][: settings.walked]
     states = walk_ordinary(predictor, walked or watched, settings.points, settings.seed)
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
@@ -151,10 +157,14 @@ def pursue(
     while True:
         passes_before = predictor.sample_passes
         corpus = gather_corpus(predictor, prompts, watched, seeds, threshold, strictness)
-        neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
-        mask = NeuronMask.from_neurons(neurons, predictor.sizes)
+        if first is None or rounds:
+            neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
+            mask = NeuronMask.from_neurons(neurons, predictor.sizes)
+            copied = copies(mask)
+        else:
+            mask = first
         passes = predictor.sample_passes - passes_before
-        rounds.append(_look_at(predictor, corpus, states, mask, copies(mask), passes))
+        rounds.append(_look_at(predictor, corpus, states, mask, copied, passes))
         came_back = {name for copy in rounds[-1].copies for name in (copy.prompt, copy.source)} & set(prompts)
         if not came_back or len(rounds) > settings.rounds:
             return Pursuit(tuple(rounds))

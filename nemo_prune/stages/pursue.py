@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
@@ -18,7 +18,9 @@ from nemo_prune.engine.views import Seeds
 from nemo_prune.files.work import WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
-from nemo_prune.proof.images import copy_similarities, draw_images
+from nemo_prune.proof.drawing import Drawing, draw
+from nemo_prune.proof.images import copy_similarities
+from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
 # Seeds of what the final proof must not have seen.
@@ -57,19 +59,23 @@ def detect_corpus(localizer: Localizer, texts: Sequence[str]) -> list[PromptLoca
 def pursue_mask(
     pipe: StableDiffusionPipeline,
     localizer: Localizer,
-    texts: Sequence[str],
+    examined: Sequence[Prompt],
+    localizations: Sequence[PromptLocalization],
+    first: NeuronMask | None,
     ordinary: Sequence[str],
     training_images: Mapping[str, Image.Image],
     plan: Plan,
     work: WorkFolder,
     listener: Listener,
-) -> tuple[NeuronMask, list[PromptLocalization], Pursuit | None]:
-    """A mask under which captions are gone, searched again for what comes back in images.
+) -> tuple[NeuronMask, Sequence[PromptLocalization]]:
+    """A mask under which nothing copies: searched again for what comes back in images, or said what remains.
 
     Args:
         pipe: the unpruned model.
         localizer: the same with what is usual for it.
-        texts: the prompts.
+        examined: the prompts.
+        localizations: one per prompt.
+        first: the mask of the paper's search, which is kept if nothing copies under it; None where there is none.
         ordinary: ordinary prompts.
         training_images: caption -> its training image, where one is known.
         plan: names the search.
@@ -77,27 +83,37 @@ def pursue_mask(
         listener: hears the stages.
 
     Returns:
-        The mask, the prompts as they are under it, and the rounds; None where nothing is memorized.
+        The mask, and the prompts as they are under it.
     """
-    with listener.stage(Stage.LOCALIZE):
-        localizations = detect_corpus(localizer, texts)
-    memorized = [each.prompt for each in localizations if each.is_memorized]
     predictor = localizer.scorer.predictor
+    kinds = {prompt.text: prompt for prompt in examined}
+    memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
     if not memorized:
-        return NeuronMask.from_neurons((), predictor.sizes), localizations, None
+        return first or NeuronMask.from_neurons((), predictor.sizes), localizations
     looks = _CopyLooks(pipe, memorized, ordinary, training_images, plan.verification)
+    settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
-            predictor, memorized, ordinary, localizer.threshold, PursuitSettings(search=plan.search), looks, advance,
-            work.learning,
+            predictor, [each.text for each in memorized], ordinary, localizer.threshold, settings, looks, advance,
+            work.learning, first,
         )  # fmt: skip
+    if first is not None and not pursuit.rounds:
+        return first, localizations
     best = pursuit.best
-    came_back = {each.prompt for each in best.not_gone} | {each.prompt for each in best.copies}
-    resolved = [
-        replace(each, status="localized") if each.is_memorized and each.prompt not in came_back else each
+    if best.copies:
+        listener.say(_what_remains(pursuit))
+    came_back = {each.prompt for each in (*best.not_gone, *best.copies)}
+    found = [
+        replace(each, status="unresolved" if each.prompt in came_back else "localized") if each.is_memorized else each
         for each in localizations
     ]
-    return best.mask, resolved, pursuit
+    return best.mask, found
+
+
+def _what_remains(pursuit: Pursuit) -> str:
+    left, price = len({each.prompt for each in pursuit.best.copies}), pursuit.next_step_costs
+    more = "" if price is None else f" A stricter mask changed ordinary captions by {price:+.0%} of everything more."
+    return f"Images of {left} prompts still copy after {len(pursuit.rounds)} rounds of the search.{more}"
 
 
 class Bar:
@@ -157,32 +173,38 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
 
 
 class _CopyLooks:
-    """Draws images under a mask and says what copies: a training image, or the base's own where none is known."""
+    """Draws images under a mask and says what copies: a training image, or the base's own where none is known.
+
+    One image of each caption is enough to see that a mask leaves copies; how many it leaves is measured at the end, on
+    other latents.
+    """
 
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
-        memorized: Sequence[str],
+        memorized: Sequence[Prompt],
         ordinary: Sequence[str],
         training_images: Mapping[str, Image.Image],
         verification: VerificationSettings,
     ) -> None:
-        self._pipe = pipe
-        self._settings = replace(verification, seed=verification.seed + _LOOP_SEED_STEP)
-        self._shown = [*memorized[: verification.max_prompts], *ordinary[: verification.ordinary_images]]
-        known = {text: training_images[text] for text in memorized if text in training_images}
-        self._references = known or {
-            text: draw_images(pipe, text, self._settings)[0] for text in memorized[: verification.max_prompts]
-        }
+        self._pipe, self._drawing, self._cut = pipe, Drawing.of(verification), verification.replication_cut
+        self._seeds = [verification.seed + _LOOP_SEED_STEP]
+        spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
+        self._shown = [*spread, *ordinary[: verification.ordinary_images]]
+        texts = [each.text for each in memorized]
+        known = {text: training_images[text] for text in texts if text in training_images}
+        self._references = known or {text: self._draw(text) for text in spread}
 
     def __call__(self, mask: NeuronMask) -> list[Copy]:
         sources, references = list(self._references), list(self._references.values())
         found = []
         with apply_mask(self._pipe, mask):
             for text in self._shown:
-                similar = copy_similarities(draw_images(self._pipe, text, self._settings), references)
-                shares = (similar >= self._settings.replication_cut).float().mean(dim=0)
-                if float(shares.max()) > 0:
-                    nearest = int(torch.argmax(shares))
-                    found.append(Copy(text, sources[nearest], float(shares[nearest])))
+                similar = copy_similarities([self._draw(text)], references)[0]
+                nearest = int(similar.argmax())
+                if float(similar[nearest]) >= self._cut:
+                    found.append(Copy(text, sources[nearest], 1.0))
         return found
+
+    def _draw(self, text: str) -> Image.Image:
+        return draw(self._pipe, text, self._drawing, self._seeds)[0]
