@@ -263,17 +263,15 @@ class Comparison:
             prompt: float((copy_similarities(images, training).amax(dim=1) >= cut).float().mean())
             for prompt, images in after.items()
         }
-        same, seeds = [], []
-        for prompt in shown:
-            old, new = self.before[prompt], after[prompt]
-            same.append(1 - float(image_similarities(old, new).diagonal().mean()))
-            seeds.append(1 - float(image_similarities(old, old[1:] + old[:1]).diagonal().mean()))
+        same = [1 - float(image_similarities(self.before[each], after[each]).diagonal().mean()) for each in shown]
         return {
             "copies_memorized": mean(copied[prompt] for prompt in self.prompts),
             "captions_that_copy": [prompt for prompt in self.prompts if copied[prompt]],
             "copies_ordinary": mean(copied[prompt] for prompt in shown),
             "image_change": mean(same),
-            "image_change_two_seeds": mean(seeds),
+            "image_change_two_seeds": mean(_diversity(self.before[prompt]) for prompt in shown),
+            "diversity_memorized": mean(_diversity(after[prompt]) for prompt in self.prompts),
+            "diversity_ordinary": mean(_diversity(after[prompt]) for prompt in shown),
         }
 
     def applied(self, way: Way) -> AbstractContextManager:
@@ -297,6 +295,10 @@ ROWS = {
     "1 - SSIM of ordinary images (two seeds)": lambda row: (
         f"{row['image_change']:.2f} ({row['image_change_two_seeds']:.2f})" if "image_change" in row else "-"
     ),
+    "agreement of a memorized caption's seeds": lambda row: f"{row['agreement']:.2f}",
+    "1 - SSIM between seeds, memorized (ordinary)": lambda row: (
+        f"{row['diversity_memorized']:.2f} ({row['diversity_ordinary']:.2f})" if "diversity_memorized" in row else "-"
+    ),
 }
 
 
@@ -308,6 +310,11 @@ def table(figures: dict[str, dict]) -> str:
         lines += [f"| {name} | {' | '.join(show(row) for row in ways.values())} |" for name, show in ROWS.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _diversity(images: Sequence[Image.Image]) -> float:
+    """How much a caption's images differ: 1 - SSIM of neighbouring seeds."""
+    return 1 - float(image_similarities(images, [*images[1:], images[0]]).diagonal().mean())
 
 
 def _share(value: float | None) -> str:
