@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.closed_form import edited_weights, replaced_weights
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import costs
-from nemo_prune.engine.budget import utility_curve
+from nemo_prune.engine.budget import most_costly_first, utility_curve
 from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
@@ -34,7 +34,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
-from nemo_prune.engine.ordinary import change_by_timestep, walk_ordinary
+from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
@@ -241,7 +241,13 @@ class Comparison:
         if self.arguments.curves and neurons and len(neurons) < sum(self.predictor.sizes.values()):
             curve = utility_curve(self.predictor, self.corpus, self.states, neurons)
             row["curve"] = [(len(point.neurons), point.change, len(point.gone)) for point in curve]
+            row["hubs"] = self.hubs(neurons)
         return row
+
+    def hubs(self, neurons: Sequence[Neuron], number: int = 5) -> list[tuple[str, int, float]]:
+        """A mask's most costly neurons: layer, index, and what each changes for ordinary captions by itself."""
+        costly = most_costly_first(self.predictor, self.states, neurons)[:number]
+        return [(each.layer, each.index, mean_change(self.predictor, self.states, [each])) for each in costly]
 
     def changes(self, neurons: Sequence[Neuron], scale: float) -> dict[int, float]:
         """Change on ordinary captions by timestep, as a share of what everything suppressed changes."""
