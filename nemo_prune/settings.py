@@ -226,8 +226,9 @@ class Plan:
         merge: ``incremental``: each prompt's neurons on top of those before it, then drop what no prompt needs; or
             ``union`` of all prompts' neurons, as in the paper. (default: incremental; with --include-unresolved union)
         search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
-            on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: the same from
-            learned gates on. The last two draw images and search again until nothing copies.
+            on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: gates on all
+            neurons, learned for all prompts at once. Then images are drawn, and what copies is searched again until
+            nothing does, after ``greedy`` by ``learned``. The union, which is the paper's, is left as it is.
         max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
             suppressed changes: the most costly neurons are spared until it is kept, and the record says what that
             gives up. (default: no limit)

@@ -10,6 +10,12 @@ The score needs one U-Net pass, so that no trajectory has to be kept for the bac
 
 Gates are either numbers from 0 to 1 that are cut off there after each step (projected), or drawn from hard-concrete
 distributions (L0, arXiv 1712.01312). Where a drawn gate is shut for certain it has no gradient, and stays shut.
+
+Projected gates are rounded in the later steps: what is predicted is what the mask will do, and gradients go on as if
+nothing was rounded (straight-through, arXiv 1308.3432).
+
+How much a caption weighs is learned along (dual ascent): the weight grows with every step at which the caption is not
+gone, so that the last captions are not lost for the sake of all the others, and falls again afterwards.
 """
 
 from dataclasses import dataclass
@@ -42,6 +48,9 @@ _HARDEST_SHARE = 0.5
 _BETAS = (0.9, 0.95)
 # How fast a caption's difficulty forgets.
 _MEMORY = 0.7
+# What is left of a caption's weight after a step that drew it, what it is at least and at most, and how many times the
+# margin of hinges make it grow. Before so many steps nothing can be gone yet.
+_KEPT_WEIGHT, _WEIGHTS, _MOST_HINGES, _FIRST_STEPS = 0.98, (1.0, 400.0), 4.0, 30
 
 
 @dataclass(frozen=True)
@@ -55,22 +64,26 @@ class LearningSettings:
         captions: memorized captions a step.
         seeds: initial latents of each of them; at least 2, which are compared with each other.
         ordinary: points on ordinary captions' ways a step.
-        gone_weight: of the hinges.
+        rounded_from: share of the steps after which projected gates are rounded.
+        gone_weight: of a caption's hinges at first.
+        weight_growth: by how much that grows at a step at which the hinges are as large as the margin.
         change_weight: of the change on ordinary captions, as a share of what everything suppressed changes.
         touched_weight: of the mean closing, or of the share of neurons that are touched.
-        decided_weight: of what is neither shut nor open, growing from 0 to this over the steps.
+        decided_weight: of what is neither shut nor open, growing from 0 to this until gates are rounded.
         margin: how far under their limits the similarities are to come.
         start: how far all gates are closed at first. Open gates have no gradient: a similarity of 1 is flat.
         seed: of everything that is drawn.
     """
 
-    steps: int = 110
+    steps: int = 200
     gates: str = "projected"
     learning_rate: float = 0.05
     captions: int = 6
     seeds: int = 3
     ordinary: int = 8
+    rounded_from: float = 0.5
     gone_weight: float = 10.0
+    weight_growth: float = 4.0
     change_weight: float = 6.0
     touched_weight: float = 1.0
     decided_weight: float = 2.0
@@ -132,6 +145,7 @@ class GateLearner:
         self._limits = torch.stack([corpus.own_limits, corpus.resemblance_limits, corpus.agreement_limits])
         # Nothing is known about any caption yet, so that all are hard.
         self._difficulty = torch.full((len(corpus.memorized.prompts),), float("inf"))
+        self._weights = torch.full((len(corpus.memorized.prompts),), settings.gone_weight)
 
     @property
     def closings(self) -> Tensor:
@@ -143,6 +157,10 @@ class GateLearner:
     def _is_projected(self) -> bool:
         return self.settings.gates == "projected"
 
+    @property
+    def _is_rounded(self) -> bool:
+        return self._is_projected and self.step >= self.settings.rounded_from * self.settings.steps
+
     def take_step(self) -> LearningStep:
         """Draw samples and gates, and move the gates; what is drawn depends on the seed and the step alone."""
         settings = self.settings
@@ -153,13 +171,14 @@ class GateLearner:
             change = self._change(generator)
             touched = self.values if self._is_projected else touched_probabilities(self.values)
             loss = (
-                settings.gone_weight * hinges.sum(dim=0).mean()
+                (self._weights[captions].to(hinges.device) * hinges.sum(dim=0)).mean()
                 + settings.change_weight * change
                 + settings.touched_weight * touched.mean()
             )
-            if self._is_projected:
+            if self._is_projected and not self._is_rounded:
                 undecided = 4 * (self.values * (1 - self.values)).mean()
-                loss = loss + settings.decided_weight * (self.step / settings.steps) * undecided
+                grown = self.step / (settings.rounded_from * settings.steps)
+                loss = loss + settings.decided_weight * grown * undecided
             self._optimizer.zero_grad()
             loss.backward()
         self._optimizer.step()
@@ -178,6 +197,7 @@ class GateLearner:
             "optimizer": self._optimizer.state_dict(),
             "step": self.step,
             "difficulty": self._difficulty,
+            "weights": self._weights,
             "began_with": self._began_with(),
         }
         with staged_file(file) as partial:
@@ -192,6 +212,7 @@ class GateLearner:
             self.values.data.copy_(state["values"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.step, self._difficulty = state["step"], state["difficulty"].cpu()
+            self._weights = state["weights"].cpu()
 
     def _began_with(self) -> str:
         """A digest of all that the learning depends on."""
@@ -246,6 +267,9 @@ class GateLearner:
 
     def _gates(self, number: int, generator: torch.Generator) -> Tensor:
         """How far the gates are closed for so many samples, [1 or number, neurons]."""
+        if self._is_rounded:
+            rounded = (self.values.detach() > 0.5).float()
+            return (rounded + self.values - self.values.detach())[None]
         if self._is_projected:
             return self.values[None]
         return draw_closings(self.values.expand(number, -1), generator)
@@ -269,7 +293,10 @@ class GateLearner:
         return share_of_everything(noise_pred, states, chosen).mean()
 
     def _remember(self, captions: Tensor, hinges: Tensor) -> None:
-        """Take note of how hard captions were."""
+        """Take note of how hard captions were, and give those that are not gone more weight."""
         known = self._difficulty[captions]
         updated = torch.where(known.isinf(), hinges, _MEMORY * known + (1 - _MEMORY) * hinges)
         self._difficulty[captions] = updated
+        if self.step > _FIRST_STEPS:
+            growth = self.settings.weight_growth * (hinges / max(self.settings.margin, 0.01)).clamp_max(_MOST_HINGES)
+            self._weights[captions] = (_KEPT_WEIGHT * self._weights[captions] + growth).clamp(*_WEIGHTS)
