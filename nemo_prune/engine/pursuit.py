@@ -4,7 +4,7 @@ Looking at images is not done here: a function draws them and says what copied.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -32,6 +32,7 @@ class PursuitSettings:
         search: ``gradient`` opens gates from everything suppressed on; ``learned`` does so from a learned mask on.
         learning: the numbers of the learning.
         reopening: the numbers of the reopening.
+        tries: masks that are judged at most when a learned mask's gates are opened again: it is near to what is needed.
         more_seeds: initial latents beside those of the detection.
         seed: of these, and of the ordinary captions' ways.
         watched: ordinary captions that give what is usual, and are watched for what a mask calls up.
@@ -46,6 +47,7 @@ class PursuitSettings:
     search: str = "learned"
     learning: LearningSettings = field(default_factory=LearningSettings)
     reopening: ReopeningSettings = field(default_factory=ReopeningSettings)
+    tries: int = 32
     more_seeds: int = 10
     seed: int = 2001
     watched: int = 16
@@ -181,7 +183,7 @@ def search_mask(
     advance: Advance = ignored,
     checkpoint: Path | None = None,
 ) -> list[Neuron]:
-    """Find neurons under which all captions are gone that can be; none that was tried can be spared.
+    """Find neurons under which all captions are gone that can be; what was tried and kept can't be spared.
 
     Args:
         predictor: the model.
@@ -194,13 +196,14 @@ def search_mask(
     everything, margin = all_neurons(predictor.sizes), settings.reopening.margin
     # What everything suppressed does not make go, no part of it is asked to.
     excused = {each.prompt for each in judge(predictor, corpus, everything) if min(each.margins.values()) < margin}
-    jury, start = Jury(predictor, corpus, excused), everything
+    jury, start, reopening = Jury(predictor, corpus, excused), everything, settings.reopening
     if settings.search == "learned":
         learner = GateLearner(predictor, corpus, states, settings.learning)
         _learn(learner, advance, checkpoint)
         closed = [neuron for neuron, each in zip(everything, learner.closings.tolist(), strict=True) if each > 0.5]
         start = complete(predictor, jury, states, closed, margin)
-    return reopen(predictor, corpus, states, jury, start, settings.reopening, advance)
+        reopening = replace(reopening, tries=settings.tries)
+    return reopen(predictor, corpus, states, jury, start, reopening, advance)
 
 
 def seeds_that_show(

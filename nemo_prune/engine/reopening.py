@@ -36,6 +36,7 @@ class ReopeningSettings:
         ajar: how far the closed gates are opened, 0 to 1, where the harm's gradients are taken.
         outdated: gradients are taken anew when more than this share of what is closed was opened since.
         least_harm: a harm below this share of the largest is not told from none.
+        tries: masks that are judged at most; all that it takes unless given.
         seed: of everything that is drawn.
     """
 
@@ -46,6 +47,7 @@ class ReopeningSettings:
     ajar: float = 0.35
     outdated: float = 0.05
     least_harm: float = 0.01
+    tries: int | None = None
     seed: int = 0
 
 
@@ -58,7 +60,7 @@ def reopen(
     settings: ReopeningSettings,
     advance: Advance = ignored,
 ) -> list[Neuron]:
-    """Open gates as long as all captions stay gone; what remains was tried one by one.
+    """Open gates as long as all captions stay gone; what remains was tried one by one, unless tries are limited.
 
     Args:
         predictor: the model.
@@ -69,17 +71,19 @@ def reopen(
         settings: the numbers.
         advance: called with the neurons that were decided and their number.
     """
-    kept, needed, turn, share = set(neurons), set(), 0, settings.share
+    kept, needed, turn, share, tried = set(neurons), set(), 0, settings.share, 0
     order: list[Neuron] = []
     opened = 0
-    while waiting := kept - needed:
+    while (waiting := kept - needed) and (settings.tries is None or tried < settings.tries):
         if not order or opened > settings.outdated * len(kept):
             generator = torch.Generator().manual_seed(settings.seed * 100_003 + turn)
             order = _best_first(predictor, corpus, states, jury, kept, waiting, settings, generator)
             turn, opened = turn + 1, 0
         order = [neuron for neuron in order if neuron in waiting]
         number = max(1, round(share * len(order)))
+        tried += 1
         while not jury.all_gone(kept.difference(order[:number]), settings.margin):
+            tried += 1
             if number == 1:
                 needed.add(order[0])
                 break
