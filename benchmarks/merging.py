@@ -30,8 +30,9 @@ from nemo_prune.engine.budget import most_costly_first, utility_curve
 from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.engine.gates import all_neurons, closed_gates
+from nemo_prune.engine.gates import all_neurons, closed_gates, split_by_layer
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
@@ -48,8 +49,8 @@ from nemo_prune.proof.images import copy_similarities, draw_images, image_simila
 from nemo_prune.settings import PROJECTIONS, LocalizationSettings, VerificationSettings
 
 WAYS = (
-    "unpruned", "union", "incremental", "preserve 1", "ranked", "gradient", "learned", "closed form", "random",
-    "everything",
+    "unpruned", "union", "incremental", "preserve 1", "ranked", "gradient", "learned", "random", "scaled rows",
+    "closed form", "everything",
 )  # fmt: skip
 # Captions that served no search: the first are looked at, the next walked from noise to image.
 WATCHED, WALKED, POINTS, WALK_SEED = 16, 32, 8, 4001
@@ -163,6 +164,8 @@ class Comparison:
             return Way(self.ranked())
         if name in ("gradient", "learned"):
             return self.pursued(name)
+        if name == "scaled rows":
+            return Way(None, self.scaled_rows())
         if name == "closed form":
             return Way(None, edited_weights(self.predictor, self.prompts, self.ordinary[:128]))
         if name == "random":
@@ -199,6 +202,20 @@ class Comparison:
         )
         passes = sum(each.sample_passes for each in result.rounds)
         return Way(result.best.mask, sample_passes=passes, rounds=len(result.rounds))
+
+    def scaled_rows(self) -> dict[str, Tensor]:
+        """Rows scaled from -.5 to 1 instead of zeroed: gates that are learned and never rounded."""
+        settings = PursuitSettings()
+        seeds = Seeds.draw(self.predictor) + Seeds.draw(self.predictor, settings.seed, settings.more_seeds)
+        watched, walked = self.ordinary[: settings.watched], self.ordinary[settings.watched :][: settings.walked]
+        corpus = gather_corpus(self.predictor, self.prompts, watched, seeds, self.calibration.threshold)
+        states = walk_ordinary(self.predictor, walked, settings.points, settings.seed)
+        freely = LearningSettings(most_closed=1.5, rounded_from=2.0, decided_weight=0.0, touched_weight=0.0)
+        learner = GateLearner(self.predictor, corpus, states, freely)
+        for _ in range(freely.steps):
+            learner.take_step()
+        factors = split_by_layer(1 - learner.closings, self.predictor.sizes)
+        return {name: factors[name][:, None] * layer.weight.detach() for name, layer in self.predictor.layers.items()}
 
     def copies(self, mask: NeuronMask) -> list[Copy]:
         """What the loop looks at: images of all memorized captions, on other latents than the table's."""

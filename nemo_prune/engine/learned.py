@@ -70,6 +70,7 @@ class LearningSettings:
         change_weight: of the change on ordinary captions, as a share of what everything suppressed changes.
         touched_weight: of the mean closing, or of the share of neurons that are touched.
         decided_weight: of what is neither shut nor open, growing from 0 to this until gates are rounded.
+        most_closed: up to what projected gates are closed; at 1.5 a neuron's output may become -.5 of what it was.
         margin: how far under their limits the similarities are to come.
         start: how far all gates are closed at first. Open gates have no gradient: a similarity of 1 is flat.
         seed: of everything that is drawn.
@@ -87,6 +88,7 @@ class LearningSettings:
     change_weight: float = 6.0
     touched_weight: float = 1.0
     decided_weight: float = 2.0
+    most_closed: float = 1.0
     margin: float = 0.05
     start: float = 0.5
     seed: int = 0
@@ -149,7 +151,7 @@ class GateLearner:
 
     @property
     def closings(self) -> Tensor:
-        """How far each gate is closed, [neurons] in 0..1."""
+        """How far each gate is closed, [neurons] in 0..1, or up to what projected gates are closed."""
         values = self.values.detach()
         return values.clone() if self._is_projected else settled_closings(values)
 
@@ -183,7 +185,7 @@ class GateLearner:
             loss.backward()
         self._optimizer.step()
         if self._is_projected:
-            self.values.data.clamp_(0, 1)
+            self.values.data.clamp_(0, self.settings.most_closed)
         self.step += 1
         self._remember(captions, hinges.detach().sum(dim=0).cpu())
         return LearningStep(
