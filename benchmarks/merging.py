@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.centred import centre
 from benchmarks.closed_form import edited_weights, replaced_weights
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import costs
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--ordinary-images", type=int, default=16, help="ordinary captions that images are drawn for")
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--projections", choices=PROJECTIONS, default="value", help="whose neurons are searched")
+    parser.add_argument("--centred", action="store_true", help="let suppressed neurons keep their mean")
     parser.add_argument("--scales", type=float, nargs="*", default=[], help="the searched masks at these scales, too")
     parser.add_argument("--curves", action="store_true", help="captions gone against change, for the searched masks")
     parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")
@@ -110,11 +112,13 @@ class Comparison:
         self.arguments = arguments
         self.pipe = load_pipeline(folder, device, torch.float32)
         self.predictor = NoisePredictor(self.pipe, LocalizationSettings(projections=arguments.projections))
-        self.scorer = Scorer(self.predictor)
         self.items = read_prompts(folder / PROMPTS_FILE)
         self.prompts = [item.text for item in self.items]
         self.ordinary = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
         self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)]
+        if arguments.centred:
+            centre(self.predictor, walk_ordinary(self.predictor, self.ordinary[:WALKED], POINTS, WALK_SEED))
+        self.scorer = Scorer(self.predictor)
         self.calibration = calibrate(self.scorer, self.ordinary)
         self.localizer = Localizer(self.scorer, self.calibration, self.calibration.threshold)
         self.training = {item.text: Image.open(item.image) for item in self.items if item.image}
