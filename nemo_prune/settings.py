@@ -118,7 +118,7 @@ class VerificationSettings:
     num_inference_steps: int = 25
     guidance_scale: float | None = None
     replication_cut: float = 0.5
-    evidence_budget: int = 3000
+    evidence_budget: int = 1300
 
     def fitted_to(self, guidance_scale: float) -> "VerificationSettings":
         """The same settings, with the model's own guidance if none is given."""

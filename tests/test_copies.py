@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ssim
 
 from nemo_prune.corpus.prompts import Prompt, read_prompts
 from nemo_prune.errors import SettingsError
-from nemo_prune.proof.copies import CopyDetector, StructuralSimilarity, TiledSimilarity, within_region
+from nemo_prune.proof.copies import (
+    CopyDetector,
+    StructuralSimilarity,
+    TiledSimilarity,
+    multiscale_ssim,
+    within_region,
+)
 from nemo_prune.proof.replication import ReplicationJudge
 from nemo_prune.proof.training_images import TrainingImages, altered_pictures, known_training_images, placeholder
 
@@ -40,13 +47,23 @@ def test_two_dark_pictures_are_not_copies():
     assert float(similar(StructuralSimilarity(), dark[:1], dark[1:])) < 0.5
 
 
-def test_below_the_least_a_value_is_a_bound_and_above_it_exact():
+@pytest.mark.parametrize("side", [64, 48])
+def test_the_structural_similarity_is_that_of_torchmetrics(side):
+    pictures = [picture(seed, side) for seed in range(4)] + [noisy(picture(0, side)), Image.new("RGB", (side, side))]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    a, b = pixels.repeat_interleave(len(pixels), dim=0), pixels.repeat(len(pixels), 1, 1, 1)
+    options = {"betas": (1 / 3, 1 / 3, 1 / 3), "data_range": 1.0, "normalize": "relu", "reduction": "none"}
+    torch.testing.assert_close(multiscale_ssim(a, b), torchmetrics_ssim(a, b, **options).reshape(-1), rtol=0, atol=1e-5)
+
+
+def test_the_highest_similarity_is_exact_above_the_least_and_a_bound_below_it():
     similarity = StructuralSimilarity()
-    described = similarity.describe([picture(seed) for seed in range(6)] + [noisy(picture(0))])
-    exact, bounded = similarity.compare(described, described), similarity.compare(described, described, 0.5)
-    assert (bounded >= exact - 1e-6).all()
-    reaching = bounded >= 0.5
-    assert torch.equal(exact[reaching], bounded[reaching]) and reaching.sum() > len(described)
+    described = similarity.describe([picture(seed) for seed in range(6)])
+    copies = similarity.describe([noisy(picture(0)), picture(9)])
+    exact = similarity.compare(described, copies)
+    assert similarity.highest(described, copies, 0.5) == pytest.approx(float(exact.max()), abs=1e-6)
+    highest = similarity.highest(described, copies[1:], 0.9)
+    assert float(exact[:, 1].max()) - 1e-6 <= highest <= 0.9
 
 
 def test_a_copied_part_in_a_new_background_shows_in_tiles_alone():
@@ -54,9 +71,9 @@ def test_a_copied_part_in_a_new_background_shows_in_tiles_alone():
     pasted = picture(4)
     pasted.paste(training.crop((16, 16, 48, 48)), (32, 0))
     tiled = TiledSimilarity(similarity, [training])
-    assert float(similar(similarity, [pasted], [training])) < 0.5 < float(tiled([pasted]))
-    assert float(tiled([picture(4)])) < float(tiled([pasted])) - 0.2
-    assert float(tiled([Image.new("RGB", (64, 64), "blue")])) == 0
+    assert float(similar(similarity, [pasted], [training])) < 0.5 < tiled([pasted])[0]
+    assert tiled([picture(4)])[0] < tiled([pasted])[0] - 0.2
+    assert tiled([Image.new("RGB", (64, 64), "blue")]) == [0]
 
 
 def test_a_template_is_judged_in_its_fixed_region():

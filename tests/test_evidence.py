@@ -17,7 +17,7 @@ from nemo_prune.errors import PromptError, SettingsError
 from nemo_prune.files.json_values import to_json
 from nemo_prune.progress import Listener
 from nemo_prune.proof.attack import AttackSettings
-from nemo_prune.proof.drawing import Drawing
+from nemo_prune.proof.drawing import Drawing, draw
 from nemo_prune.proof.evidence import PARTS, Evidence, EvidenceSettings, published_facts
 from nemo_prune.proof.regrowth import FineTuning
 from nemo_prune.release.evidence_report import PromptNeurons, ReportContext, write_evidence_report
@@ -135,6 +135,21 @@ def test_published_facts_are_coarse_and_have_no_figure_of_few_captions(gathered)
     assert evidence_rows(facts)[0][0] == "images of 3 memorized captions that are copies"
     assert any("For 2 of 3 captions no training image is known" in note for note in evidence_notes(facts))
     assert any("Left out: recall" in note for note in evidence_notes(facts))
+
+
+def test_images_drawn_elsewhere_cost_nothing_and_what_costs_most_can_be_left_out(pipe, candidate, prompts, tmp_path):
+    settings = replace(SETTINGS, thorough=False, most_rounds=1, parts=("replication", "utility", "attack"))
+    seeds = [settings.seed, settings.seed + 1]
+    drawn = {
+        name: {text: draw(model, text, settings.drawing, seeds) for text in [each.text for each in prompts] + ORDINARY}
+        for name, model in (("base", pipe), ("candidate", candidate[0]))
+    }
+    whole = gather_evidence(pipe, candidate[0], prompts, ORDINARY, settings, tmp_path / "whole").summary
+    lent = gather_evidence(pipe, candidate[0], prompts, ORDINARY, settings, tmp_path / "lent", drawn=drawn).summary
+    assert whole.passes["replication"] > 0 == lent.passes["replication"]
+    assert lent.replication == whole.replication and lent.replication.everything.captions == 3
+    assert lent.attacks and all(each.memorized for each in lent.attacks)
+    assert lent.utility.images_random is None and lent.replication.everything.base.parts is None
 
 
 @pytest.mark.slow

@@ -2,21 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
 
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.hashing import file_hash
 
 _SIDE = 64
 _SCALES = (1 / 3, 1 / 3, 1 / 3)
+# The window of the SSIM, in pixels, and the constants that keep it finite for values in 0..1.
+_SIGMA, _REACH = 1.5, 5
+_LUMINANCE, _CONTRAST = 0.01**2, 0.03**2
 _PAIRS_AT_ONCE = 256
+# Few, because the first ones often decide.
+_PAIRS_SEARCHED = 32
 _DETECTOR_SIDE = 320
 _DETECTOR_BATCH = 32
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,16 +60,22 @@ class ImageSimilarity(Protocol):
         """What is compared of images, [images, ...], on the CPU."""
         ...
 
-    def compare(self, a: Tensor, b: Tensor, least: float = -1.0) -> Tensor:
-        """Similarity of every a with every b.
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Similarity of every a with every b, [A, B], at most 1.
 
         Args:
             a: descriptions [A, ...].
             b: descriptions [B, ...].
-            least: pairs below it need not be exact: they may get any number that is at least theirs and below it.
+        """
+        ...
 
-        Returns:
-            [A, B], at most 1.
+    def highest(self, a: Tensor, b: Tensor, least: float) -> float:
+        """The highest similarity of any a with any b.
+
+        Args:
+            a: descriptions [A, ...].
+            b: descriptions [B, ...].
+            least: a similarity below it need not be exact: any number may stand for it that is not less, and not above.
         """
         ...
 
@@ -85,18 +97,25 @@ class StructuralSimilarity:
         """Pixels [images, 3, 64, 64], float32 in 0..1."""
         return _pixels(images, _SIDE) if images else torch.zeros(0, 3, _SIDE, _SIDE)
 
-    def compare(self, a: Tensor, b: Tensor, least: float = -1.0) -> Tensor:
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """See :meth:`ImageSimilarity.compare`."""
         values = _correlation(a, b)
         # SSIM is at least 0 here, so that where the correlation is below 0 it is the lower one.
-        rows, columns = (values > max(0.0, least)).nonzero(as_tuple=True)
-        for start in range(0, len(rows), _PAIRS_AT_ONCE):
-            row, column = rows[start : start + _PAIRS_AT_ONCE], columns[start : start + _PAIRS_AT_ONCE]
-            similar = multiscale_ssim(
-                a[row], b[column], betas=_SCALES, data_range=1.0, normalize="relu", reduction="none"
-            )
-            values[row, column] = torch.minimum(values[row, column], similar.reshape(-1))
+        rows, columns = (values > 0).nonzero(as_tuple=True)
+        for row, column in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True):
+            values[row, column] = torch.minimum(values[row, column], multiscale_ssim(a[row], b[column]))
         return values
+
+    def highest(self, a: Tensor, b: Tensor, least: float) -> float:
+        """See :meth:`ImageSimilarity.highest`; no pair is above its correlation, so the highest of these come first."""
+        bounds, order = _correlation(a, b).flatten().sort(descending=True)
+        best = 0.0
+        for bound, pairs in zip(bounds.split(_PAIRS_SEARCHED), order.split(_PAIRS_SEARCHED), strict=True):
+            if bound[0] <= max(best, least):
+                return max(best, float(bound[0]))
+            found = torch.minimum(bound, multiscale_ssim(a[pairs // len(b)], b[pairs % len(b)]))
+            best = max(best, float(found.max()))
+        return best
 
 
 class CopyDetector:
@@ -128,9 +147,13 @@ class CopyDetector:
             found.append(self._run((pixels - mean) / std))
         return torch.nn.functional.normalize(torch.cat(found), dim=1) if found else torch.zeros(0, 1)
 
-    def compare(self, a: Tensor, b: Tensor, least: float = -1.0) -> Tensor:
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """See :meth:`ImageSimilarity.compare`."""
         return a @ b.T if len(a) and len(b) else torch.zeros(len(a), len(b))
+
+    def highest(self, a: Tensor, b: Tensor, least: float) -> float:
+        """See :meth:`ImageSimilarity.highest`."""
+        return float((a @ b.T).max())
 
     def _check(self, file: Path) -> None:
         try:
@@ -166,18 +189,18 @@ class TiledSimilarity:
 
     def __init__(self, similarity: ImageSimilarity, references: Sequence[Image.Image]) -> None:
         self._similarity = similarity
-        self._described = [similarity.describe(tiles(reference)) for reference in references]
+        described = [similarity.describe(tiles(reference)) for reference in references]
+        self._described = torch.cat([each for each in described if len(each)] or [torch.zeros(0)])
 
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """[images, references], 0 where either has no tile that shows anything."""
-        values = torch.zeros(len(images), len(self._described))
-        for row, image in enumerate(images):
-            described = self._similarity.describe(tiles(image))
-            for column, reference in enumerate(self._described):
-                if len(described) and len(reference):
-                    found = self._similarity.compare(described, reference, self._similarity.yardstick.cut)
-                    values[row, column] = found.max()
-        return values
+    def __call__(self, images: Sequence[Image.Image]) -> list[float]:
+        """One value per image, 0 where it or the references have no tile that shows anything."""
+        return [self._highest(image) for image in images]
+
+    def _highest(self, image: Image.Image) -> float:
+        described = self._similarity.describe(tiles(image))
+        if not len(described) or not len(self._described):
+            return 0.0
+        return self._similarity.highest(described, self._described, self._similarity.yardstick.cut)
 
 
 def within_region(image: Image.Image, region: Image.Image) -> Image.Image:
@@ -190,6 +213,38 @@ def within_region(image: Image.Image, region: Image.Image) -> Image.Image:
     region = region.convert("L").resize(image.size).point(lambda value: 255 * (value >= 128))
     grey = Image.new("RGB", image.size, (127, 127, 127))
     return Image.composite(image.convert("RGB"), grey, region).crop(region.getbbox())
+
+
+def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Of pairs of images [pairs, channels, height, width], [pairs], at least 0: what torchmetrics computes, faster.
+
+    There the structure of the coarsest scale is taken over the whole image, and the contrast of the others without the
+    border that the window reaches over; so it is here.
+    """
+    product = torch.ones(len(a))
+    for scale, weight in enumerate(_SCALES):
+        across, down = _blur(a.shape[-2]), _blur(a.shape[-1]).T
+        means = [across @ each @ down for each in (a, b)]
+        pairs = zip((a, b), means, strict=True)
+        spreads = [(across @ (each * each) @ down - mean * mean).clamp_min(0) for each, mean in pairs]
+        both = 2 * (across @ (a * b) @ down - means[0] * means[1]) + _CONTRAST
+        values = both / (spreads[0] + spreads[1] + _CONTRAST)
+        if scale == len(_SCALES) - 1:
+            values *= (2 * means[0] * means[1] + _LUMINANCE) / (means[0] ** 2 + means[1] ** 2 + _LUMINANCE)
+        else:
+            values = values[..., _REACH:-_REACH, _REACH:-_REACH]
+        product *= values.flatten(1).mean(dim=1).relu() ** weight
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product
+
+
+@cache
+def _blur(size: int) -> Tensor:
+    """A Gaussian blur as a matrix [size, size]; at the border the image is reflected."""
+    taps = torch.exp(-(torch.arange(-_REACH, _REACH + 1) ** 2) / (2 * _SIGMA**2))
+    places = torch.arange(size)[:, None] + torch.arange(-_REACH, _REACH + 1)
+    places = size - 1 - (size - 1 - places.abs()).abs()
+    return torch.zeros(size, size).scatter_add_(1, places, (taps / taps.sum()).expand(size, -1))
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:

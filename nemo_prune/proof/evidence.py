@@ -35,7 +35,7 @@ SHARES = {
 PARTS = tuple(SHARES)
 # What a run gathers for its card.
 RUN_PARTS = ("replication", "utility", "attack")
-_RUN_UTILITY_CAPTIONS, _RUN_LOOK_STEPS = 8, 10
+_RUN_UTILITY_CAPTIONS, _RUN_LOOK_STEPS = 4, 10
 _FEWEST_CAPTIONS = 5
 _DECIMALS = 3
 
@@ -58,6 +58,8 @@ class EvidenceSettings:
         utility_captions: held-out captions, and as many neighbours, at most.
         attack: of the embeddings.
         fine_tuning: the benign one.
+        thorough: also what costs most: copied parts of images, attacks on pictures never trained on, neighbours of
+            memorized captions, and images under as many random neurons.
         sscd: file of a copy detector, TorchScript or ONNX. (default: multi-scale SSIM and correlation)
         cut: similarity from which an image counts as a copy. (default: what suits the yardstick: .5, a detector .7)
         clip: folder of a CLIP model, for the alignment of captions and images.
@@ -77,6 +79,7 @@ class EvidenceSettings:
     utility_captions: int = 16
     attack: AttackSettings = field(default_factory=AttackSettings)
     fine_tuning: FineTuning = field(default_factory=FineTuning)
+    thorough: bool = True
     sscd: Path | None = None
     cut: float | None = None
     clip: Path | None = None
@@ -105,6 +108,7 @@ class EvidenceSettings:
             most_rounds=1,
             utility_captions=_RUN_UTILITY_CAPTIONS,
             attack=AttackSettings(images_per_look=1, drawing_steps=_RUN_LOOK_STEPS),
+            thorough=False,
         )
 
     def identity(self) -> dict:

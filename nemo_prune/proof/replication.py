@@ -28,7 +28,7 @@ class ImageScores:
             is known.
         nearest: to the nearest of all training images that are known; empty where none is known.
         nearest_of: position of that one among the known ones, in the order of their captions in the corpus.
-        parts: of the most alike tiles of image and any training image; empty where none is known.
+        parts: of the most alike tiles of image and any training image; empty where none is known or it is not told.
         to_base: to the base's image of the same seed.
         to_base_seeds: to the nearest of the base's images of other seeds: those of the same seed would be alike for an
             unchanged model, whether anything is memorized or not.
@@ -153,13 +153,15 @@ class ReplicationJudge:
     Args:
         similarity: the yardstick.
         training: the training images that are known.
+        with_parts: whether parts of images are compared, too.
     """
 
-    def __init__(self, similarity: ImageSimilarity, training: TrainingImages) -> None:
+    def __init__(self, similarity: ImageSimilarity, training: TrainingImages, with_parts: bool = True) -> None:
         self.training = training
         self.similarity = similarity
         self._known = similarity.describe(list(training.images.values()))
-        self._tiled = TiledSimilarity(similarity, list(training.images.values()))
+        known = list(training.images.values()) if with_parts else []
+        self._tiled = TiledSimilarity(similarity, known) if known else None
 
     @property
     def cut(self) -> float:
@@ -189,8 +191,8 @@ class ReplicationJudge:
         return values.tolist(), places.tolist()
 
     def parts(self, images: Sequence[Image.Image]) -> list[float]:
-        """Similarity of the most alike tiles of each image and any training image; empty where none is known."""
-        return self._tiled(images).amax(dim=1).tolist() if len(self._known) else []
+        """Similarity of the most alike tiles of each image and any training image; empty where that is not told."""
+        return self._tiled(images) if self._tiled else []
 
     def never_trained_on(self, image: Image.Image) -> Image.Image:
         """A control: an altered training image, the one that is least like it and all other known ones."""

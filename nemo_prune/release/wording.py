@@ -107,6 +107,8 @@ def evidence_notes(evidence: EvidenceFacts) -> list[str]:
         )
     if missing := everything.of - everything.captions:
         notes.append(f"{missing} memorized captions were not drawn.")
+    if evidence.attacks and all(each.memorized for each in evidence.attacks):
+        notes.append("Whether an attack brings back pictures that were never trained on, too, was not measured.")
     return notes + [f"Left out: {part}: {reason}." for part, reason in evidence.left_out.items() if reason != NOT_ASKED]
 
 

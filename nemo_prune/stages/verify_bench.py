@@ -113,7 +113,7 @@ class Bench:
             raise OutputError(f"The folder {folder} can't be used: {error}") from error
         self.rows: ChangedRows = changed_rows(base, candidate)
         similarity = _yardstick(settings, base.unet.device.type)
-        self.judge = ReplicationJudge(similarity, training)
+        self.judge = ReplicationJudge(similarity, training, settings.thorough)
         self.counter = PassCounter()
         self.digests = {name: weights_digest(pipe) for name, pipe in self.pipes.items()}
         self._depends_on = {

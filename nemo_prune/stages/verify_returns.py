@@ -45,9 +45,11 @@ def measure_attacks(bench: Bench) -> list[AttackRun]:
         runs = []
         # What an attack of a sort is likely to cost: as much as the last one. The base gives its pictures back at once.
         likely = {(BASE, True): cost(0)}
-        for model, start, memorized, prompt, place in _attacks(bench.order):
+        for model, start, memorized, prompt, place in _attacks(bench.order, bench.settings.thorough):
             key = _attack_key(model, start, memorized, prompt)
             if ledger.spent + likely.get((model, memorized), cost()) > allowance and not ledger.knows(key):
+                if model == CANDIDATE and memorized:
+                    break
                 continue
             work = _attack_run(bench, model, start, memorized, prompt, bench.settings.seed + 1000 * place)
             runs.append(ledger.once(key, AttackRun, work))
@@ -159,11 +161,15 @@ def _attack_run(
     return work
 
 
-def _attacks(order: Sequence[Prompt]) -> Iterator[tuple[str, str, bool, Prompt, int]]:
+def _attacks(order: Sequence[Prompt], with_controls: bool = True) -> Iterator[tuple[str, str, bool, Prompt, int]]:
     """The attacks in the order of what they tell: model, start, whether the target is memorized, caption, its place.
 
     A control hardly ever comes back, so it takes all steps: there are fewer of them than of memorized pictures.
     """
+    return (each for each in _all_attacks(order) if each[2] or with_controls)
+
+
+def _all_attacks(order: Sequence[Prompt]) -> Iterator[tuple[str, str, bool, Prompt, int]]:
     for first in range(0, len(order), 4):
         block = list(enumerate(order))[first : first + 4]
         for place, prompt in block:

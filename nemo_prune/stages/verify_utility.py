@@ -31,9 +31,12 @@ def measure_utility(bench: Bench) -> tuple[Utility | None, OrdinaryControl | Non
         held_out, near = split_ordinary(bench.ordinary, memorized, bench.settings.utility_captions)
         noise = NoiseJudge(bench.base, bench.candidate, bench.rows, bench.ordinary, bench.settings.seed)
         others = [unet for unet in noise.unets if unet not in (bench.base.unet, bench.candidate.unet)]
+        random = noise.random if bench.settings.thorough else None
+        models = (BASE, CANDIDATE) if random is None else (BASE, CANDIDATE, RANDOM)
         number = max(2, min(len(held_out), allowance // (4 * noise.passes)))
+        if not bench.settings.thorough:
+            near, number = [], len(held_out)
         held_out, near = held_out[:number], near[:number]
-        models = (BASE, CANDIDATE) if noise.random is None else (BASE, CANDIDATE, RANDOM)
         rest = allowance - (len(held_out) + len(near)) * noise.passes
         drawn = _affordable(held_out, rest, lambda text: sum(bench.gallery.costs(model, text) for model in models))
         total = len(held_out) + len(near) + len(drawn)
@@ -47,7 +50,7 @@ def measure_utility(bench: Bench) -> tuple[Utility | None, OrdinaryControl | Non
         for text in drawn:
 
             def work(text: str = text) -> CaptionImages:
-                return caption_images(bench.gallery, bench.base, noise.random, bench.judge, text)
+                return caption_images(bench.gallery, bench.base, random, bench.judge, text)
 
             images.append(ledger.once(f"images: {text}", CaptionImages, work))
             advance(len(changes) + len(images), total)
@@ -114,4 +117,4 @@ def _control(bench: Bench, images: Sequence[CaptionImages]) -> OrdinaryControl |
         return None
     near = [value >= bench.judge.cut for each in images for value in each.nearest_of_base]
     parts = [value for each in images for value in each.parts_of_base]
-    return OrdinaryControl(Rate.of(sum(near), len(near)), max(bench.judge.cut, *parts))
+    return OrdinaryControl(Rate.of(sum(near), len(near)), max([bench.judge.cut, *parts]))
