@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one object for the first way, the others beneath")
     arguments = parser.parse_args()
     corpus = read_prompts(arguments.table or TABLE.locate(), arguments.prompts)
-    ways = arguments.merge or ["incremental", "union"]
+    ways = arguments.merge or ["minimal", "union"]
     figures = {merge: measure(corpus, merge, arguments.batch_size) for merge in ways}
     if arguments.json:
         print(json.dumps({"merge": ways[0], **figures[ways[0]], "ways": figures}, indent=2))
@@ -72,7 +72,7 @@ def measure(corpus: Sequence[SimulatedPrompt], merge: str, batch_size: int) -> d
         # As a run does it.
         localizer = Localizer(scorer, calibration, RELEASED_CODE_THRESHOLD, check_way=merge == "union", memo=memo)
         session, plan = _SimulatedSession(scorer), Plan(out=folder / "out", merge=merge)
-        found = localize_for_a_mask(session, localizer, texts, merge, folder / "localizations.jsonl", ledger)
+        found = localize_for_a_mask(session, localizer, texts, folder / "localizations.jsonl", ledger)
         mask, settled = merge_localizations(localizer, found, plan, ledger)
         score_again(
             localizer, scorer, settled, Pruning(mask), VerificationSettings(), folder / "verified.jsonl", ledger
@@ -85,6 +85,10 @@ def measure(corpus: Sequence[SimulatedPrompt], merge: str, batch_size: int) -> d
         "beyond_reach": sum(each.beyond_reach for each in settled),
         "not_monotone": sum(each.fell_back for each in found),
         "neurons": mask.num_neurons,
+        "silent": sum(
+            max(each.similarity(frozenset(mask.neurons), seed) for seed in each.seeds) <= RELEASED_CODE_THRESHOLD
+            for each in corpus
+        ),
         "sample_passes_computed": computed,
         "sample_passes_counted": counted,
         "share_counted": round(counted / computed, 3),

@@ -207,7 +207,7 @@ def _find_mask(
 ) -> tuple[NeuronMask, Sequence[PromptLocalization]]:
     """The mask that the plan's search finds, and the prompts as they are under it."""
     if plan.search == "greedy":
-        found = localize_for_a_mask(session, localizer, corpus.texts, plan.merge, work.localizations, listener)
+        found = localize_for_a_mask(session, localizer, corpus.texts, work.localizations, listener)
         first, found = merge_localizations(localizer, found, plan, listener)
         # The union is the paper's: it stays what the paper makes it.
         if plan.merge == "union":

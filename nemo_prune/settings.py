@@ -12,7 +12,7 @@ from nemo_prune.files.layout import ReleaseLayout, has_ending
 from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
-MERGES = ("union", "incremental")
+MERGES = ("union", "minimal")
 SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
 DATA_RANGES = ("joint", "one")
@@ -223,8 +223,8 @@ class Plan:
         settings: the numbers of the method.
         verification: what is measured on images.
         model: how the model is computed.
-        merge: ``incremental``: each prompt's neurons on top of those before it, then drop what no prompt needs; or
-            ``union`` of all prompts' neurons, as in the paper. (default: incremental; with --include-unresolved union)
+        merge: ``union`` of all prompts' neurons, as in the paper; or ``minimal``: the union without what no prompt
+            needs beside the others' neurons. (default: minimal; with --include-unresolved union)
         search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
             on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: gates on all
             neurons, learned for all prompts at once. Then images are drawn, and what copies is searched again until
@@ -263,7 +263,7 @@ class Plan:
         object.__setattr__(self, "out", Path(self.out).absolute())
         object.__setattr__(self, "work", Path(self.work or ReleaseLayout.of(self.out).work).absolute())
         if self.merge is None:
-            object.__setattr__(self, "merge", "union" if self.include_unresolved else "incremental")
+            object.__setattr__(self, "merge", "union" if self.include_unresolved else "minimal")
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
         _require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
         limit = self.max_utility_loss
@@ -271,8 +271,8 @@ class Plan:
         changes = isfinite(self.scale) and self.scale != 1
         _require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")
         _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
-        contradict = self.merge == "incremental" and self.include_unresolved
-        _require(not contradict, "include_unresolved", True, "False with the incremental merge, which leaves them out")
+        contradict = self.merge == "minimal" and self.include_unresolved
+        _require(not contradict, "include_unresolved", True, "False with the minimal merge, which leaves them out")
 
     def fitted_to(self, guidance_scale: float) -> "Plan":
         """The same plan, with the model's own guidance if none is given."""

@@ -43,7 +43,7 @@ def run_record(**changes: object) -> Record:
         versions={"nemo-prune": "0.1.0"},
         base=BaseFacts(_NAME, _NAME, COMMIT, model=_NAME),
         licence=Licence({"license": "creativeml-openrail-m"}, "base"),
-        mask=MaskRecord(21, dict.fromkeys(SD_V1_LAYERS, 3), SD_V1_LAYERS, merge="incremental", preserve=0.0),
+        mask=MaskRecord(21, dict.fromkeys(SD_V1_LAYERS, 3), SD_V1_LAYERS, merge="minimal", preserve=0.0),
         prompts=PromptFacts(
             total=9, memorized=8, localized=8, not_memorized=1, unresolved=0, unresolved_included=False, duplicates=0,
             groups=None, silenced_by_others=0, not_monotone=0, smallest_margin=0.001, sample_passes=900,

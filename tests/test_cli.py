@@ -222,13 +222,13 @@ def test_a_work_folder_of_other_settings_is_refused_and_says_what_changed(finish
 
 
 def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkeypatch):
-    original = nemo_prune.engine.merge.localize_incrementally
+    original = nemo_prune.engine.localize.localize_prompts
 
     def interrupted(*inner, **named):
         yield next(original(*inner, **named))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nemo_prune.stages.localize, "localize_incrementally", interrupted)
+    monkeypatch.setattr(nemo_prune.stages.localize, "localize_prompts", interrupted)
     result = run(arguments)
     assert result.exit_code == 130 and "again to resume" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -386,7 +386,7 @@ def test_bad_arguments_are_named_errors(arguments, changes, words):
     [
         ("preset", "fast", ["released-code", "paper"]),
         ("projections", "query", ["value", "key", "both"]),
-        ("merge", "sum", ["union", "incremental"]),
+        ("merge", "sum", ["union", "minimal"]),
         ("dtype", "int4", ["float32", "float16", "bfloat16"]),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.localize import Localizer, detect, localize_prompt, localize_prompts
-from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
+from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import OutputError
 from nemo_prune.mask import Neuron, NeuronMask
@@ -157,10 +158,10 @@ def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(localizer, ca
     texts = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE) if prompt.kind == "VM"][:3]
     scorer, threshold = localizer.scorer, localizer.threshold
     sizes = scorer.predictor.sizes
-    found = list(localize_incrementally(localizer, texts))
-    assert [each.prompt for each in found] == texts
+    found = list(localize_prompts(localizer, texts))
+    assert {each.prompt for each in found} == {*texts}
     settled = settle_mask(localizer, found)
-    union = union_mask(list(localize_prompts(localizer, texts)), sizes)
+    union = union_mask(found, sizes)
     assert 0 < settled.mask.num_neurons <= union.num_neurons
     detected = [each for text in texts for each in detect(scorer, [text], threshold)]
 
@@ -179,10 +180,12 @@ def test_one_mask_for_a_corpus_silences_it_with_no_neuron_to_spare(localizer, ca
 
 @pytest.mark.slow
 def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(localizer, localization, memorized):
-    (covered,) = localize_incrementally(localizer, [memorized.text], localization.neurons)
+    (alone,) = localize_prompts(localizer, [memorized.text])
+    lost = replace(alone, status="unresolved", neurons=())
+    settled = settle_mask(localizer, [localization, lost])
+    covered = settled.localizations[1]
     assert covered.status == "localized" and covered.silenced_by_others and not covered.neurons
-    assert covered.sample_passes == 10 + len(covered.kept_seeds)
-    settled = settle_mask(localizer, [localization, covered])
+    assert covered.sample_passes == alone.sample_passes + len(alone.kept_seeds)
     assert set(settled.mask.neurons) <= set(localization.neurons) and settled.rounds == 0
 
 

@@ -9,8 +9,8 @@ import torch
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.localize import Localizer
-from nemo_prune.engine.merge import localize_incrementally, settle_mask
+from nemo_prune.engine.localize import Localizer, localize_prompts
+from nemo_prune.engine.merge import settle_mask
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.models.source import load_pipeline
@@ -49,7 +49,7 @@ def test_a_run_on_the_demo_makes_about_as_many_passes():
     assert expected[Stage.CALIBRATE][1] == scorer.sample_passes
     localizer, made = Localizer(scorer, calibration, calibration.threshold), {}
     before = scorer.sample_passes
-    found = list(localize_incrementally(localizer, texts))
+    found = list(localize_prompts(localizer, texts))
     made[Stage.LOCALIZE] = scorer.sample_passes - before
     settle_mask(localizer, found)
     made[Stage.MERGE] = scorer.sample_passes - before - made[Stage.LOCALIZE]

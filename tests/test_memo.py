@@ -51,9 +51,7 @@ def settle(scorer, corpus, folder):
     log = LineLog(folder / "answers.jsonl", {"threshold": TAU})
     localizer = Localizer(scorer, Calibration(0.358, 0.07, 1.0, scorer.statistics), TAU, memo=Memo(None, log))
     texts = [each.text for each in corpus]
-    found = localize_for_a_mask(
-        _SimulatedSession(scorer), localizer, texts, "incremental", folder / "found.jsonl", _Ledger(scorer)
-    )
+    found = localize_for_a_mask(_SimulatedSession(scorer), localizer, texts, folder / "found.jsonl", _Ledger(scorer))
     settled = settle_mask(localizer, found)
     return settled.mask, [(each.prompt, each.neurons, each.status) for each in settled.localizations]
 

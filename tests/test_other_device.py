@@ -9,7 +9,7 @@ from elsewhere import DEVICE, Elsewhere, OnTheDevice, pipeline_elsewhere
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, localize_prompts
-from nemo_prune.engine.merge import localize_incrementally, settle_mask, union_mask
+from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.preserve import neuron_costs
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import Neuron, NeuronMask, Pruning
@@ -56,7 +56,7 @@ def test_localization_merge_and_proof_find_what_they_find_on_the_processor(pipe,
     found = {}
     for name, each in (("here", pipe), ("there", there)):
         localizer = localizer_of(each, calibration)
-        results = list(localize_incrementally(localizer, TEXTS))
+        results = list(localize_prompts(localizer, TEXTS))
         settled = settle_mask(localizer, results)
         mask = settled.mask if settled.mask.num_neurons else union_mask(results, localizer.scorer.predictor.sizes, True)
         fresh = localizer.scorer.predictor.initial_latents(seed=9)

@@ -40,7 +40,7 @@ def test_a_choice_that_does_not_exist_lists_the_others():
         LocalizationSettings(projections="query")
     with pytest.raises(SettingsError, match=r"sieve.*norm or anisotropy"):
         SieveSettings("cosine")
-    with pytest.raises(SettingsError, match=r"merge.*union or incremental"):
+    with pytest.raises(SettingsError, match=r"merge.*union or minimal"):
         Plan("out", merge="sum")
     with pytest.raises(SettingsError, match=r"int4.*float16"):
         choose_dtype("int4")

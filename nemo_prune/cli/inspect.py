@@ -20,7 +20,7 @@ def inspect(
 ) -> None:
     """Show a mask: layers, rows, source and settings.
 
-    The number beside a row says for how many prompts it was found. In an incremental merge, prompts that other prompts'
+    The number beside a row says for how many prompts it was found. Prompts that only other prompts'
     neurons silence do not count.
 
     Example: `nemo-prune inspect pruned/`

@@ -1,22 +1,29 @@
 """What of a corpus' mask no prompt needs: neurons are let go as long as all prompts stay silent.
 
 It is a greedy sweep over single neurons, as the refinement of one prompt (Alg. 4) is, with the kept seeds of all
-prompts in the place of one prompt's. On its way only those are asked that a neuron is likely to wake: the prompts in
-whose own sets it is, and all that woke when it was let go before. What the sweep ends with is asked of all. Seeds that
-wake there take the sweep back to where they were still silent. At the end every neuron is proven to be needed: without
-it alone some seed is awake.
+prompts in the place of one prompt's:
+
+1. Of every neuron it is asked whether the whole mask without it wakes one of the seeds that it is likely to wake: the
+   hardest seed of each prompt in whose own set it is. Most neurons do, and are needed in any smaller mask too.
+2. The others are let go one after the other, as far as they still wake none. The next few are asked about at once.
+3. All seeds are asked about what remains. Where one is awake, the neuron that woke it is found by halving the way, and
+   taken back.
+4. From 1 on again, until every neuron of the rest wakes a seed that is named: none of it can be spared.
+
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
 
 from nemo_prune.engine.localize import Localizer
 from nemo_prune.engine.pool import batches_of
-from nemo_prune.engine.refinement import Sweep, drop_likely_run
 from nemo_prune.engine.silence import Silence
 from nemo_prune.engine.trials import Limit, Record, Search, Trial, Why, drive
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, ignored
 
+# Scores are not monotone: a neuron that wakes others as often as that stays.
+_MOST_TAKEN_BACK = 2
 # A kept seed of a prompt.
 Seed = tuple[str, int]
 
@@ -36,7 +43,7 @@ def drop_unneeded(
         silence: the corpus; what its prompts are asked is counted there.
         prompts: those that are silent under all the neurons.
         tried: the neurons, in the order in which they are tried.
-        needing: neuron -> the prompts that it is likely to wake.
+        needing: neuron -> the prompts in whose own sets it is.
         advance: called with the neurons that are decided and their number.
     """
     if not prompts or not tried:
@@ -49,10 +56,13 @@ def drop_unneeded(
     }
     record = Record(list(together), together, localizer.reach)
     record.why = Why.DROPPING
-    likely = {neuron: [(prompt, seeds[prompt][0]) for prompt in waking] for neuron, waking in needing.items()}
+    whole, hardest = frozenset(tried), {}
+    for prompt in prompts:
+        hardest[prompt] = (prompt, silence.hardest_seed(prompt, whole))
+    likely = {neuron: [hardest[prompt] for prompt in needing.get(neuron, ())] for neuron in tried}
     limit = Limit(localizer.threshold, strict=False)
-    search = _Dropping(record, limit, likely, localizer.batch_size, advance).search(tried)
-    return set(drive(search, lambda trials: _answer(localizer, silence, trials)))
+    dropping = _Dropping(record, limit, tried, likely, localizer.batch_size, advance)
+    return set(drive(dropping.search(), lambda trials: _answer(localizer, silence, trials)))
 
 
 def _answer(localizer: Localizer, silence: Silence, trials: Sequence[Trial]) -> list[float]:
@@ -90,8 +100,9 @@ class _Dropping:
     Args:
         record: the trials, on the kept seeds of all prompts.
         limit: tau.
+        tried: the neurons, in the order in which they are let go.
         likely: neuron -> the seeds that it is likely to wake.
-        at_once: seeds that are asked together, before it is looked whether one is awake.
+        at_once: trials that fill a batch.
         advance: called with the neurons that are decided and their number.
     """
 
@@ -99,87 +110,103 @@ class _Dropping:
         self,
         record: Record,
         limit: Limit,
-        likely: Mapping[Neuron, Sequence[Seed]],
+        tried: Sequence[Neuron],
+        likely: Mapping[Neuron, list[Seed]],
         at_once: int,
         advance: Advance,
     ) -> None:
-        self._at_once = at_once
-        self._record, self._limit, self._likely, self._advance = record, limit, likely, advance
-        self._all = list(record.seeds)
-        self._woken: dict[Neuron, dict[Seed, None]] = {}
-        self._wakes: dict[Neuron, Seed] = {}
+        self._record, self._limit, self._tried = record, limit, tuple(tried)
+        self._likely = {neuron: list(seeds) for neuron, seeds in likely.items()}
+        self._at_once, self._advance = at_once, advance
+        self._taken_back: Counter[Neuron] = Counter()
 
-    def search(self, tried: Sequence[Neuron]) -> Search[tuple[Neuron, ...]]:
+    def search(self) -> Search[frozenset[Neuron]]:
         """What remains of the neurons."""
-        sweeps, went_back = [Sweep(tuple(tried), tuple((neuron,) for neuron in tried), of_layers=False)], False
+        dropped: list[Neuron] = []
         while True:
-            sweep, self._record.careful = sweeps[-1], went_back
-            if sweep.pending:
-                sweeps.append((yield from self._next_needed(sweep)))
-                self._advance(len(tried) - len(sweeps[-1].pending), len(tried))
-                continue
-            self._record.careful = went_back = True
-            awake = yield from self._awake(sweep.without(0), self._all)
-            if not awake:
-                return (yield from self._without_spare(sweep.kept))
-            sweeps = yield from self._still_silent(sweeps, awake)
+            spare = yield from self._spare(self._without(dropped))
+            self._advance(len(self._tried) - len(spare), len(self._tried))
+            if not spare:
+                return self._without(dropped)
+            dropped = yield from self._drop(dropped, spare)
+            dropped = yield from self._take_back(dropped)
 
-    def _next_needed(self, sweep: Sweep) -> Search[Sweep]:
-        """Drop the likely run of neurons, or find the first of them that can't be spared."""
+    def _spare(self, kept: frozenset[Neuron]) -> Search[list[Neuron]]:
+        """The neurons without which, each alone, no seed wakes that is likely to; of each one seed is asked first."""
+        asked = [n for n in self._tried if n in kept and self._taken_back[n] < _MOST_TAKEN_BACK]
+        asked = [neuron for neuron in asked if len(kept) > 1]
+        for part in (slice(1), slice(1, None)):
+            pairs = [(kept - {neuron}, seed) for neuron in asked for seed in self._likely[neuron][part]]
+            owners = [neuron for neuron in asked for _ in self._likely[neuron][part]]
+            waking: set[Neuron] = set()
+            for neuron, (_, seed), awake in zip(owners, pairs, (yield from self._are_awake(pairs)), strict=True):
+                if awake and neuron not in waking:
+                    waking.add(neuron)
+                    self._put_first(neuron, seed)
+            asked = [neuron for neuron in asked if neuron not in waking]
+        return asked
 
-        def wakes_any(groups: int) -> Search[bool]:
-            dropped = [neuron for group in sweep.pending[:groups] for neuron in group]
-            asked = dict.fromkeys(
-                seed for each in dropped for seed in (*self._woken.get(each, ()), *self._likely.get(each, ()))
-            )
-            woken = yield from self._first_awake(sweep.without(groups), list(asked))
-            if woken is not None:
-                self._wakes[dropped[-1]] = woken
-            return woken is not None
+    def _drop(self, dropped: Sequence[Neuron], spare: Sequence[Neuron]) -> Search[list[Neuron]]:
+        """Let go of neurons in their order, as far as they wake no seed that is likely to wake.
 
-        return (yield from drop_likely_run(sweep, wakes_any))
+        The next few are asked about at once, each as if those before it were let go. Where one of them is needed, what
+        was asked of the prompts that it woke is of no use for those behind it, which are asked again.
+        """
+        dropped, waiting = list(dropped), deque(spare)
+        while waiting:
+            run, pairs = [], []
+            while waiting and (not run or len(pairs) + len(self._likely[waiting[0]]) <= self._at_once):
+                run.append(waiting.popleft())
+                rest = self._without([*dropped, *run])
+                pairs += [(rest, seed) for seed in self._likely[run[-1]]] if rest else []
+            awake = {pair for pair, each in zip(pairs, (yield from self._are_awake(pairs)), strict=True) if each}
+            sets = {neuron: self._without([*dropped, *run[: place + 1]]) for place, neuron in enumerate(run)}
+            woken: set[str] = set()
+            again = []
+            for neuron in run:
+                wakes = [seed for seed in self._likely[neuron] if (sets[neuron], seed) in awake]
+                if woken & {prompt for prompt, _ in self._likely[neuron]}:
+                    again.append(neuron)
+                elif wakes or not sets[neuron]:
+                    woken |= {prompt for prompt, _ in wakes}
+                else:
+                    dropped.append(neuron)
+            waiting.extendleft(reversed(again))
+        return dropped
 
-    def _still_silent(self, sweeps: Sequence[Sweep], seeds: Sequence[Seed]) -> Search[list[Sweep]]:
-        """The part of the way along which all of some seeds were silent, found by halving for each of them."""
-        silent, awake = dict.fromkeys(seeds, 0), dict.fromkeys(seeds, len(sweeps) - 1)
-        while halved := [seed for seed in seeds if awake[seed] - silent[seed] > 1]:
-            probes = {seed: (silent[seed] + awake[seed]) // 2 for seed in halved}
-            pairs = [(sweeps[probes[seed]].without(0), seed) for seed in halved]
-            similarities = yield from self._record.ask(pairs, self._limit)
-            for seed, similarity in zip(halved, similarities, strict=True):
-                ends = silent if self._limit.holds(similarity) else awake
-                ends[seed] = probes[seed]
-        for seed in seeds:
-            for neuron in set(sweeps[silent[seed]].kept) - set(sweeps[awake[seed]].kept):
-                self._woken.setdefault(neuron, {})[seed] = None
-        return list(sweeps[: min(silent.values()) + 1])
+    def _take_back(self, dropped: Sequence[Neuron]) -> Search[list[Neuron]]:
+        """What may stay dropped: all seeds are asked, and for each that is awake the neuron that woke it comes back."""
+        dropped, asked = list(dropped), list(self._record.seeds)
+        while True:
+            rest = self._without(dropped)
+            awake = yield from self._are_awake([(rest, seed) for seed in asked], careful=True)
+            asked = [seed for seed, each in zip(asked, awake, strict=True) if each]
+            if not asked or not dropped:
+                return dropped
+            silent, awake_at = dict.fromkeys(asked, 0), dict.fromkeys(asked, len(dropped))
+            while halved := [seed for seed in asked if awake_at[seed] - silent[seed] > 1]:
+                probes = {seed: (silent[seed] + awake_at[seed]) // 2 for seed in halved}
+                pairs = [(self._without(dropped[: probes[seed]]), seed) for seed in halved]
+                for seed, awake in zip(halved, (yield from self._are_awake(pairs, careful=True)), strict=True):
+                    (awake_at if awake else silent)[seed] = probes[seed]
+            back = {}
+            for seed in asked:
+                neuron = back.setdefault(dropped[awake_at[seed] - 1], [])
+                neuron.append(seed)
+            for neuron, seeds in back.items():
+                self._taken_back[neuron] += 1
+                for seed in seeds:
+                    self._put_first(neuron, seed)
+            dropped = [neuron for neuron in dropped if neuron not in back]
 
-    def _without_spare(self, kept: Sequence[Neuron]) -> Search[tuple[Neuron, ...]]:
-        """The neurons without those that can be spared after all, because scores are not monotone."""
-        kept = list(kept)
-        for neuron, awake in zip(kept, (yield from self._wake_without(kept)), strict=True):
-            without = frozenset(kept) - {neuron}
-            if not awake and without and not (yield from self._awake(without, self._all)):
-                return (yield from self._without_spare([each for each in kept if each != neuron]))
-        return tuple(kept)
-
-    def _wake_without(self, kept: Sequence[Neuron]) -> Search[list[bool]]:
-        """For every neuron, whether the seed that it woke before wakes without it: one trial a neuron."""
-        pairs = []
-        for neuron in kept:
-            seeds = [self._wakes[neuron]] if neuron in self._wakes else list(self._likely.get(neuron, self._all))
-            pairs.append((frozenset(kept) - {neuron}, seeds[0]))
+    def _are_awake(self, pairs: Sequence[tuple[frozenset[Neuron], Seed]], careful: bool = False) -> Search[list[bool]]:
+        self._record.careful = careful
         similarities = yield from self._record.ask(pairs, self._limit)
         return [not self._limit.holds(each) for each in similarities]
 
-    def _first_awake(self, neurons: frozenset[Neuron], seeds: Sequence[Seed]) -> Search[Seed | None]:
-        """A seed that is awake; no more are asked than must be."""
-        for start in range(0, len(seeds), self._at_once):
-            awake = yield from self._awake(neurons, seeds[start : start + self._at_once])
-            if awake:
-                return awake[0]
-        return None
+    def _without(self, dropped: Collection[Neuron]) -> frozenset[Neuron]:
+        return frozenset(self._tried).difference(dropped)
 
-    def _awake(self, neurons: frozenset[Neuron], seeds: Sequence[Seed]) -> Search[list[Seed]]:
-        similarities = yield from self._record.ask([(neurons, seed) for seed in seeds], self._limit)
-        return [seed for seed, each in zip(seeds, similarities, strict=True) if not self._limit.holds(each)]
+    def _put_first(self, neuron: Neuron, seed: Seed) -> None:
+        """Ask a seed first, from now on, whether it wakes without a neuron."""
+        self._likely[neuron] = [seed, *(each for each in self._likely[neuron] if each != seed)]

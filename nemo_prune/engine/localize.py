@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from typing import Literal
@@ -201,7 +201,9 @@ def candidate_schedule(
     return schedule
 
 
-def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[PromptLocalization]:
+def localize_prompts(
+    localizer: Localizer, prompts: Sequence[str], suppressed: Collection[Neuron] = ()
+) -> Iterator[PromptLocalization]:
     """Find the memorization neurons of prompts, of those that are memorized at all (Sec. 3).
 
     Many prompts are searched side by side, each trial a sample of a batch.
@@ -209,6 +211,8 @@ def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[P
     Args:
         localizer: the model and what is usual for it.
         prompts: the texts.
+        suppressed: what stays suppressed throughout: what is found comes on top of it. Prompts that were detected
+            before count no passes for it again.
 
     Yields:
         One result per prompt, in the order in which they are finished.
@@ -216,16 +220,18 @@ def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[P
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
-    waiting = list(prompts)[::-1]
+    waiting, suppressed = list(prompts)[::-1], frozenset(suppressed)
     pool: Pool[Detected, SearchResult] = localizer.pool()
     while waiting or len(pool):
         while waiting and len(pool) < _MOST_RUNNING:
             group = [waiting.pop() for _ in range(min(len(waiting), localizer.scorer.prompts_at_once))]
             for detected in localizer.detect(group):
-                if detected.kept_seeds:
-                    pool.add(detected, questions_of(localizer, detected))
-                else:
+                if not detected.kept_seeds:
                     yield not_memorized(detected)
+                    continue
+                if suppressed:
+                    detected = replace(detected, sample_passes=0, seconds=0.0)
+                pool.add(detected, questions_of(localizer, detected, suppressed))
         if len(pool):
             pool.step(localizer.batch_size)
         yield from map(localization_of, pool.finished())
@@ -234,26 +240,6 @@ def localize_prompts(localizer: Localizer, prompts: Sequence[str]) -> Iterator[P
 def localize_prompt(localizer: Localizer, prompt: str) -> PromptLocalization:
     """Find the memorization neurons of one prompt; see :func:`localize_prompts`."""
     return next(localize_prompts(localizer, [prompt]))
-
-
-def localize_on_top(
-    localizer: Localizer, detected: Sequence[Detected], suppressed: Collection[Neuron]
-) -> list[PromptLocalization]:
-    """Find the neurons that prompts need, each by itself, beyond those that are suppressed already.
-
-    Args:
-        localizer: the model and what is usual for it.
-        detected: memorized prompts.
-        suppressed: what stays suppressed throughout; it alone must not be enough for any of them.
-
-    Returns:
-        One result per prompt, in their order.
-    """
-    pool: Pool[Detected, SearchResult] = localizer.pool()
-    for each in detected:
-        pool.add(each, questions_of(localizer, each, frozenset(suppressed)))
-    found = {each.prompt: each for each in map(localization_of, pool.finish(lambda: localizer.batch_size))}
-    return [found[each.scored.prompt] for each in detected]
 
 
 def detect(scorer: Scorer, prompts: Sequence[str], threshold: float) -> list[Detected]:

@@ -1,20 +1,16 @@
-"""One mask for a corpus: the union of its prompts' neurons, or some prompts at a time on top of the mask so far."""
+"""One mask for a corpus: the union of its prompts' neurons, whole or without what no prompt needs."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_prune.engine.dropping import drop_unneeded
-from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_on_top, not_memorized
-from nemo_prune.engine.memo import Detected
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.silence import Silence
 from nemo_prune.errors import PromptError
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
-# Prompts that an incremental merge searches side by side: the more, the fuller the batches, and the more of them are
-# searched although another one's neurons silence them. The first few neurons silence the most, so that it begins small.
-_FIRST_WINDOW, WINDOW = 4, 128
 ROUNDS = 3
 
 
@@ -45,8 +41,7 @@ def prompts_per_neuron(
 ) -> dict[str, dict[int, int]]:
     """How many prompts need each neuron of a mask, without saying which.
 
-    In an incremental merge a prompt that others silence has no set of its own and counts nowhere, so that these are
-    the prompts that brought a neuron into the mask.
+    A prompt that only others' neurons silence has no set of its own and counts nowhere.
 
     Returns:
         Layer -> row -> number of prompts in whose own set the neuron is, for the pruned neurons.
@@ -61,77 +56,6 @@ def prompts_per_neuron(
 def _merged(localizations: Sequence[PromptLocalization], include_unresolved: bool) -> list[PromptLocalization]:
     statuses = {"localized", "unresolved"} if include_unresolved else {"localized"}
     return [each for each in localizations if each.status in statuses]
-
-
-def localize_incrementally(
-    localizer: Localizer,
-    prompts: Sequence[str],
-    suppressed: Collection[Neuron] = (),
-    known: Sequence[PromptLocalization] = (),
-) -> Iterator[PromptLocalization]:
-    """Go through a corpus in its order, some prompts at a time, on top of the neurons of those before them.
-
-    A prompt that these silence already needs no neuron of its own and costs one score. The prompts of a window are
-    searched side by side, on top of the mask so far. What is found counts in their order: one that the neurons of
-    those before it silence meanwhile needs none either. Windows are counted from the beginning of the corpus, so that
-    a run that was stopped finds the same.
-
-    Args:
-        localizer: the model and what is usual for it.
-        prompts: texts, in the order of the corpus.
-        suppressed: neurons that stay suppressed throughout.
-        known: results that are there already.
-
-    Yields:
-        One result per prompt that has none yet, in the order of the corpus; its neurons are those that came on top.
-    """
-    results = {each.prompt: each for each in known}
-    done = set(results)
-    neurons = set(suppressed)
-    for window in _windows(prompts):
-        if not done.issuperset(window):
-            for found in _localize_window(localizer, window, results, frozenset(neurons)):
-                results[found.prompt] = found
-                if found.prompt not in done:
-                    yield found
-        neurons.update(
-            neuron for text in window if results[text].status == "localized" for neuron in results[text].neurons
-        )
-
-
-def _windows(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Parts of a corpus, each twice as long as the one before it up to the largest."""
-    start, size = 0, _FIRST_WINDOW
-    while start < len(prompts):
-        yield prompts[start : start + size]
-        start, size = start + size, min(2 * size, WINDOW)
-
-
-def _localize_window(
-    localizer: Localizer,
-    window: Sequence[str],
-    known: Mapping[str, PromptLocalization],
-    neurons: frozenset[Neuron],
-) -> Iterator[PromptLocalization]:
-    """The results of a window's prompts, in their order; what is known is asked again of the memo alone."""
-    waiting = [text for text in window if text not in known or known[text].is_memorized]
-    detected = {each.scored.prompt: each for each in localizer.detect(waiting)}
-    memorized = [each for each in detected.values() if each.kept_seeds]
-    silence = Silence(localizer, {each.scored.prompt: each.kept_seeds for each in memorized})
-    awake = silence.awake(list(silence.prompts), neurons)
-    found = {each.prompt: each for each in localize_on_top(localizer, [detected[text] for text in awake], neurons)}
-    for text in waiting:
-        each = detected[text]
-        if not each.kept_seeds:
-            yield not_memorized(each)
-        elif text not in awake:
-            yield _silenced(each, silence)
-        else:
-            yield replace(found[text], sample_passes=found[text].sample_passes + silence.passes[text])
-            if found[text].status == "localized" and found[text].neurons:
-                neurons |= set(found[text].neurons)
-                later = awake[awake.index(text) + 1 :]
-                awake = awake[: awake.index(text) + 1] + silence.awake(later, neurons)
 
 
 @dataclass(frozen=True)
@@ -195,10 +119,11 @@ def settle_mask(
 def _localize_what_is_awake(
     localizer: Localizer, silence: Silence, results: dict[str, PromptLocalization], neurons: set[Neuron]
 ) -> tuple[list[str], int]:
-    """Localize the prompts that are awake under a mask on top of it, in rounds, until nothing is added.
+    """Localize prompts that were silent by themselves and are awake under a mask on top of it, until nothing is added.
 
-    What even everything suppressed does not silence is not tried again, nor any prompt under a mask that it was tried
-    under. ``results`` and ``neurons`` take in what is found.
+    Scores are not monotone: what one prompt needs may wake another. An unresolved prompt is not tried on top of the
+    mask: it would take hundreds of neurons, where any. None is tried twice under the same mask. ``results`` and
+    ``neurons`` take in what is found.
 
     Returns:
         The prompts that stay awake, and the number of rounds.
@@ -207,47 +132,19 @@ def _localize_what_is_awake(
     tried: dict[str, frozenset[Neuron]] = {}
     while rounds < ROUNDS:
         mask = frozenset(neurons)
-        again = [text for text in awake if not results[text].beyond_reach and tried.get(text) != mask]
+        again = [text for text in awake if results[text].status == "localized" and tried.get(text) != mask]
         if not again:
             break
         rounds += 1
-        before = {text: results[text] for text in again}
-        for text, found in zip(again, _localize_again(localizer, silence, again, neurons), strict=True):
-            tried[text] = mask
-            if found is not None:
-                results[text] = _joined(before[text], found)
+        for found in localize_prompts(localizer, again, mask):
+            tried[found.prompt] = mask
+            results[found.prompt] = _joined(results[found.prompt], found)
+            if found.status == "localized":
+                neurons.update(found.neurons)
         if neurons == mask:
             break
         awake = silence.awake(list(silence.prompts), neurons)
     return awake, rounds
-
-
-def _localize_again(
-    localizer: Localizer, silence: Silence, prompts: Sequence[str], neurons: set[Neuron]
-) -> Iterator[PromptLocalization | None]:
-    """The new results of prompts, some at a time on top of the mask so far; None where others silence them."""
-    for start in range(0, len(prompts), WINDOW):
-        window = silence.awake(prompts[start : start + WINDOW], neurons) if start else prompts[:WINDOW]
-        # Their detection is in the passes of their first result.
-        detected = [replace(each, sample_passes=0, seconds=0.0) for each in localizer.detect(window)]
-        found = dict(zip(window, localize_on_top(localizer, detected, neurons), strict=True))
-        for text in prompts[start : start + WINDOW]:
-            if text in found and found[text].status == "localized":
-                neurons.update(found[text].neurons)
-            yield found.get(text)
-
-
-def _silenced(detected: Detected, silence: Silence) -> PromptLocalization:
-    """The result for a prompt that other prompts' neurons silence."""
-    return PromptLocalization(
-        prompt=detected.scored.prompt,
-        status="localized",
-        score=detected.scored.memorization.score,
-        kept_seeds=detected.kept_seeds,
-        silenced_by_others=True,
-        sample_passes=detected.sample_passes + silence.passes[detected.scored.prompt],
-        seconds=detected.seconds,
-    )
 
 
 def _joined(old: PromptLocalization, new: PromptLocalization) -> PromptLocalization:

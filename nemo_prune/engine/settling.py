@@ -56,11 +56,10 @@ class Jury:
 
     def judge_one(self, position: int, neurons: Collection[Neuron]) -> Verdict:
         """The verdict on one caption, one sample pass a seed."""
-        embeds = self.corpus.memorized.prompt_embeds[position]
-        differences = differences_of(self.predictor, embeds, self.corpus.seeds, neurons)
-        return verdict(
-            position, measure_one(position, differences, self.corpus.memorized, self.corpus.betas), self.corpus
-        )
+        corpus = self.corpus
+        embeds = corpus.memorized.prompt_embeds[position : position + 1]
+        (differences,) = differences_of(self.predictor, embeds, corpus.seeds, neurons)
+        return verdict(position, measure_one(position, differences, corpus.memorized, corpus.betas), corpus)
 
 
 def complete(

@@ -51,6 +51,10 @@ class Silence:
         """A similarity that was asked for here."""
         return self._records[prompt].similarity(neurons, seed) if prompt in self._records else None
 
+    def hardest_seed(self, prompt: str, neurons: frozenset[Neuron]) -> int:
+        """The seed whose similarity under a set, as it was asked for here, is the highest."""
+        return self._records[prompt].highest_seed(neurons)
+
     def _is_awake(self, detected: Detected, neurons: frozenset[Neuron]) -> Questions[bool]:
         record = self._records.get(detected.scored.prompt)
         if record is None:

@@ -96,32 +96,35 @@ def observe(predictor: NoisePredictor, prompts: Sequence[str], seeds: Seeds, neu
         neurons: what is suppressed.
     """
     prompt_embeds = predictor.encode(prompts)
-    differences = torch.stack([differences_of(predictor, each, seeds, neurons) for each in prompt_embeds])
-    return Views(tuple(prompts), prompt_embeds, seeds, differences)
+    return Views(tuple(prompts), prompt_embeds, seeds, differences_of(predictor, prompt_embeds, seeds, neurons))
 
 
 def differences_of(
     predictor: NoisePredictor, prompt_embeds: Tensor, seeds: Seeds, neurons: Collection[Neuron] = ()
 ) -> Tensor:
-    """Noise differences of one caption, [S, channels, height, width]; one sample pass a seed.
+    """Noise differences of captions, [P, S, channels, height, width]; one sample pass a caption and seed.
 
     Args:
         predictor: the model.
-        prompt_embeds: its text embeddings [positions, width].
+        prompt_embeds: their text embeddings [P, positions, width].
         seeds: initial latents and timesteps.
         neurons: what is suppressed.
     """
     latents = seeds.latents.to(predictor.pipe.unet.device)
-    found = torch.empty_like(latents)
+    found = latents.new_empty(len(prompt_embeds), *latents.shape)
     for timestep in seeds.timesteps.unique().tolist():
         there = (seeds.timesteps == timestep).nonzero().flatten()
-        noise_pred = predictor.predict_each(
-            latents[there],
-            prompt_embeds.expand(len(there), -1, -1),
-            [neurons] * len(there),
-            timestep=timestep,
-        )
-        found[there] = noise_difference(noise_pred, latents[there])
+        # As many captions at once as fill whole batches.
+        for start in range(0, len(prompt_embeds), predictor.batch_size):
+            part = prompt_embeds[start : start + predictor.batch_size]
+            noise_pred = predictor.predict_each(
+                latents[there].repeat(len(part), 1, 1, 1),
+                part.repeat_interleave(len(there), dim=0),
+                [neurons] * (len(part) * len(there)),
+                timestep=timestep,
+            )
+            differences = noise_difference(noise_pred, latents[there].repeat(len(part), 1, 1, 1))
+            found[start : start + len(part), there] = differences.unflatten(0, (len(part), len(there)))
     return found
 
 

@@ -12,8 +12,8 @@ from nemo_prune.settings import Plan
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
 # on a model of SD v1-4's memorized prompts (benchmarks/full_run.py). In between they are taken to follow a power.
 _NEURONS = (704, 5760)
-_LOCALIZATION = {"incremental": (15.0, 105.0), "union": (27.0, 163.0)}
-_MERGING = {"incremental": (15.0, 94.0), "union": (0.0, 0.0)}
+_LOCALIZATION = {"minimal": (25.0, 157.0), "union": (27.0, 163.0)}
+_MERGING = {"minimal": (15.0, 40.0), "union": (0.0, 0.0)}
 _WEIGHING_PROMPTS = 5
 _COST_PASSES = 10
 _LONG_BATCH_S = 10

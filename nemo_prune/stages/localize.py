@@ -8,7 +8,6 @@ from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
-from nemo_prune.engine.merge import localize_incrementally
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
 from nemo_prune.files.hashing import text_hash
@@ -68,27 +67,20 @@ def localize_corpus(
 
 
 def localize_for_a_mask(
-    session: Session, localizer: Localizer, texts: Sequence[str], merge: str, file: Path, listener: Listener
+    session: Session, localizer: Localizer, texts: Sequence[str], file: Path, listener: Listener
 ) -> list[PromptLocalization]:
-    """Localize the prompts of a run, each for itself or on top of those before it.
+    """Localize the prompts of a run each for itself; what was detected stays at hand for the merge.
 
     Args:
         session: the model.
         localizer: the same with what is usual for it.
         texts: the prompts.
-        merge: ``union`` or ``incremental``.
         file: where the results are kept.
         listener: hears the stage.
     """
-
-    def find(waiting: Sequence[str], known: Sequence[PromptLocalization]) -> Iterator[PromptLocalization]:
-        if merge == "incremental":
-            return localize_incrementally(localizer, texts, known=known)
-        return localize_prompts(localizer, waiting)
-
     results = ResultsFile(file, session.results_header(localizer.threshold))
     with listener.stage(Stage.LOCALIZE) as advance:
-        return results.completed(texts, find, advance)
+        return results.completed(texts, lambda waiting, _: localize_prompts(localizer, waiting), advance)
 
 
 def _localize_chunk(
