@@ -30,6 +30,7 @@ from nemo_prune.progress import Listener, Stage, Timed
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
 from nemo_prune.proof.evidence import Evidence, published_facts
 from nemo_prune.proof.sampling import stratified
+from nemo_prune.proof.training_images import TrainingImageFiles
 from nemo_prune.proof.utility import split_ordinary
 from nemo_prune.release.evidence_report import REPORT_FILE, PromptNeurons, ReportContext, write_evidence_report
 from nemo_prune.release.licence import licence_of
@@ -44,7 +45,7 @@ from nemo_prune.stages.estimate import estimate_run
 from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_verdicts
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
-from nemo_prune.stages.prove import ImageProof, measure_cost, open_training_images, score_again
+from nemo_prune.stages.prove import ImageProof, measure_cost, score_again
 from nemo_prune.stages.pursue import Bar, detect_corpus, judge_mask, pursue_mask, spare_ordinary
 from nemo_prune.stages.run_evidence import gather_for_a_run
 from nemo_prune.stages.verify_bench import IMAGES_FOLDER
@@ -84,7 +85,7 @@ def prune_model(
     base, licence = base_facts(source, plan.statement), licence_of(source, plan.statement)
     _check_places(source, plan)
     with timed.stage(Stage.LOAD):
-        training_images = open_training_images(corpus.prompts)
+        training_images = TrainingImageFiles(corpus.prompts)
         session = LocalSession(source, plan.model, plan.settings)
         work = _open_work(session, corpus, ordinary, plan)
         _tell_a_long_run(session, corpus, ordinary, plan, work, timed)
@@ -322,7 +323,7 @@ def _image_proof(
     pruning: Pruning,
     plan: Plan,
     work: WorkFolder,
-    training_images: dict,
+    training_images: Mapping[str, Image.Image],
 ) -> ImageProof:
     """The images to compare: memorized captions first, spread over types and near-duplicates, then ordinary ones."""
     verification, memorized = plan.verification, [each.prompt for each in examined if each.is_memorized]

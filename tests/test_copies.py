@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ssim
 
 from nemo_prune.corpus.prompts import Prompt, read_prompts
-from nemo_prune.errors import SettingsError
+from nemo_prune.errors import PromptError, SettingsError
 from nemo_prune.proof.copies import (
     CopyDetector,
     StructuralSimilarity,
@@ -16,7 +16,13 @@ from nemo_prune.proof.copies import (
     within_region,
 )
 from nemo_prune.proof.replication import ReplicationJudge
-from nemo_prune.proof.training_images import TrainingImages, altered_pictures, known_training_images, placeholder
+from nemo_prune.proof.training_images import (
+    TrainingImageFiles,
+    TrainingImages,
+    altered_pictures,
+    known_training_images,
+    placeholder,
+)
 
 
 def picture(seed, side=64):
@@ -163,3 +169,18 @@ def test_the_control_of_an_attack_is_unlike_every_training_image():
         control = judge.never_trained_on(image)
         assert max(judge.nearest([control])[0]) < similarity.yardstick.cut
     assert len(altered_pictures(symmetric)) == 6
+
+
+def test_training_images_of_a_run_are_decoded_when_they_are_asked_for_and_refused_at_once(tmp_path):
+    names = [tmp_path / f"{seed}.png" for seed in range(40)]
+    for seed, name in enumerate(names):
+        noisy(picture(seed, side=256)).save(name)
+    prompts = [Prompt("without one"), *(Prompt(f"caption {name.stem}", image=name) for name in names)]
+    images = TrainingImageFiles(prompts)
+    assert list(images) == [f"caption {seed}" for seed in range(40)] and "without one" not in images
+    assert sum(image.size == (256, 256) for image in images.values()) == 40
+    assert images["caption 3"] is not images["caption 3"]
+    assert images["caption 3"].tobytes() == Image.open(names[3]).tobytes()
+    names[3].write_bytes(names[3].read_bytes()[:400])
+    with pytest.raises(PromptError, match="`image` column"):
+        TrainingImageFiles(prompts)

@@ -31,6 +31,11 @@ def draw_images(pipe: StableDiffusionPipeline, text: str, settings: Verification
     return draw_from(pipe, text, latents, settings.num_inference_steps, settings.guidance_scale)
 
 
+def as_compared(image: Image.Image) -> Image.Image:
+    """A picture as it is compared, in colour and 64 pixels high and wide; one that is so already stays the same."""
+    return image.convert("RGB").resize((_COMPARED_SIDE, _COMPARED_SIDE), Image.Resampling.LANCZOS)
+
+
 def image_similarities(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
     """SSIM of images and references in colour, all resized to 64 pixels, [images, references]."""
     a, b = _pixels(images), _pixels(references)
@@ -129,6 +134,5 @@ def _between_seeds(images: Sequence[Image.Image]) -> float:
 
 
 def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    size = (_COMPARED_SIDE, _COMPARED_SIDE)
-    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)) for image in images]
+    arrays = [np.asarray(as_compared(image)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255

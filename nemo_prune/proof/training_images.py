@@ -2,7 +2,7 @@
 
 import io
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ from huggingface_hub.constants import is_offline_mode
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.errors import PromptError
 
 _TIMEOUT_S = 30
 _MOST_BYTES = 64 << 20
@@ -32,6 +33,39 @@ class TrainingImages:
     images: Mapping[str, Image.Image] = field(default_factory=dict)
     regions: Mapping[str, Image.Image] = field(default_factory=dict)
     not_available: Mapping[str, str] = field(default_factory=dict)
+
+
+class TrainingImageFiles(Mapping[str, Image.Image]):
+    """Caption -> its training image, RGB, where the corpus names a file; each is decoded whenever it is asked for.
+
+    Thousands of them would not fit into memory.
+
+    Args:
+        prompts: the corpus.
+
+    Raises:
+        PromptError: a file is no image that can be read.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._files = {prompt.text: prompt.image for prompt in prompts if prompt.image is not None}
+        for text in self:
+            self[text].close()
+
+    def __getitem__(self, text: str) -> Image.Image:
+        file = self._files[text]
+        try:
+            return Image.open(file).convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise PromptError(
+                f"The training image {file} can't be read: {error}. Correct the `image` column or drop it."
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def fetch(address: str) -> bytes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.progress import Stage
 from nemo_prune.settings import Plan
+from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
 # on a model of SD v1-4's memorized prompts (benchmarks/full_run.py). In between they are taken to follow a power.
@@ -83,7 +84,7 @@ def estimate_run(predictor: NoisePredictor, num_prompts: int, num_ordinary: int,
 def passes_of_stages(
     num_neurons: int, num_prompts: int, num_ordinary: int, plan: Plan
 ) -> dict[Stage, tuple[float, float]]:
-    """Sample passes of every stage, at least and at most.
+    """Sample passes of every stage, at least and at most; without what is searched again where images copy.
 
     Args:
         num_neurons: that are searched.
@@ -98,13 +99,20 @@ def passes_of_stages(
     cost = verification.cost_prompts * _COST_PASSES
     # Guidance takes two passes a step.
     an_image = verification.num_inference_steps * 2
+    shown = min(num_prompts, verification.max_prompts)
     ordinary = verification.ordinary_images * verification.images_per_prompt * an_image
-    memorized = min(num_prompts, verification.max_prompts) * verification.images_per_prompt * an_image
+    memorized = shown * verification.images_per_prompt * an_image
+    # An image of each caption under the mask, and what it is compared with where no training image is known.
+    looks = 0 if plan.merge == "union" else (2 * shown + verification.ordinary_images) * an_image
+    learning = 0 if plan.search == "greedy" else LEARNING_PASSES
+    judging = 3 * (plan.settings.num_samples + FRESH_SEEDS) * (num_prompts + WATCHED)
     return {
         Stage.CALIBRATE: (calibration, calibration),
         Stage.WEIGH: (weighing, weighing),
         Stage.LOCALIZE: (detection, detection + searching),
         Stage.MERGE: (0, merging),
+        Stage.PURSUE: (0, learning + looks),
+        Stage.JUDGE: (0, judging),
         # Fresh latents with the mask and without, and of memorized prompts the kept seeds.
         Stage.SCORE_AGAIN: (2 * detection + cost, 3 * detection + cost),
         Stage.IMAGES_BEFORE: (ordinary, ordinary + memorized),

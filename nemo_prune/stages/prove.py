@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.errors import PromptError
 from nemo_prune.facts import Cost
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.images import ImageFolder
@@ -23,7 +21,7 @@ from nemo_prune.mask import Pruning
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
 from nemo_prune.proof.drawing import Drawing, draw
-from nemo_prune.proof.images import ImageEvidence, compare_images
+from nemo_prune.proof.images import ImageEvidence, as_compared, compare_images
 from nemo_prune.proof.scores import ScoresUnderMask, score_under_mask
 from nemo_prune.settings import VerificationSettings
 from nemo_prune.stages.examined import ExaminedPrompt
@@ -32,24 +30,6 @@ from nemo_prune.stages.examined import ExaminedPrompt
 _BATCHES_AT_ONCE = 8
 
 Images = Mapping[str, Sequence[Image.Image]]
-
-
-def open_training_images(prompts: Sequence[Prompt]) -> dict[str, Image.Image]:
-    """Caption -> its training image, where the corpus names one.
-
-    Raises:
-        PromptError: an image can't be read.
-    """
-    images = {}
-    for prompt in prompts:
-        if prompt.image is not None:
-            try:
-                images[prompt.text] = Image.open(prompt.image).convert("RGB")
-            except (OSError, UnidentifiedImageError) as error:
-                raise PromptError(
-                    f"The training image {prompt.image} can't be read: {error}. Correct the `image` column or drop it."
-                ) from error
-    return images
 
 
 def score_again(
@@ -133,6 +113,7 @@ class ImageProof:
         self.texts, self.training_images = list(texts), training_images
         self.before: Images = {}
         self.after: Images = {}
+        self._compared = [as_compared(each) for each in training_images.values()]
         self._cut, self._drawing = verification.replication_cut, Drawing.of(verification)
         self._seeds = range(verification.seed, verification.seed + verification.images_per_prompt)
         self._folder = ImageFolder(
@@ -162,8 +143,7 @@ class ImageProof:
 
     def evidence(self, text: str) -> ImageEvidence:
         """What one caption's images show."""
-        known = list(self.training_images.values())
-        return compare_images(self.before[text], self.after[text], known, self._cut)
+        return compare_images(self.before[text], self.after[text], self._compared, self._cut)
 
     def _draw(self, pipe: StableDiffusionPipeline, when: str, listener: Listener, stage: Stage) -> Images:
         drawn = {}

@@ -19,13 +19,16 @@ from nemo_prune.files.work import WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.drawing import Drawing, draw
-from nemo_prune.proof.images import copy_similarities
+from nemo_prune.proof.images import as_compared, copy_similarities
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
 # Seeds of what the final proof must not have seen.
 _JUDGE_SEED, _LOOP_SEED_STEP = 4001, 1000
-_FRESH_SEEDS, _WATCHED = 5, 16
+FRESH_SEEDS, WATCHED = 5, 16
+# Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
+# learning leaves to do.
+LEARNING_PASSES = 15_600
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ class Bar:
     def corpus(self) -> Corpus:
         """The captions on the seeds of the detection and on fresh ones."""
         predictor = self.localizer.scorer.predictor
-        seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, _FRESH_SEEDS)
-        return gather_corpus(predictor, self.memorized, self.ordinary[:_WATCHED], seeds, self.localizer.threshold)
+        seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, FRESH_SEEDS)
+        return gather_corpus(predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold)
 
 
 def spare_ordinary(
@@ -151,7 +154,7 @@ def spare_ordinary(
         return mask, ()
     predictor = bar.localizer.scorer.predictor
     with listener.stage(Stage.SPARE) as advance:
-        states = walk_ordinary(predictor, bar.ordinary[_WATCHED : 2 * _WATCHED] or bar.ordinary)
+        states = walk_ordinary(predictor, bar.ordinary[WATCHED : 2 * WATCHED] or bar.ordinary)
         curve = utility_curve(predictor, bar.corpus, states, mask.neurons, advance=advance)
     return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, predictor.sizes), curve
 
@@ -192,7 +195,7 @@ class _CopyLooks:
         spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
         self._shown = [*spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
-        known = {text: training_images[text] for text in texts if text in training_images}
+        known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
         self._references = known or {text: self._draw(text) for text in spread}
 
     def __call__(self, mask: NeuronMask) -> list[Copy]:
