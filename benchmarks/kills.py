@@ -4,7 +4,8 @@
     python -m benchmarks.kills --kills 30 --command export -- --model demo --mask mask.safetensors
 
 What stands behind `--` are the options of the command. Of a run mask and weights must be the same, byte for byte; of
-an export everything.
+an export everything. Sample passes of all processes together are counted where they are computed, in the U-Net: what is
+more than the undisturbed run made was done again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from nemo_prune.files.hashing import file_hash
 
@@ -50,18 +53,20 @@ def kill_often(options: Sequence[str], num_kills: int, seed: int, folder: Path, 
         Kills per place where they hit, finished runs, and how many of them equal the undisturbed one.
     """
     began = time.monotonic()
-    if start(options, folder / "undisturbed", command).wait():
+    undisturbed = folder / "undisturbed"
+    if start(options, undisturbed, command).wait():
         raise RuntimeError("The undisturbed one fails.")
-    seconds = time.monotonic() - began
+    seconds, passes = time.monotonic() - began, passes_of(undisturbed)
     compared = result if command == "run" else files_of
-    expected = compared(folder / "undisturbed")
-    moments, places, finished, equal = random.Random(seed), Counter(), 0, 0
+    expected = compared(undisturbed)
+    moments, places, finished, equal, again = random.Random(seed), Counter(), 0, 0, 0
     while sum(places.values()) < num_kills:
         out = folder / f"killed_{finished}"
         left = num_kills - sum(places.values())
         places.update(kill_until_done(options, out, moments, seconds, left, command))
         finished += 1
         equal += compared(out) == expected
+        again += passes_of(out) - passes
         shutil.rmtree(out)
         shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
     return {
@@ -69,6 +74,9 @@ def kill_often(options: Sequence[str], num_kills: int, seed: int, folder: Path, 
         "finished": finished,
         "equal_to_the_undisturbed": equal,
         "seconds_undisturbed": round(seconds, 1),
+        "passes_undisturbed": passes,
+        "passes_again_a_kill": round(again / max(1, sum(places.values())), 1),
+        "seconds_again_a_kill": round(again / max(1, sum(places.values())) * seconds / max(1, passes), 1),
     }
 
 
@@ -113,8 +121,34 @@ def kill_until_done(
 
 def start(options: Sequence[str], out: Path, command: str) -> subprocess.Popen:
     """A command as a group of processes of its own."""
-    typed = [sys.executable, "-m", "nemo_prune.cli", command, *options, "--out", str(out)]
+    program = f"from benchmarks.kills import run_counted; run_counted({str(_tally(out))!r})"
+    typed = [sys.executable, "-c", program, command, *options, "--out", str(out)]
     return subprocess.Popen(typed, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def run_counted(tally: str) -> None:
+    """The program, with a byte written to a file for every sample that goes through a U-Net; a kill loses none."""
+    from diffusers import UNet2DConditionModel
+
+    from nemo_prune.cli import app
+
+    def count(unet: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(unet, UNet2DConditionModel):
+            os.write(file, b"." * len(inputs[0]))
+
+    file = os.open(tally, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    torch.nn.modules.module.register_module_forward_pre_hook(count)
+    app()
+
+
+def passes_of(out: Path) -> int:
+    """Samples that went through the U-Net in all processes that made a result."""
+    tally = _tally(out)
+    return tally.stat().st_size if tally.exists() else 0
+
+
+def _tally(out: Path) -> Path:
+    return out.with_name(f"{out.name}.passes")
 
 
 def place(out: Path, began: float) -> str:

@@ -93,7 +93,8 @@ def prune_model(
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
     mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
-    bar = Bar(localizer, [each.prompt for each in localizations if each.is_memorized], ordinary.texts)
+    memorized = [each.prompt for each in localizations if each.is_memorized]
+    bar = Bar(localizer, memorized, ordinary.texts, work.judged)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.

@@ -9,7 +9,8 @@ from torch import Tensor
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.similarity import memorization_scores
-from nemo_prune.engine.views import Measures, Seeds, Views, measure, observe
+from nemo_prune.engine.views import Measures, Seeds, Views, measure, measure_under, observe
+from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
 
 # Seed of latents that no search for a mask has seen.
@@ -153,6 +154,7 @@ def gather_corpus(
     seeds: Seeds,
     threshold: float,
     strictness: Mapping[str, float] | None = None,
+    log: LineLog | None = None,
 ) -> Corpus:
     """Predict what masks are judged against: two sample passes a caption and seed.
 
@@ -163,6 +165,7 @@ def gather_corpus(
         seeds: initial latents and timesteps; those of the detection, and fresh ones.
         threshold: tau at the predictor's own timestep.
         strictness: memorized caption -> how far under its limits it must stay; 0 unless given.
+        log: where measures are kept as they come.
     """
     everything, betas = all_neurons(predictor.sizes), predictor.settings.ssim_betas
     memorized, usual = observe(predictor, prompts, seeds), observe(predictor, ordinary, seeds)
@@ -174,28 +177,31 @@ def gather_corpus(
     return Corpus(
         memorized=memorized,
         ordinary=usual,
-        emptied=measure(observe(predictor, prompts, seeds, everything), memorized, betas),
+        emptied=measure_under(predictor, prompts, memorized, everything, log),
         usual=measure(usual, memorized, betas),
-        usual_emptied=measure(observe(predictor, ordinary, seeds, everything), memorized, betas),
+        usual_emptied=measure_under(predictor, ordinary, memorized, everything, log),
         thresholds=thresholds,
         strictness=torch.tensor([(strictness or {}).get(prompt, 0.0) for prompt in prompts]),
         betas=betas,
     )
 
 
-def judge(predictor: NoisePredictor, corpus: Corpus, neurons: Collection[Neuron]) -> list[Verdict]:
-    """Judge the memorized captions under a mask, one sample pass a caption and seed."""
-    views = observe(predictor, corpus.memorized.prompts, corpus.seeds, neurons)
-    measures = measure(views, corpus.memorized, corpus.betas)
-    return [verdict(position, measures, corpus, position) for position in range(len(views.prompts))]
+def judge(
+    predictor: NoisePredictor, corpus: Corpus, neurons: Collection[Neuron], log: LineLog | None = None
+) -> list[Verdict]:
+    """Judge the memorized captions under a mask, one sample pass a caption and seed that a log does not hold."""
+    prompts = corpus.memorized.prompts
+    measures = measure_under(predictor, prompts, corpus.memorized, neurons, log)
+    return [verdict(position, measures, corpus, position) for position in range(len(prompts))]
 
 
-def judge_ordinary(predictor: NoisePredictor, corpus: Corpus, neurons: Collection[Neuron]) -> list[Verdict]:
-    """Judge whether a mask calls up memorized pictures for ordinary captions, one sample pass a caption and seed."""
-    views = observe(predictor, corpus.ordinary.prompts, corpus.seeds, neurons)
-    measures = measure(views, corpus.memorized, corpus.betas)
+def judge_ordinary(
+    predictor: NoisePredictor, corpus: Corpus, neurons: Collection[Neuron], log: LineLog | None = None
+) -> list[Verdict]:
+    """Judge whether a mask calls up memorized pictures for ordinary captions, with as many passes."""
+    measures = measure_under(predictor, corpus.ordinary.prompts, corpus.memorized, neurons, log)
     found = []
-    for position, prompt in enumerate(views.prompts):
+    for position, prompt in enumerate(corpus.ordinary.prompts):
         margins = corpus.ordinary_limits[position] - measures.resemblance[position]
         seed = int(margins.argmin())
         found.append(

@@ -1,14 +1,15 @@
 """What captions make a model predict on the same seeds, and how that compares with the memorized ones'."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.similarity import memorization_scores, noise_difference, similarity
-from nemo_prune.mask import Neuron
+from nemo_prune.files.work import LineLog
+from nemo_prune.mask import Neuron, NeuronMask
 
 # Memorized captions that a prediction is compared with: those that it correlates with most.
 _LIKELY = 3
@@ -74,7 +75,7 @@ class Measures:
     """Multi-scale SSIM of captions' noise differences.
 
     Attributes:
-        own: to the caption's own unsuppressed prediction on the same seed, [P, S]; empty for ordinary ones.
+        own: to the caption's own unsuppressed prediction on the same seed, [P, S]; [0, S] for ordinary ones.
         resemblance: to the nearest of all memorized captions' unsuppressed predictions on the same seed, [P, S].
         nearest: which one that is, [P, S].
         agreement: of the caption's seeds of one timestep with each other, the mean of all pairs, [P, S].
@@ -136,45 +137,79 @@ def measure(views: Views, memorized: Views, betas: Sequence[float]) -> Measures:
         memorized: the memorized captions on the same seeds, nothing suppressed.
         betas: exponents of the multi-scale SSIM.
     """
-    nearest = [_nearest(differences, memorized, betas) for differences in views.differences]
-    own = views.differences.new_zeros(0, len(views.seeds))
-    if views.prompts == memorized.prompts:
-        own = _compare(views.differences.flatten(0, 1), memorized.differences.flatten(0, 1), betas)
-        own = own.unflatten(0, views.differences.shape[:2])
-    return Measures(
-        own=own,
-        resemblance=torch.stack([each[0] for each in nearest]),
-        nearest=torch.stack([each[1] for each in nearest]),
-        agreement=_agreement(views, betas),
+    places = {prompt: place for place, prompt in enumerate(memorized.prompts)}
+    return _joined(
+        measure_one(places.get(prompt), differences, memorized, betas)
+        for prompt, differences in zip(views.prompts, views.differences, strict=True)
     )
 
 
-def measure_one(position: int, differences: Tensor, memorized: Views, betas: Sequence[float]) -> Measures:
-    """How one memorized caption measures under a mask; the first dimension of all is 1.
+def measure_one(position: int | None, differences: Tensor, memorized: Views, betas: Sequence[float]) -> Measures:
+    """How one caption measures under a mask; the first dimension of all is 1.
 
     Args:
-        position: of the caption in the memorized ones.
+        position: of the caption in the memorized ones; None for an ordinary one.
         differences: its noise differences under the mask [S, channels, height, width].
         memorized: the memorized captions on the same seeds, nothing suppressed.
         betas: exponents of the multi-scale SSIM.
     """
-    here = slice(position, position + 1)
-    part = Views(memorized.prompts[here], memorized.prompt_embeds[here], memorized.seeds, memorized.differences[here])
-    own = _compare(differences, part.differences[0], betas)
+    own = torch.zeros(0, len(differences))
+    if position is not None:
+        own = _compare(differences, memorized.differences[position], betas)[None]
     resemblance, nearest = _nearest(differences, memorized, betas)
-    agreement = _agreement(replace(part, differences=differences[None]), betas)
-    return Measures(own[None], resemblance[None], nearest[None], agreement)
+    agreement = _agreement(differences, memorized.seeds.timesteps, betas)
+    return Measures(own, resemblance[None], nearest[None], agreement[None])
 
 
-def _agreement(views: Views, betas: Sequence[float]) -> Tensor:
-    """Mean similarity of the seeds of the same timestep, [P, S]; -1 where a seed is alone."""
-    timesteps = views.seeds.timesteps
-    found = torch.full((len(views.prompts), len(timesteps)), -1.0)
+def measure_under(
+    predictor: NoisePredictor,
+    prompts: Sequence[str],
+    memorized: Views,
+    neurons: Collection[Neuron],
+    log: LineLog | None = None,
+) -> Measures:
+    """How captions measure with neurons suppressed; one sample pass a caption and seed.
+
+    Some captions are predicted at a time. What a log holds is not predicted again.
+
+    Args:
+        predictor: the model.
+        prompts: texts, memorized or ordinary ones.
+        memorized: the memorized captions, nothing suppressed.
+        neurons: what is suppressed.
+        log: where the measures are kept as they come.
+    """
+    betas = predictor.settings.ssim_betas
+    name = f"{NeuronMask.from_neurons(neurons, predictor.sizes).digest} {predictor.scale}"
+    known = {record["prompt"]: record for record in log or () if record["mask"] == name}
+    places = {prompt: place for place, prompt in enumerate(memorized.prompts)}
+    waiting = [prompt for prompt in prompts if prompt not in known]
+    for start in range(0, len(waiting), predictor.batch_size):
+        views = observe(predictor, waiting[start : start + predictor.batch_size], memorized.seeds, neurons)
+        for prompt, differences in zip(views.prompts, views.differences, strict=True):
+            found = measure_one(places.get(prompt), differences, memorized, betas)
+            known[prompt] = {"mask": name, "prompt": prompt}
+            known[prompt] |= {each.name: getattr(found, each.name).tolist() for each in fields(found)}
+            if log is not None:
+                log.append(known[prompt])
+    return _joined(
+        Measures(**{each.name: torch.tensor(known[prompt][each.name]) for each in fields(Measures)})
+        for prompt in prompts
+    )
+
+
+def _joined(rows: Iterable[Measures]) -> Measures:
+    rows = list(rows)
+    return Measures(**{each.name: torch.cat([getattr(row, each.name) for row in rows]) for each in fields(Measures)})
+
+
+def _agreement(differences: Tensor, timesteps: Tensor, betas: Sequence[float]) -> Tensor:
+    """Mean similarity of a caption's seeds of the same timestep, [S]; -1 where a seed is alone."""
+    found = torch.full((len(timesteps),), -1.0)
     for timestep in timesteps.unique():
         there = timesteps == timestep
         if int(there.sum()) > 1:
-            scores = memorization_scores(views.differences[:, there], betas)
-            found[:, there] = torch.stack([score.values.mean() for score in scores])[:, None]
+            found[there] = memorization_scores(differences[None, there], betas)[0].values.mean()
     return found
 
 

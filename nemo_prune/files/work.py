@@ -75,6 +75,11 @@ class WorkFiles:
         return self.path / "detected"
 
     @property
+    def judged(self) -> Path:
+        """How captions measure under masks, one line per mask and caption."""
+        return self.path / "judged.jsonl"
+
+    @property
     def verified(self) -> Path:
         """The scores under the mask, one line per prompt."""
         return self.path / "verified.jsonl"

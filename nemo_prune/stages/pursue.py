@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -15,7 +16,8 @@ from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, no
 from nemo_prune.engine.ordinary import walk_ordinary
 from nemo_prune.engine.pursuit import Copy, Pursuit, PursuitSettings, pursue
 from nemo_prune.engine.views import Seeds
-from nemo_prune.files.work import WorkFolder
+from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.drawing import Drawing, draw
@@ -126,17 +128,22 @@ class Bar:
         localizer: the unpruned model and what is usual for it.
         memorized: captions that are to be gone.
         ordinary: ordinary captions, of which some are watched.
+        log_file: where the captions' measures are kept as they come.
     """
 
-    def __init__(self, localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str]) -> None:
+    def __init__(self, localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str], log_file: Path) -> None:
         self.localizer, self.memorized, self.ordinary = localizer, memorized, ordinary
+        captions = [*memorized, "", *ordinary[:WATCHED]]
+        self.log = LineLog(log_file, {"captions": text_hash(captions), "seeds": [_JUDGE_SEED, FRESH_SEEDS]})
 
     @cached_property
     def corpus(self) -> Corpus:
         """The captions on the seeds of the detection and on fresh ones."""
         predictor = self.localizer.scorer.predictor
         seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, FRESH_SEEDS)
-        return gather_corpus(predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold)
+        return gather_corpus(
+            predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold, log=self.log
+        )
 
 
 def spare_ordinary(
@@ -171,8 +178,8 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
     with listener.stage(Stage.JUDGE):
         if not mask.num_neurons or not bar.memorized or not bar.ordinary:
             return Judged((), ())
-        neurons = mask.neurons
-        return Judged(tuple(judge(scaled, bar.corpus, neurons)), tuple(judge_ordinary(scaled, bar.corpus, neurons)))
+        memorized = judge(scaled, bar.corpus, mask.neurons, bar.log)
+        return Judged(tuple(memorized), tuple(judge_ordinary(scaled, bar.corpus, mask.neurons, bar.log)))
 
 
 class _CopyLooks:
