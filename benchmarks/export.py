@@ -1,9 +1,11 @@
 """What an export costs at full size, beside a plain copy of the same files, and how much memory it takes.
 
     python -m benchmarks.export --folder /somewhere/with/12/GB
+    python -m benchmarks.export --folder /somewhere/with/12/GB --single-file
 
 The U-Net of SD v1-4's size is a random file of 3.4 GB in float32; 221 neurons are pruned, as many as a public
-rerun of NeMo found. Everything ends on disk (fsync) before a clock stops.
+rerun of NeMo found. Everything ends on disk (fsync) before a clock stops. With --single-file it is a whole pipeline of
+SD v1-4's size in float16, exported to a single file, which is converted back.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,15 +24,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.full_size import full_size_unet
 from nemo_prune.checkpoint.diff import diff_folders
 from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.folder import INDEX_FILE
 from nemo_prune.engine.layers import layer_sizes
 from nemo_prune.engine.released_code import SD_V1_LAYERS
+from nemo_prune.facts import MaskFacts
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.staging import staged_folder
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.models.demo import demo_folder
+from nemo_prune.models.source import resolve_model
+from nemo_prune.release.from_mask import export_model
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 NUM_NEURONS = 221
@@ -39,13 +50,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where three copies of 3.4 GB find room")
+    parser.add_argument("--single-file", action="store_true", help="to a single file and back, in float16")
     parser.add_argument("--export", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.export:
         print(json.dumps(export_alone(*arguments.export)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        print(json.dumps(measure(Path(name)), indent=2))
+        measured = measure_single_file if arguments.single_file else measure
+        print(json.dumps(measured(Path(name)), indent=2))
 
 
 def measure(folder: Path) -> dict:
@@ -70,6 +83,50 @@ def measure(folder: Path) -> dict:
         "peak_memory_mb": exported["peak_memory_mb"],
         "memory_of_the_imports_mb": exported["imports_mb"],
     }
+
+
+def measure_single_file(folder: Path) -> dict:
+    """Seconds of an export to a single file and of the first conversion of it, beside a copy of the file."""
+    base, out = folder / "base", folder / "out.safetensors"
+    write_whole_base(base)
+    source = resolve_model(str(base))
+    mask().save(folder / "mask.safetensors", MaskFacts())
+    run("sync")
+    exported = seconds(lambda: export_model(source, folder / "mask.safetensors", out, force=True))
+    copied = seconds(lambda: (run("cp", "--reflink=never", out, folder / "copy.safetensors"), run("sync")))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    converted = seconds(lambda: (resolve_model(str(out), config=str(base)), run("sync")))
+    return {
+        "gigabytes": round(out.stat().st_size / 1e9, 2),
+        "seconds": {"cp and sync": copied, "export": exported, "first conversion": converted},
+        "export_over_cp": round(exported / copied, 2),
+        "conversion_over_cp": round(converted / copied, 2),
+    }
+
+
+def write_whole_base(base: Path) -> None:
+    """A pipeline of SD v1-4's size with random weights in float16, but for tokenizer and scheduler, the demo's."""
+    with torch.device("meta"):
+        parts = {
+            "unet": full_size_unet(),
+            "vae": AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+            ),
+        }
+    for name, part in parts.items():
+        (part.config.save_pretrained if name == "text_encoder" else part.save_config)(base / name)
+        tensors = {key: torch.randn(each.shape).half() for key, each in part.state_dict().items()}
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        save_file(tensors, base / name / f"{stem}.safetensors", {"format": "pt"})
+    for name in ("tokenizer", "scheduler", INDEX_FILE):
+        copy = shutil.copytree if (demo_folder() / name).is_dir() else shutil.copyfile
+        copy(demo_folder() / name, base / name)
 
 
 def export_alone(base: Path, out: Path) -> dict:

@@ -208,7 +208,8 @@ def test_the_whole_way_on_the_demo_model(tmp_path):
     images = facts["images"]["memorized"]
     assert facts["prompts"]["localized"] >= 0.9 * facts["prompts"]["memorized"]
     assert images["copies_before"] > 0.5 and images["copies_after"] < 0.05
-    assert facts["cost"]["mask"] < facts["cost"]["everything"]
+    # Everything suppressed changes ordinary captions twenty-five times as much; as many random neurons twice.
+    assert facts["cost"]["mask"] < 0.1 * facts["cost"]["everything"]
     captions = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE)]
     for path in (tmp_path / "pruned").rglob("*"):
         content = path.read_bytes() if path.is_file() else b""

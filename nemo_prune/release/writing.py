@@ -7,6 +7,7 @@ tensor.
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,8 +153,10 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease,
             write_single_file(source.files, source.variant, file, metadata)
         patch_single_file(file, pruning)
         report = _described(report, source, source.files, pruning, file)
-    check_single_file(file, source.files, source.variant, pruning)
-    hashes = {file.name: file_hash(file)}
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        hashed = beside.submit(file_hash, file)
+        check_single_file(file, source.files, source.variant, pruning)
+        hashes = {file.name: hashed.result()}
     for name in source.files.licence_texts:
         shutil.copyfile(source.folder / name, release.layout.folder / name)
         hashes[name] = file_hash(source.folder / name)
