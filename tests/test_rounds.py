@@ -1,12 +1,13 @@
 """A merged mask is settled: who comes back is localized again, nobody is tried twice, nothing is left to spare."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
 from benchmarks.simulated import SimulatedPrompt, SimulatedScorer
 from nemo_prune.engine.calibration import Calibration
-from nemo_prune.engine.localize import Localizer, localize_prompts
+from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.merge import settle_mask
 from nemo_prune.engine.released_code import RELEASED_CODE_THRESHOLD, SD_V1_LAYERS
 from nemo_prune.engine.trials import Why
@@ -95,3 +96,37 @@ def test_an_unresolved_prompt_is_not_tried_on_top_of_the_mask():
     assert not found[0].beyond_reach and found[0].status == "unresolved"
     assert result.rounds == 0 and result.localizations[0].status == "unresolved"
     assert not passes[Why.SELECTION] and not passes[Why.EVERYTHING]
+
+
+class Redundant(SimulatedPrompt):
+    """A prompt that is silent where any so many of its neurons are suppressed; half of its seeds ask for one more."""
+
+    def similarity(self, neurons, seed):
+        missing = len(self.needed) // 2 + seed % 2 - len(neurons.intersection(self.needed))
+        return 0.2 + 0.4 * max(0, missing)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_dropped_at_once_leaves_all_silent_and_none_to_spare(seed):
+    random = Random(seed)
+    neurons = [Neuron(random.choice(LAYERS), index) for index in range(24)]
+    corpus = []
+    for number in range(10):
+        own = random.sample(neurons, random.randint(4, 9))
+        corpus.append(Redundant(**{**vars(prompt(f"p {number}", own)), "seeds": (0, 3, 6)}))
+    scorer = SimulatedScorer(corpus, batch_size=8)
+    localizer = Localizer(scorer, Calibration(0.358, 0.07, 1.0, scorer.statistics), RELEASED_CODE_THRESHOLD)
+    found = [
+        PromptLocalization(each.text, "localized", 0.9, each.seeds, neurons=each.needed, candidates=each.needed)
+        for each in corpus
+    ]
+    result = settle_mask(localizer, found)
+    kept = frozenset(result.mask.neurons)
+
+    def all_silent(neurons):
+        return all(each.similarity(neurons, seed) <= RELEASED_CODE_THRESHOLD for each in corpus for seed in each.seeds)
+
+    assert all_silent(kept) and result.num_dropped > 0
+    assert not any(all_silent(kept - {neuron}) for neuron in kept)
+    # All seeds of all prompts, once for every neuron: what a sweep one by one would ask.
+    assert scorer.passes[Why.DROPPING] < len(neurons) * len(corpus) * 3

@@ -9,7 +9,6 @@ prompts in the place of one prompt's:
 3. All seeds are asked about what remains. Where one is awake, the neuron that woke it is found by halving the way, and
    taken back.
 4. From 1 on again, until every neuron of the rest wakes a seed that is named: none of it can be spared.
-
 """
 
 from collections import Counter, deque
@@ -189,15 +188,11 @@ class _Dropping:
                 pairs = [(self._without(dropped[: probes[seed]]), seed) for seed in halved]
                 for seed, awake in zip(halved, (yield from self._are_awake(pairs, careful=True)), strict=True):
                     (awake_at if awake else silent)[seed] = probes[seed]
-            back = {}
-            for seed in asked:
-                neuron = back.setdefault(dropped[awake_at[seed] - 1], [])
-                neuron.append(seed)
-            for neuron, seeds in back.items():
-                self._taken_back[neuron] += 1
-                for seed in seeds:
-                    self._put_first(neuron, seed)
-            dropped = [neuron for neuron in dropped if neuron not in back]
+            woke = {seed: dropped[awake_at[seed] - 1] for seed in asked}
+            for seed, neuron in woke.items():
+                self._put_first(neuron, seed)
+            self._taken_back.update(set(woke.values()))
+            dropped = [neuron for neuron in dropped if neuron not in woke.values()]
 
     def _are_awake(self, pairs: Sequence[tuple[frozenset[Neuron], Seed]], careful: bool = False) -> Search[list[bool]]:
         self._record.careful = careful
