@@ -132,8 +132,8 @@ class _Dropping:
 
     def _spare(self, kept: frozenset[Neuron]) -> Search[list[Neuron]]:
         """The neurons without which, each alone, no seed wakes that is likely to; of each one seed is asked first."""
-        asked = [n for n in self._tried if n in kept and self._taken_back[n] < _MOST_TAKEN_BACK]
-        asked = [neuron for neuron in asked if len(kept) > 1]
+        # Without its last neuron a mask is none.
+        asked = [n for n in self._tried if n in kept and len(kept) > 1 and self._taken_back[n] < _MOST_TAKEN_BACK]
         for part in (slice(1), slice(1, None)):
             pairs = [(kept - {neuron}, seed) for neuron in asked for seed in self._likely[neuron][part]]
             owners = [neuron for neuron in asked for _ in self._likely[neuron][part]]
@@ -153,13 +153,13 @@ class _Dropping:
         """
         dropped, waiting = list(dropped), deque(spare)
         while waiting:
-            run, pairs = [], []
-            while waiting and (not run or len(pairs) + len(self._likely[waiting[0]]) <= self._at_once):
+            run, trials = [], 0
+            while waiting and (not run or trials + len(self._likely[waiting[0]]) <= self._at_once):
                 run.append(waiting.popleft())
-                rest = self._without([*dropped, *run])
-                pairs += [(rest, seed) for seed in self._likely[run[-1]]] if rest else []
-            awake = {pair for pair, each in zip(pairs, (yield from self._are_awake(pairs)), strict=True) if each}
+                trials += len(self._likely[run[-1]])
             sets = {neuron: self._without([*dropped, *run[: place + 1]]) for place, neuron in enumerate(run)}
+            pairs = [(sets[neuron], seed) for neuron in run for seed in self._likely[neuron]]
+            awake = {pair for pair, each in zip(pairs, (yield from self._are_awake(pairs)), strict=True) if each}
             woken: set[str] = set()
             again = []
             for neuron in run:
