@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
@@ -165,12 +166,18 @@ class Comparison:
         if name == "unpruned":
             return Way(NeuronMask.from_neurons([], sizes))
         if name == "union":
-            return Way(union_mask(list(localize_prompts(self.localizer, self.prompts)), sizes))
+            found, passes, seconds = self.localized
+            return Way(union_mask(found, sizes), sample_passes=passes, seconds=seconds)
         if name == "incremental":
             return Way(settle_mask(self.localizer, self.one_after_the_other()).mask)
-        if name in ("minimal", "preserve 1"):
-            preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:5]), 1.0) if "preserve" in name else None
-            localizer = replace(self.localizer, preserve=preserve)
+        if name == "minimal":
+            found, passes, seconds = self.localized
+            before, began = self.predictor.sample_passes, time.perf_counter()
+            mask = settle_mask(self.localizer, found).mask
+            passes, seconds = passes + self.predictor.sample_passes - before, seconds + time.perf_counter() - began
+            return Way(mask, sample_passes=passes, seconds=seconds)
+        if name == "preserve 1":
+            localizer = replace(self.localizer, preserve=Preserve(neuron_costs(self.predictor, self.ordinary[:5]), 1.0))
             return Way(settle_mask(localizer, list(localize_prompts(localizer, self.prompts))).mask)
         if name == "ranked":
             return Way(self.ranked())
@@ -183,6 +190,13 @@ class Comparison:
         if name == "random":
             return Way(matched_random_mask(self.matched(), self.calibration.statistics.mean, 0))
         return Way(full_mask(sizes))
+
+    @cached_property
+    def localized(self) -> tuple[list[PromptLocalization], int, float]:
+        """Every prompt localized for itself, with the sample passes and the seconds that it took."""
+        before, began = self.predictor.sample_passes, time.perf_counter()
+        found = list(localize_prompts(self.localizer, self.prompts))
+        return found, self.predictor.sample_passes - before, time.perf_counter() - began
 
     def matched(self) -> NeuronMask:
         """The mask that the random one has as many neurons as."""
