@@ -51,6 +51,7 @@ from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities
 from nemo_prune.settings import PROJECTIONS, LocalizationSettings, VerificationSettings
+from nemo_prune.stages.localize import WEIGHING_PROMPTS
 
 WAYS = (
     "unpruned", "union", "incremental", "minimal", "preserve 1", "ranked", "gradient", "learned", "random",
@@ -173,11 +174,13 @@ class Comparison:
         if name == "minimal":
             found, passes, seconds = self.localized
             before, began = self.predictor.sample_passes, time.perf_counter()
-            mask = settle_mask(self.localizer, found).mask
+            preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 0.0)
+            mask = settle_mask(replace(self.localizer, preserve=preserve), found).mask
             passes, seconds = passes + self.predictor.sample_passes - before, seconds + time.perf_counter() - began
             return Way(mask, sample_passes=passes, seconds=seconds)
         if name == "preserve 1":
-            localizer = replace(self.localizer, preserve=Preserve(neuron_costs(self.predictor, self.ordinary[:5]), 1.0))
+            preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 1.0)
+            localizer = replace(self.localizer, preserve=preserve)
             return Way(settle_mask(localizer, list(localize_prompts(localizer, self.prompts))).mask)
         if name == "ranked":
             return Way(self.ranked())

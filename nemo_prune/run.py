@@ -290,7 +290,7 @@ def _calibrated(
     if ordinary.published and plan.calibration is None:
         listener.say(f"The calibration is {calibration.origin}.")
     threshold = plan.settings.threshold or calibration.threshold
-    preserve = weigh_neurons(session, ordinary.texts, plan.preserve, work.costs, listener)
+    preserve = weigh_neurons(session, ordinary.texts, plan, listener)
     memo = Memo(work.detected, LineLog(work.answers, {"threshold": threshold}))
     # A union is the paper's: there its very sets are wanted.
     exactly = plan.merge == "union"

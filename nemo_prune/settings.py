@@ -224,7 +224,8 @@ class Plan:
         verification: what is measured on images.
         model: how the model is computed.
         merge: ``union`` of all prompts' neurons, as in the paper; or ``minimal``: the union without what no prompt
-            needs beside the others' neurons. (default: minimal; with --include-unresolved union)
+            needs beside the others' neurons, the most costly for ordinary captions dropped first. (default: minimal;
+            with --include-unresolved union)
         search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
             on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: gates on all
             neurons, learned for all prompts at once. Then images are drawn, and what copies is searched again until

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.preserve import neuron_costs
@@ -13,14 +14,35 @@ from nemo_prune.settings import LocalizationSettings
 NEURONS = [Neuron("down", index) for index in range(8)]
 
 
-def test_the_cost_of_a_neuron_is_the_change_that_its_mask_makes(pipe):
+def test_dear_neurons_change_more_than_cheap_ones_and_few_passes_tell_them_apart(pipe):
     predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=3))
-    costs = neuron_costs(predictor, ["a cat"])
-    assert len(costs) == sum(predictor.sizes.values())
-    for neuron in list(costs)[::17]:
-        mask = NeuronMask.from_neurons([neuron], predictor.sizes)
-        change = noise_change(predictor, ["a cat"], {"one": mask}, num_samples=1)["one"]
-        torch.testing.assert_close(torch.tensor(costs[neuron]), torch.tensor(change), rtol=1e-3, atol=1e-7)
+    texts = ["a cat", "a red ring", "two dogs"]
+    costs = neuron_costs(predictor, texts)
+    assert predictor.sample_passes == len(texts) * (8 + 4 * (4 * 3 + 2))
+    assert len(costs) == sum(predictor.sizes.values()) and min(costs.values()) >= 0
+    ordered, size = sorted(costs, key=costs.get), len(costs) // 5
+    masks = {
+        name: NeuronMask.from_neurons(part, predictor.sizes)
+        for name, part in {"cheap": ordered[:size], "dear": ordered[-size:]}.items()
+    }
+    change = noise_change(predictor, ["a green square"], masks)
+    assert change["dear"] > 1.5 * change["cheap"] > 0
+
+
+def test_where_memory_is_short_fewer_samples_give_the_same_costs(pipe, monkeypatch):
+    predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+    expected = neuron_costs(predictor, ["a cat", "a red ring"])
+    forward = UNet2DConditionModel.forward
+
+    def short(unet, sample, *arguments, **named):
+        if len(sample) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(unet, sample, *arguments, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", short)
+    found = neuron_costs(NoisePredictor(pipe, LocalizationSettings(num_samples=3)), ["a cat", "a red ring"])
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-3, atol=1e-6)
 
 
 def silenced_by_any_two_of(culprits):

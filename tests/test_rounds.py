@@ -9,6 +9,7 @@ from benchmarks.simulated import SimulatedPrompt, SimulatedScorer
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.merge import settle_mask
+from nemo_prune.engine.preserve import Preserve
 from nemo_prune.engine.released_code import RELEASED_CODE_THRESHOLD, SD_V1_LAYERS
 from nemo_prune.engine.trials import Why
 from nemo_prune.mask import Neuron
@@ -130,3 +131,18 @@ def test_what_is_dropped_at_once_leaves_all_silent_and_none_to_spare(seed):
     assert not any(all_silent(kept - {neuron}) for neuron in kept)
     # All seeds of all prompts, once for every neuron: what a sweep one by one would ask.
     assert scorer.passes[Why.DROPPING] < len(neurons) * len(corpus) * 3
+
+
+def test_of_neurons_that_do_the_same_the_dear_one_is_dropped():
+    cheap, dear = A, Neuron(LAYERS[-1], 7)
+    corpus = [Redundant(**{**vars(prompt("p", [cheap, dear])), "seeds": (0, 2)})]
+    scorer = SimulatedScorer(corpus)
+    found = [PromptLocalization("p", "localized", 0.9, (0, 2), neurons=(cheap, dear), candidates=(cheap, dear))]
+    for costs, kept in (({cheap: 0.1, dear: 0.9}, cheap), ({cheap: 0.9, dear: 0.1}, dear)):
+        localizer = Localizer(
+            scorer,
+            Calibration(0.358, 0.07, 1.0, scorer.statistics),
+            RELEASED_CODE_THRESHOLD,
+            preserve=Preserve(costs, 0.0),
+        )
+        assert settle_mask(localizer, found).mask.neurons == (kept,)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import frozen_weights, predict_gated
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.engine.views import Views
@@ -49,16 +50,15 @@ def benefits(
         closed: 1 for neurons that are suppressed already, [neurons].
     """
     seeds, betas = memorized.seeds, predictor.settings.ssim_betas
-    prompt_embeds = memorized.prompt_embeds[position].expand(len(seeds), -1, -1)
 
-    def similarity_under(factors: Tensor) -> Tensor:
-        latents = seeds.latents.to(factors.device)
-        noise_pred = predict_gated(predictor, latents, prompt_embeds, factors, seeds.timesteps)
-        return soft_similarity(
-            soft_noise_difference(noise_pred, latents), memorized.differences[position], betas
-        ).mean()
+    def similarity_under(factors: Tensor, part: slice) -> Tensor:
+        latents = seeds.latents[part].to(factors.device)
+        prompt_embeds = memorized.prompt_embeds[position].expand(len(latents), -1, -1)
+        noise_pred = predict_gated(predictor, latents, prompt_embeds, factors, seeds.timesteps[part])
+        before = memorized.differences[position, part]
+        return soft_similarity(soft_noise_difference(noise_pred, latents), before, betas)
 
-    return _integrate(predictor, similarity_under, points, closed=closed)
+    return _integrate(predictor, similarity_under, len(seeds), points, closed=closed)
 
 
 def costs(
@@ -79,39 +79,58 @@ def costs(
     """
     rows = torch.tensor(list(chosen))
 
-    def change_under(factors: Tensor) -> Tensor:
-        total = 0.0
-        for start in range(0, len(rows), _AT_ONCE):
-            part = rows[start : start + _AT_ONCE]
-            noise_pred = predict_gated(
-                predictor, states.latents[part], states.prompt_embeds[part], factors, states.timesteps[part]
-            )
-            total = total + share_of_everything(noise_pred, states, part).sum()
-        return total / len(rows)
+    def change_under(factors: Tensor, part: slice) -> Tensor:
+        here = rows[part]
+        noise_pred = predict_gated(
+            predictor, states.latents[here], states.prompt_embeds[here], factors, states.timesteps[here]
+        )
+        return share_of_everything(noise_pred, states, here)
 
-    attribution = _integrate(predictor, change_under, points, held_open=held_open)
+    attribution = _integrate(predictor, change_under, len(rows), points, held_open=held_open)
     return Attribution((-attribution.values).clamp_min(0), -attribution.total)
 
 
 def _integrate(
     predictor: NoisePredictor,
-    measure: Callable[[Tensor], Tensor],
+    measure: Callable[[Tensor, slice], Tensor],
+    num_samples: int,
     points: int,
     closed: Tensor | None = None,
     held_open: Tensor | None = None,
 ) -> Attribution:
-    """Divide what a measure falls by among the gates, on the straight way from open to closed."""
+    """Divide what a measure falls by among the gates, on the straight way from open to closed.
+
+    Args:
+        predictor: the model.
+        measure: of some samples under factors, [samples]; its mean over all of them is what is divided.
+        num_samples: all of them; as many at once go through the U-Net as memory takes.
+        points: gradients that are averaged.
+        closed: 1 for neurons that are suppressed already.
+        held_open: 1 for neurons that act all the way.
+    """
     device = predictor.pipe.unet.device
     start = torch.ones(sum(predictor.sizes.values()), device=device)
     if closed is not None:
         start = start - closed.to(device)
     end = torch.zeros_like(start) if held_open is None else held_open.to(device)
-    values = torch.zeros_like(start)
-    with frozen_weights(predictor):
-        for point in range(points):
-            factors = torch.lerp(start, end, (point + 0.5) / points)[None].requires_grad_(True)
-            (gradient,) = torch.autograd.grad(measure(factors), factors)
-            values += gradient[0] * (start - end) / points
+    values, total = torch.zeros_like(start), 0.0
+
+    def gradient(place: Tensor, part: slice) -> Tensor:
+        factors = place[None].clone().requires_grad_(True)
+        return torch.autograd.grad(measure(factors, part).sum(), factors)[0][0]
+
+    def fall(part: slice) -> float:
         with torch.no_grad():
-            total = float(measure(start[None]) - measure(end[None]))
-    return Attribution(values, total)
+            return float((measure(start[None], part) - measure(end[None], part)).sum())
+
+    def divide(size: int) -> tuple[Tensor, float]:
+        part = slice(done, done + size)
+        gradients = sum(gradient(torch.lerp(start, end, (point + 0.5) / points), part) for point in range(points))
+        return gradients * (start - end) / points, fall(part)
+
+    done, at_once = 0, min(num_samples, _AT_ONCE)
+    with frozen_weights(predictor):
+        while done < num_samples:
+            (found, fell), at_once = with_less_at_once(divide, at_once, "a backward pass of one sample")
+            values, total, done = values + found, total + fell, done + at_once
+    return Attribution(values / num_samples, total / num_samples)

@@ -284,7 +284,7 @@ def questions_of(
         localizer.threshold,
         list(predictor.sizes)[:: -1 if predictor.settings.layers_backwards else 1],
         SearchOptions(
-            costs=preserve.costs if preserve else None,
+            costs=preserve.costs if preserve and preserve.strength else None,
             widening=preserve.strength if preserve else 0.0,
             everything=localizer.everything - suppressed,
             refine_unresolved=localizer.refine_unresolved,

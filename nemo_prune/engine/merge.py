@@ -82,8 +82,8 @@ def settle_mask(
     """Score every memorized prompt under the merged mask, localize what came back, drop what is not needed.
 
     Args:
-        localizer: the model and what is usual for it; with ``preserve`` the most costly neurons are tried first when
-            neurons are dropped.
+        localizer: the model and what is usual for it; where it knows what neurons cost, the most costly ones are
+            dropped first.
         localizations: one per prompt, in the order of the corpus.
         advance: called with the neurons that were tried and their number.
     """

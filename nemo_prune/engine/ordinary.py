@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import closed_gates, predict_gated
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.mask import Neuron
 
 
@@ -55,15 +56,22 @@ def walk_ordinary(
     open_gates = torch.ones(1, width, device=device)
     everything = predictor.initial_latents(seed, len(prompts)).to(device)
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(prompts), at_once):
-        prompt_embeds = predictor.encode(prompts[start : start + at_once])
-        latents = everything[start : start + at_once]
+
+    def walk(size: int) -> list[tuple[Tensor, ...]]:
+        prompt_embeds = predictor.encode(prompts[start : start + size])
+        latents, found = everything[start : start + size], []
         for timestep in scheduler.timesteps:
             timesteps = torch.full((len(latents),), int(timestep))
             noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates, timesteps)
             emptied = predict_gated(predictor, latents, prompt_embeds, 0 * open_gates, timesteps)
-            parts.append((prompt_embeds, latents, timesteps, noise_pred, (emptied - noise_pred).flatten(1).norm(dim=1)))
+            found.append((prompt_embeds, latents, timesteps, noise_pred, (emptied - noise_pred).flatten(1).norm(dim=1)))
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+        return found
+
+    start, at_once = 0, min(at_once, len(prompts))
+    while start < len(prompts):
+        found, at_once = with_less_at_once(walk, at_once, "the model and one sample")
+        parts, start = parts + found, start + at_once
     prompt_embeds, latents, timesteps, noise_pred, norms = (torch.cat(column) for column in zip(*parts, strict=True))
     span = torch.empty_like(norms)
     for timestep in scheduler.timesteps:

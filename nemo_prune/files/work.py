@@ -60,11 +60,6 @@ class WorkFiles:
         return self.path / "localizations.jsonl"
 
     @property
-    def costs(self) -> Path:
-        """The neurons' costs, one line per batch."""
-        return self.path / "costs.jsonl"
-
-    @property
     def answers(self) -> Path:
         """Where the similarities are that were asked for, one line per batch."""
         return self.path / "answers.jsonl"

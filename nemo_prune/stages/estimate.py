@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.progress import Stage
 from nemo_prune.settings import Plan
+from nemo_prune.stages.localize import WEIGHING_PROMPTS, weighs_neurons
 from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
@@ -15,7 +16,7 @@ from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED
 _NEURONS = (704, 5760)
 _LOCALIZATION = {"minimal": (25.0, 157.0), "union": (27.0, 163.0)}
 _MERGING = {"minimal": (15.0, 40.0), "union": (0.0, 0.0)}
-_WEIGHING_PROMPTS = 5
+_WEIGHING_PASSES = 64
 _COST_PASSES = 10
 _LONG_BATCH_S = 10
 _MINUTE, _HOUR = 60, 3600
@@ -94,7 +95,7 @@ def passes_of_stages(
     """
     seeds, verification = plan.settings.num_samples, plan.verification
     detection, calibration = num_prompts * seeds, num_ordinary * seeds
-    weighing = num_neurons * _WEIGHING_PROMPTS if plan.preserve else 0
+    weighing = WEIGHING_PROMPTS * _WEIGHING_PASSES if weighs_neurons(plan) else 0
     searching, merging = (num_prompts * _between(num_neurons, each[plan.merge]) for each in (_LOCALIZATION, _MERGING))
     cost = verification.cost_prompts * _COST_PASSES
     # Guidance takes two passes a step.

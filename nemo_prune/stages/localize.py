@@ -10,31 +10,31 @@ from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
-from nemo_prune.files.hashing import text_hash
-from nemo_prune.files.work import LineLog
 from nemo_prune.progress import Listener, Stage
+from nemo_prune.settings import Plan
 
-_NUM_WEIGHING_PROMPTS = 5
+# Ordinary prompts that the neurons are weighed on.
+WEIGHING_PROMPTS = 8
 
 
-def weigh_neurons(
-    session: LocalSession, texts: Sequence[str], strength: float, log_file: Path, listener: Listener
-) -> Preserve | None:
+def weigh_neurons(session: LocalSession, texts: Sequence[str], plan: Plan, listener: Listener) -> Preserve | None:
     """What each neuron costs ordinary prompts; None where nobody minds.
 
     Args:
         session: the model.
         texts: ordinary prompts, of which a few are used.
-        strength: how much the search departs from the paper in favour of them; 0 is not at all.
-        log_file: where the costs are kept as they come.
+        plan: says how much the search departs from the paper in favour of them.
         listener: hears the stage.
     """
-    with listener.stage(Stage.WEIGH) as advance:
-        if not strength:
+    with listener.stage(Stage.WEIGH):
+        if not weighs_neurons(plan) or not texts:
             return None
-        texts = texts[:_NUM_WEIGHING_PROMPTS]
-        log = LineLog(log_file, {"prompts": text_hash(texts)})
-        return Preserve(neuron_costs(session.predictor, texts, advance, log), strength)
+        return Preserve(neuron_costs(session.predictor, texts[:WEIGHING_PROMPTS]), plan.preserve)
+
+
+def weighs_neurons(plan: Plan) -> bool:
+    """Whether anything in a plan depends on what neurons cost: all but the paper's search and union."""
+    return plan.search == "greedy" and (plan.merge != "union" or plan.preserve > 0)
 
 
 def localize_corpus(
