@@ -1,9 +1,10 @@
 """Attribution, the search by gradient and the learned gates, on the demo model and on planted answers."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import benefits, costs
@@ -140,6 +141,29 @@ def test_learning_depends_on_its_seed_alone_and_goes_on_where_it_stopped(tiny, t
     assert not torch.equal(learn(4, other).values, whole.values)
     # What began with other settings is not gone on with.
     assert torch.equal(learn(4, other, tmp_path / "learning.pt").values, learn(4, other).values)
+
+
+def test_where_memory_is_short_a_step_sees_fewer_captions_at_once_and_learns_the_same(tiny, monkeypatch):
+    corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
+    states = walk_ordinary(tiny, ["e", "f"], 2, 7)
+    settings = LearningSettings(captions=2, seeds=2, ordinary=4)
+    forward, batches = UNet2DConditionModel.forward, []
+
+    def short(unet, sample, *arguments, **named):
+        batches.append(len(sample))
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(unet, sample, *arguments, **named)
+
+    whole, parts = (GateLearner(tiny, corpus, states, settings) for _ in range(2))
+    expected = [whole.take_step() for _ in range(2)]
+    monkeypatch.setattr(UNet2DConditionModel, "forward", short)
+    found = [parts.take_step() for _ in range(2)]
+    # The first step tries all four samples at once; afterwards no more than fit are tried.
+    assert batches == [4, 2, 2, 2, 2, 2, 2, 2, 2]
+    torch.testing.assert_close(parts.values, whole.values, rtol=1e-3, atol=1e-4)
+    for one, other in zip(found, expected, strict=True):
+        assert astuple(one) == pytest.approx(astuple(other), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -6,13 +6,14 @@ passes stand for one pass a neuron.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import frozen_weights, predict_gated
-from nemo_prune.engine.memory import with_less_at_once
+from nemo_prune.engine.memory import summed_over
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.engine.views import Views
@@ -113,24 +114,19 @@ def _integrate(
     if closed is not None:
         start = start - closed.to(device)
     end = torch.zeros_like(start) if held_open is None else held_open.to(device)
-    values, total = torch.zeros_like(start), 0.0
+    values, what = torch.zeros_like(start), "a backward pass of one sample"
 
     def gradient(place: Tensor, part: slice) -> Tensor:
         factors = place[None].clone().requires_grad_(True)
         return torch.autograd.grad(measure(factors, part).sum(), factors)[0][0]
 
-    def fall(part: slice) -> float:
-        with torch.no_grad():
-            return float((measure(start[None], part) - measure(end[None], part)).sum())
+    @torch.no_grad()
+    def fall(part: slice) -> Tensor:
+        return (measure(start[None], part) - measure(end[None], part)).sum()
 
-    def divide(size: int) -> tuple[Tensor, float]:
-        part = slice(done, done + size)
-        gradients = sum(gradient(torch.lerp(start, end, (point + 0.5) / points), part) for point in range(points))
-        return gradients * (start - end) / points, fall(part)
-
-    done, at_once = 0, min(num_samples, _AT_ONCE)
     with frozen_weights(predictor):
-        while done < num_samples:
-            (found, fell), at_once = with_less_at_once(divide, at_once, "a backward pass of one sample")
-            values, total, done = values + found, total + fell, done + at_once
+        for point in range(points):
+            place = torch.lerp(start, end, (point + 0.5) / points)
+            values += summed_over(partial(gradient, place), num_samples, _AT_ONCE, what) * (start - end) / points
+        total = float(summed_over(fall, num_samples, _AT_ONCE, what))
     return Attribution(values / num_samples, total / num_samples)

@@ -35,6 +35,7 @@ from nemo_prune.engine.gates import (
     touched_probabilities,
 )
 from nemo_prune.engine.gone import Corpus
+from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.engine.views import correlation
@@ -143,6 +144,8 @@ class GateLearner:
             start = torch.logit(start, eps=1e-2)
         self.values = start.to(device).requires_grad_(True)
         self.step = 0
+        # Captions whose gradients memory takes at once.
+        self._at_once = settings.captions
         self._optimizer = torch.optim.Adam([self.values], lr=settings.learning_rate, betas=_BETAS)
         self._limits = torch.stack([corpus.own_limits, corpus.resemblance_limits, corpus.agreement_limits])
         # Nothing is known about any caption yet, so that all are hard.
@@ -165,32 +168,53 @@ class GateLearner:
 
     def take_step(self) -> LearningStep:
         """Draw samples and gates, and move the gates; what is drawn depends on the seed and the step alone."""
-        settings = self.settings
-        generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.step)
-        captions = self._draw_captions(generator)
-        with frozen_weights(self.predictor):
-            hinges = self._hinges(captions, generator)
-            change = self._change(generator)
-            touched = self.values if self._is_projected else touched_probabilities(self.values)
-            loss = (
-                (self._weights[captions].to(hinges.device) * hinges.sum(dim=0)).mean()
-                + settings.change_weight * change
-                + settings.touched_weight * touched.mean()
-            )
-            if self._is_projected and not self._is_rounded:
-                undecided = 4 * (self.values * (1 - self.values)).mean()
-                grown = self.step / (settings.rounded_from * settings.steps)
-                loss = loss + settings.decided_weight * grown * undecided
-            self._optimizer.zero_grad()
-            loss.backward()
+        (captions, hinges, change), self._at_once = with_less_at_once(
+            self._add_gradients, self._at_once, "a backward pass of one caption"
+        )
         self._optimizer.step()
+        touched = self.values.detach() if self._is_projected else touched_probabilities(self.values.detach())
         if self._is_projected:
             self.values.data.clamp_(0, self.settings.most_closed)
         self.step += 1
-        self._remember(captions, hinges.detach().sum(dim=0).cpu())
-        return LearningStep(
-            *hinges.detach().mean(dim=1).tolist(), float(change.detach()), float(touched.detach().sum())
-        )
+        self._remember(captions, hinges.sum(dim=0).cpu())
+        return LearningStep(*hinges.mean(dim=1).tolist(), change, float(touched.sum()))
+
+    def _add_gradients(self, at_once: int) -> tuple[Tensor, Tensor, float]:
+        """Draw what a step sees and add the loss' gradients up, some captions at a time.
+
+        Returns:
+            Rows of the captions, their hinges [3, captions], and the change on ordinary captions.
+        """
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.step)
+        captions = self._draw_captions(generator)
+        seeds = torch.stack([self._draw_seeds(generator) for _ in captions])
+        chosen = torch.randperm(len(self.states), generator=generator)[: settings.ordinary]
+        self._optimizer.zero_grad()
+        found, change = [], 0.0
+        with frozen_weights(self.predictor):
+            for rows, columns in zip(captions.split(at_once), seeds.split(at_once), strict=True):
+                hinges = self._hinges(rows, columns, generator)
+                weights = self._weights[rows].to(hinges.device)
+                ((weights * hinges.sum(dim=0)).sum() / len(captions)).backward()
+                found.append(hinges.detach())
+            for part in chosen.split(at_once * settings.seeds):
+                changes = self._changes(part, generator).sum() / len(chosen)
+                (settings.change_weight * changes).backward()
+                change += float(changes.detach())
+            self._of_the_gates().backward()
+        return captions, torch.cat(found, dim=1), change
+
+    def _of_the_gates(self) -> Tensor:
+        """What the loss has of the gates alone: how many are touched, and how undecided they are."""
+        settings = self.settings
+        touched = self.values if self._is_projected else touched_probabilities(self.values)
+        loss = settings.touched_weight * touched.mean()
+        if self._is_projected and not self._is_rounded:
+            undecided = 4 * (self.values * (1 - self.values)).mean()
+            grown = self.step / (settings.rounded_from * settings.steps)
+            loss = loss + settings.decided_weight * grown * undecided
+        return loss
 
     def save(self, file: Path) -> None:
         """Keep where the learning stands, with what it began with; the file is the old one or the new one."""
@@ -242,11 +266,16 @@ class GateLearner:
         there = (timesteps == timestep).nonzero().flatten()
         return there[torch.randperm(len(there), generator=generator)[: self.settings.seeds]]
 
-    def _hinges(self, captions: Tensor, generator: torch.Generator) -> Tensor:
-        """How far captions are from being gone, [3, captions]: similarity, resemblance, agreement."""
+    def _hinges(self, captions: Tensor, seeds: Tensor, generator: torch.Generator) -> Tensor:
+        """How far captions are from being gone, [3, captions]: similarity, resemblance, agreement.
+
+        Args:
+            captions: rows of memorized captions.
+            seeds: columns of the seeds that each is predicted on, [captions, seeds].
+            generator: of gates that are drawn.
+        """
         corpus, number, limits = self.corpus, self.settings.seeds, self._limits
         views = corpus.memorized
-        seeds = torch.stack([self._draw_seeds(generator) for _ in captions])
         rows, columns = captions.repeat_interleave(number), seeds.flatten()
         latents, timesteps = views.seeds.latents[columns], views.seeds.timesteps[columns]
         drawn = self._gates(len(rows), generator)
@@ -284,15 +313,13 @@ class GateLearner:
         """Which memorized caption each sample resembles most, by the correlation of their noise differences."""
         return correlation(differences, self.corpus.memorized.differences[:, columns]).argmax(dim=0).cpu()
 
-    def _change(self, generator: torch.Generator) -> Tensor:
-        """Mean change on ordinary captions, at points of their ways."""
-        chosen = torch.randperm(len(self.states), generator=generator)[: self.settings.ordinary]
-        drawn = self._gates(len(chosen), generator)
-        states = self.states
+    def _changes(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """Change at points on ordinary captions' ways, [points]."""
+        drawn, states = self._gates(len(chosen), generator), self.states
         noise_pred = predict_gated(
             self.predictor, states.latents[chosen], states.prompt_embeds[chosen], 1 - drawn, states.timesteps[chosen]
         )
-        return share_of_everything(noise_pred, states, chosen).mean()
+        return share_of_everything(noise_pred, states, chosen)
 
     def _remember(self, captions: Tensor, hinges: Tensor) -> None:
         """Take note of how hard captions were, and give those that are not gone more weight."""

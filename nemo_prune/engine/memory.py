@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from nemo_prune.errors import ModelError
 
@@ -64,6 +65,30 @@ def with_less_at_once(do: Callable[[int], Result], size: int, what: str) -> tupl
         # Outside of the handler: the error's traceback holds the tensors of the attempt.
         release_memory()
         size //= 2
+
+
+def summed_over(do: Callable[[slice], Tensor], number: int, at_once: int, what: str) -> Tensor:
+    """A sum over samples, of which as many as memory takes go at once.
+
+    Args:
+        do: the sum over a part of the samples.
+        number: of all samples, at least one.
+        at_once: how many are tried first.
+        what: what is done, for the error.
+
+    Raises:
+        ModelError: memory does not take a single one.
+    """
+    parts, done = [], 0
+
+    def take(size: int) -> Tensor:
+        return do(slice(done, done + size))
+
+    while done < number:
+        part, at_once = with_less_at_once(take, min(at_once, number - done), what)
+        parts.append(part)
+        done += at_once
+    return torch.stack(parts).sum(dim=0)
 
 
 @contextmanager

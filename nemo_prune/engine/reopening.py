@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates, frozen_weights, predict_gated
 from nemo_prune.engine.gone import Corpus
+from nemo_prune.engine.memory import summed_over
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.settling import Jury
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
@@ -157,10 +158,14 @@ def _missed(
 ) -> Tensor:
     """By how much each gate's opening lowers the change on ordinary captions, [neurons]."""
     chosen = torch.randperm(len(states), generator=generator)[: settings.ordinary]
-    opened = factors[None].clone().requires_grad_(True)
-    noise_pred = predict_gated(
-        predictor, states.latents[chosen], states.prompt_embeds[chosen], opened, states.timesteps[chosen]
-    )
-    # The square has a gradient where nothing is changed yet.
-    change = share_of_everything(noise_pred, states, chosen).square().mean()
-    return -torch.autograd.grad(change, opened)[0][0]
+
+    def gradient(part: slice) -> Tensor:
+        opened, here = factors[None].clone().requires_grad_(True), chosen[part]
+        noise_pred = predict_gated(
+            predictor, states.latents[here], states.prompt_embeds[here], opened, states.timesteps[here]
+        )
+        # The square has a gradient where nothing is changed yet.
+        change = share_of_everything(noise_pred, states, here).square().sum()
+        return -torch.autograd.grad(change, opened)[0][0]
+
+    return summed_over(gradient, len(chosen), len(chosen), "a backward pass of one sample") / len(chosen)
