@@ -3,9 +3,10 @@
 It is a greedy sweep over single neurons, as the refinement of one prompt (Alg. 4) is, with the kept seeds of all
 prompts in the place of one prompt's:
 
-1. Of every neuron it is asked whether the whole mask without it wakes one of the seeds that it is likely to wake: the
-   hardest seed of each prompt in whose own set it is. Most neurons do, and are needed in any smaller mask too.
-2. The others are let go one after the other, as far as they still wake none. The next few are asked about at once.
+1. Of every neuron it is asked whether the whole mask without it wakes the seed that it is likeliest to wake. Where it
+   does, the neuron is needed in any smaller mask too.
+2. The others are let go one after the other, as far as they wake none of the seeds that they are likely to wake: the
+   hardest seed of each prompt in whose own set a neuron is. The next few are asked about at once.
 3. All seeds are asked about what remains. Where one is awake, the neuron that woke it is found by halving the way, and
    taken back.
 4. From 1 on again, until every neuron of the rest wakes a seed that is named: none of it can be spared.
@@ -131,19 +132,13 @@ class _Dropping:
             dropped = yield from self._take_back(dropped)
 
     def _spare(self, kept: frozenset[Neuron]) -> Search[list[Neuron]]:
-        """The neurons without which, each alone, no seed wakes that is likely to; of each one seed is asked first."""
+        """The neurons without which, each alone, the seed that each is likeliest to wake stays silent."""
         # Without its last neuron a mask is none.
         asked = [n for n in self._tried if n in kept and len(kept) > 1 and self._taken_back[n] < _MOST_TAKEN_BACK]
-        for part in (slice(1), slice(1, None)):
-            pairs = [(kept - {neuron}, seed) for neuron in asked for seed in self._likely[neuron][part]]
-            owners = [neuron for neuron in asked for _ in self._likely[neuron][part]]
-            waking: set[Neuron] = set()
-            for neuron, (_, seed), awake in zip(owners, pairs, (yield from self._are_awake(pairs)), strict=True):
-                if awake and neuron not in waking:
-                    waking.add(neuron)
-                    self._put_first(neuron, seed)
-            asked = [neuron for neuron in asked if neuron not in waking]
-        return asked
+        pairs = {neuron: (kept - {neuron}, self._likely[neuron][0]) for neuron in asked if self._likely[neuron]}
+        awake = yield from self._are_awake(list(pairs.values()))
+        needed = {neuron for neuron, each in zip(pairs, awake, strict=True) if each}
+        return [neuron for neuron in asked if neuron not in needed]
 
     def _drop(self, dropped: Sequence[Neuron], spare: Sequence[Neuron]) -> Search[list[Neuron]]:
         """Let go of neurons in their order, as far as they wake no seed that is likely to wake.
@@ -157,6 +152,7 @@ class _Dropping:
             while waiting and (not run or trials + len(self._likely[waiting[0]]) <= self._at_once):
                 run.append(waiting.popleft())
                 trials += len(self._likely[run[-1]])
+            # To suppress nothing is never enough: the last neuron stays.
             sets = {neuron: self._without([*dropped, *run[: place + 1]]) for place, neuron in enumerate(run)}
             pairs = [(sets[neuron], seed) for neuron in run for seed in self._likely[neuron]]
             awake = {pair for pair, each in zip(pairs, (yield from self._are_awake(pairs)), strict=True) if each}
@@ -166,8 +162,9 @@ class _Dropping:
                 wakes = [seed for seed in self._likely[neuron] if (sets[neuron], seed) in awake]
                 if woken & {prompt for prompt, _ in self._likely[neuron]}:
                     again.append(neuron)
-                elif wakes or not sets[neuron]:
+                elif wakes:
                     woken |= {prompt for prompt, _ in wakes}
+                    self._put_first(neuron, wakes[0])
                 else:
                     dropped.append(neuron)
             waiting.extendleft(reversed(again))
