@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from nemo_prune.corpus.prompts import read_prompts
+from nemo_prune.engine import pursuit
 from nemo_prune.engine.attribution import benefits, costs
 from nemo_prune.engine.budget import utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
@@ -104,7 +105,7 @@ def test_a_mask_under_which_nothing_copies_is_not_pursued(tiny):
     assert tiny.sample_passes == 0
 
 
-def test_a_mask_that_leaves_copies_is_searched_again_and_given_up_for_one_that_leaves_none(tiny):
+def test_a_mask_that_leaves_copies_is_completed_and_given_up_for_one_that_leaves_none(tiny, monkeypatch):
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
     settings = PursuitSettings(
         search="gradient", more_seeds=2, watched=1, walked=1, points=2, rounds=1, probed=(), probe_seeds=2
@@ -118,6 +119,15 @@ def test_a_mask_that_leaves_copies_is_searched_again_and_given_up_for_one_that_l
     result = pursue(tiny, ["a"], ["c", "d"], 0.5, settings, copies, first=first)
     assert looked_at[0] is first and result.rounds[0].mask is first and len(result.rounds) == 2
     assert result.best is result.rounds[1] and not result.best.copies
+    # It is completed first; only if that is not enough is another one searched.
+    assert set(first.neurons) <= set(result.best.mask.neurons)
+    searched = []
+    monkeypatch.setattr(pursuit, "search_mask", lambda *given: searched.append(given) or all_neurons(tiny.sizes)[3:])
+    result = pursue(
+        tiny, ["a"], ["c", "d"], 0.5, replace(settings, rounds=2),
+        lambda mask: [Copy("a", "a", 1.0)] if first.neurons[0] in mask.neurons else [], first=first,
+    )  # fmt: skip
+    assert len(result.rounds) == 3 and len(searched) == 1 and not result.best.copies
 
 
 @pytest.mark.parametrize("gates", ["projected", "hard-concrete"])

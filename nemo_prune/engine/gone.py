@@ -32,7 +32,7 @@ class Corpus:
         usual: how the ordinary ones measure with nothing suppressed.
         usual_emptied: how the ordinary ones measure with everything suppressed.
         thresholds: tau of every seed's timestep, [S].
-        strictness: how far under its limits each memorized caption must stay, [P].
+        strictness: how far under its limits each memorized caption must stay, [P], where everything suppressed does.
         betas: exponents of the multi-scale SSIM.
     """
 
@@ -52,8 +52,13 @@ class Corpus:
 
     @property
     def own_limits(self) -> Tensor:
-        """Up to what a memorized caption may be similar to itself before, [P, S]: tau, less its strictness."""
-        return self.thresholds[None] - self.strictness[:, None]
+        """Up to what a memorized caption may be similar to itself before, [P, S]: tau, less its strictness.
+
+        Not less than everything suppressed leaves, with a standard deviation over seeds.
+        """
+        emptied = self.emptied.own
+        floor = torch.minimum(emptied + emptied.std(dim=1, keepdim=True), self.thresholds[None])
+        return torch.maximum(self.thresholds[None] - self.strictness[:, None], floor)
 
     @property
     def usual_resemblance(self) -> Tensor:
@@ -74,7 +79,7 @@ class Corpus:
         """
         emptied = self.emptied.resemblance
         floor = emptied + emptied.std(dim=1, keepdim=True)
-        return torch.maximum(floor, self.usual_resemblance) - self.strictness[:, None]
+        return torch.maximum(floor, self.usual_resemblance - self.strictness[:, None])
 
     @property
     def spread_limits(self) -> Tensor:
@@ -96,7 +101,7 @@ class Corpus:
     @property
     def agreement_limits(self) -> Tensor:
         """Up to what a caption's seeds may agree, [P, S]: as with everything suppressed, or as ordinary captions do."""
-        return torch.maximum(self.emptied.agreement, self.thresholds[None]) - self.strictness[:, None]
+        return torch.maximum(self.emptied.agreement, self.thresholds[None] - self.strictness[:, None])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Looking at images is not done here: a function draws them and says what copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -146,7 +146,8 @@ def pursue(
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
         first: the mask of another search, which stands for the first round's. If nothing copies under it there is
-            nothing to pursue, and no round is made.
+            nothing to pursue, and no round is made. Else it is completed for the captions that copied, and only if
+            that is not enough is another one searched.
     """
     copied = () if first is None else copies(first)
     if first is not None and not copied:
@@ -156,15 +157,19 @@ def pursue(
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
     strictness = dict.fromkeys(prompts, 0.0)
     rounds: list[Round] = []
+    came_back: set[str] = set()
     while True:
         passes_before = predictor.sample_passes
         corpus = gather_corpus(predictor, prompts, watched, seeds, threshold, strictness)
-        if first is None or rounds:
-            neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
+        if first is not None and not rounds:
+            mask = first
+        else:
+            if first is not None and len(rounds) == 1:
+                neurons = complete_for(predictor, corpus, states, first.neurons, came_back)
+            else:
+                neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
             mask = NeuronMask.from_neurons(neurons, predictor.sizes)
             copied = copies(mask)
-        else:
-            mask = first
         passes = predictor.sample_passes - passes_before
         rounds.append(_look_at(predictor, corpus, states, mask, copied, passes))
         came_back = {name for copy in rounds[-1].copies for name in (copy.prompt, copy.source)} & set(prompts)
@@ -173,6 +178,27 @@ def pursue(
         for prompt in came_back:
             strictness[prompt] += settings.strictness
         seeds = seeds + seeds_that_show(predictor, sorted(came_back), watched, mask, threshold, settings, len(rounds))
+
+
+def complete_for(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    neurons: Collection[Neuron],
+    prompts: Collection[str],
+) -> list[Neuron]:
+    """A mask with further neurons under which some captions are gone that copied under it.
+
+    Args:
+        predictor: the model.
+        corpus: what captions are judged against.
+        states: points on ordinary captions' ways.
+        neurons: of the mask.
+        prompts: the captions that copied, and those whose pictures they copied.
+    """
+    others = {each for each in corpus.memorized.prompts if each not in prompts}
+    jury = Jury(predictor, corpus, others | _beyond_reach(predictor, corpus, margin=0.0))
+    return complete(predictor, jury, states, neurons)
 
 
 def search_mask(
@@ -194,9 +220,8 @@ def search_mask(
         checkpoint: where the learning is kept as it goes on.
     """
     everything, margin = all_neurons(predictor.sizes), settings.reopening.margin
-    # What everything suppressed does not make go, no part of it is asked to.
-    excused = {each.prompt for each in judge(predictor, corpus, everything) if min(each.margins.values()) < margin}
-    jury, start, reopening = Jury(predictor, corpus, excused), everything, settings.reopening
+    jury = Jury(predictor, corpus, _beyond_reach(predictor, corpus, margin))
+    start, reopening = everything, settings.reopening
     if settings.search == "learned":
         learner = GateLearner(predictor, corpus, states, settings.learning)
         _learn(learner, advance, checkpoint)
@@ -233,6 +258,12 @@ def seeds_that_show(
         margins = [min(each.margins.values()) for each in judge(predictor, corpus, mask.neurons)]
         found[timestep] = (min(margins), seeds)
     return min(found.values(), key=lambda each: each[0])[1]
+
+
+def _beyond_reach(predictor: NoisePredictor, corpus: Corpus, margin: float) -> set[str]:
+    """What everything suppressed does not make go, no part of it is asked to."""
+    verdicts = judge(predictor, corpus, all_neurons(predictor.sizes))
+    return {each.prompt for each in verdicts if min(each.margins.values()) < margin}
 
 
 def _learn(learner: GateLearner, advance: Advance, checkpoint: Path | None) -> None:

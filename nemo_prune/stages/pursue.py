@@ -107,7 +107,7 @@ def pursue_mask(
     best = pursuit.best
     if best.copies:
         listener.say(_what_remains(pursuit))
-    came_back = {each.prompt for each in (*best.not_gone, *best.copies)}
+    came_back = {each.prompt for each in best.copies} | {v.prompt for v in best.not_gone if not v.is_silent}
     found = [
         replace(each, status="unresolved" if each.prompt in came_back else "localized") if each.is_memorized else each
         for each in localizations
