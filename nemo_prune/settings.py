@@ -229,7 +229,8 @@ class Plan:
         search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
             on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: gates on all
             neurons, learned for all prompts at once. Then images are drawn, and what copies is searched again until
-            nothing does, after ``greedy`` by ``learned``. The union, which is the paper's, is left as it is.
+            nothing does: after ``greedy`` neurons are added, and if that is not enough gates learned. The union, which
+            is the paper's, is left as it is.
         max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
             suppressed changes: the most costly neurons are spared until it is kept, and the record says what that
             gives up. (default: no limit)
