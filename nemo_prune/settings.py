@@ -111,7 +111,7 @@ class VerificationSettings:
 
     seed: int = 2
     score_seed: int = 1001
-    images_per_prompt: int = 4
+    images_per_prompt: int = 3
     max_prompts: int = 32
     ordinary_images: int = 4
     cost_prompts: int = 16
