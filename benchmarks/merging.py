@@ -328,11 +328,15 @@ class Comparison:
             for prompt, images in after.items()
         }
         same = [1 - float(image_similarities(self.before[each], after[each]).diagonal().mean()) for each in shown]
-        return {
+        found = {
             "copies_memorized": mean(copied[prompt] for prompt in self.prompts),
             "captions_that_copy": [prompt for prompt in self.prompts if copied[prompt]],
             "copies_ordinary": mean(copied[prompt] for prompt in shown),
             "image_change": mean(same),
+        }
+        if self.drawing.images_per_prompt == 1:
+            return found
+        return found | {
             "image_change_two_seeds": mean(_diversity(self.before[prompt]) for prompt in shown),
             "diversity_memorized": mean(_diversity(after[prompt]) for prompt in self.prompts),
             "diversity_ordinary": mean(_diversity(after[prompt]) for prompt in shown),
@@ -357,11 +361,11 @@ ROWS = {
     "change on ordinary captions": lambda row: f"{row['change']:.2f}",
     "the same by timestep": lambda row: " ".join(f"{value:.2f}" for value in row["change_by_timestep"].values()),
     "1 - SSIM of ordinary images (two seeds)": lambda row: (
-        f"{row['image_change']:.2f} ({row['image_change_two_seeds']:.2f})" if "image_change" in row else "-"
+        f"{_number(row.get('image_change'))} ({_number(row.get('image_change_two_seeds'))})"
     ),
     "agreement of a memorized caption's seeds": lambda row: f"{row['agreement']:.2f}",
     "1 - SSIM between seeds, memorized (ordinary)": lambda row: (
-        f"{row['diversity_memorized']:.2f} ({row['diversity_ordinary']:.2f})" if "diversity_memorized" in row else "-"
+        f"{_number(row.get('diversity_memorized'))} ({_number(row.get('diversity_ordinary'))})"
     ),
 }
 
@@ -379,6 +383,10 @@ def table(figures: dict[str, dict]) -> str:
 def _diversity(images: Sequence[Image.Image]) -> float:
     """How much a caption's images differ: 1 - SSIM of neighbouring seeds."""
     return 1 - float(image_similarities(images, [*images[1:], images[0]]).diagonal().mean())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _share(value: float | None) -> str:
