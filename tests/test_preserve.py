@@ -18,7 +18,7 @@ def test_dear_neurons_change_more_than_cheap_ones_and_few_passes_tell_them_apart
     predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=3))
     texts = ["a cat", "a red ring", "two dogs"]
     costs = neuron_costs(predictor, texts)
-    assert predictor.sample_passes == len(texts) * (8 + 4 * (4 * 3 + 2))
+    assert predictor.sample_passes == len(texts) * (4 + 2 * (2 * 3 + 2))
     assert len(costs) == sum(predictor.sizes.values()) and min(costs.values()) >= 0
     ordered, size = sorted(costs, key=costs.get), len(costs) // 5
     masks = {

@@ -16,7 +16,7 @@ from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED
 _NEURONS = (704, 5760)
 _LOCALIZATION = {"minimal": (25.0, 157.0), "union": (27.0, 163.0)}
 _MERGING = {"minimal": (15.0, 40.0), "union": (0.0, 0.0)}
-_WEIGHING_PASSES = 64
+_WEIGHING_PASSES = 20
 _COST_PASSES = 10
 _LONG_BATCH_S = 10
 _MINUTE, _HOUR = 60, 3600
