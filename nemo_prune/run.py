@@ -96,6 +96,7 @@ def prune_model(
     memorized = [each.prompt for each in localizations if each.is_memorized]
     bar = Bar(localizer, memorized, ordinary.texts, work.judged)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
+    spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
@@ -113,7 +114,7 @@ def prune_model(
         mask=_mask_record(mask, plan),
         prompts=prompt_facts(examined, corpus.num_duplicates, plan.include_unresolved),
         files=ExportReport(),
-        measured=measured_by_a_run(plan, localizer, examined, judged.ordinary, {}, cost, False, timed.seconds),
+        measured=measured_by_a_run(plan, localizer, examined, judged.ordinary, {}, cost, False, timed.seconds, spared),
     )
     if not mask.num_neurons:
         return RunResult(record, None, write_report(work.path, record, examined))
@@ -133,7 +134,6 @@ def prune_model(
         examined = proof.added_to(examined)
         evidence = gather_for_a_run(session, pruned, examined, ordinary, proof, plan.verification, work.evidence, timed)
         ordinary_images = {text: proof.evidence(text) for text in proof.texts if text not in set(corpus.texts)}
-        spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
         measured = measured_by_a_run(
             plan, localizer, examined, judged.ordinary, ordinary_images, cost, True, timed.seconds, spared,
             published_facts(evidence.summary) if evidence else None,

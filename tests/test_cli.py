@@ -235,6 +235,19 @@ def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkey
     assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_limit_on_what_ordinary_captions_lose_spares_neurons_and_the_record_has_the_curve(finished, arguments):
+    result = run(arguments, "--include-unresolved", "--json", max_utility_loss=0.5)
+    assert result.exit_code == 0, result.output
+    facts, whole = json.loads(result.stdout), json.loads(finished[1].stdout)
+    curve = facts["spared"]
+    numbers = [point["neurons"] for point in curve]
+    assert numbers == sorted(set(numbers), reverse=True) and numbers[-1] == 0
+    assert curve[-1]["change"] == pytest.approx(0, abs=1e-4)
+    assert curve[0]["neurons"] == whole["mask"]["num_neurons"] > facts["mask"]["num_neurons"]
+    (taken,) = [point for point in curve if point["neurons"] == facts["mask"]["num_neurons"]]
+    assert curve[0]["change"] > 0.5 >= taken["change"]
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_an_undisturbed_one(finished, arguments, tmp_path):
     out = arguments.pop("--out")

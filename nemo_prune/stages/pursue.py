@@ -161,7 +161,8 @@ def spare_ordinary(
         return mask, ()
     predictor = bar.localizer.scorer.predictor
     with listener.stage(Stage.SPARE) as advance:
-        states = walk_ordinary(predictor, bar.ordinary[WATCHED : 2 * WATCHED] or bar.ordinary)
+        walked, numbers = bar.ordinary[WATCHED : 2 * WATCHED] or bar.ordinary, PursuitSettings()
+        states = walk_ordinary(predictor, walked, numbers.points, numbers.seed)
         curve = utility_curve(predictor, bar.corpus, states, mask.neurons, advance=advance)
     return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, predictor.sizes), curve
 
