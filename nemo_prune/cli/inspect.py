@@ -20,8 +20,8 @@ def inspect(
 ) -> None:
     """Show a mask: layers, rows, source and settings.
 
-    The number beside a row says for how many prompts it was found. Prompts that only other prompts'
-    neurons silence do not count.
+    The number beside a row says for how many prompts it was found. Prompts that only other prompts' neurons silence do
+    not count.
 
     Example: `nemo-prune inspect pruned/`
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import frozen_weights, predict_gated
-from nemo_prune.engine.memory import summed_over
+from nemo_prune.engine.memory import in_parts
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
 from nemo_prune.engine.views import Views
@@ -127,6 +127,6 @@ def _integrate(
     with frozen_weights(predictor):
         for point in range(points):
             place = torch.lerp(start, end, (point + 0.5) / points)
-            values += summed_over(partial(gradient, place), num_samples, _AT_ONCE, what) * (start - end) / points
-        total = float(summed_over(fall, num_samples, _AT_ONCE, what))
+            values += sum(in_parts(partial(gradient, place), num_samples, _AT_ONCE, what)) * (start - end) / points
+        total = float(sum(in_parts(fall, num_samples, _AT_ONCE, what)))
     return Attribution(values / num_samples, total / num_samples)

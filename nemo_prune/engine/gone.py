@@ -195,9 +195,12 @@ def judge(
     predictor: NoisePredictor, corpus: Corpus, neurons: Collection[Neuron], log: LineLog | None = None
 ) -> list[Verdict]:
     """Judge the memorized captions under a mask, one sample pass a caption and seed that a log does not hold."""
-    prompts = corpus.memorized.prompts
-    measures = measure_under(predictor, prompts, corpus.memorized, neurons, log)
-    return [verdict(position, measures, corpus, position) for position in range(len(prompts))]
+    return judged_by(measure_under(predictor, corpus.memorized.prompts, corpus.memorized, neurons, log), corpus)
+
+
+def judged_by(measures: Measures, corpus: Corpus) -> list[Verdict]:
+    """The verdicts on all memorized captions, by how they measure under a mask."""
+    return [verdict(position, measures, corpus, position) for position in range(len(corpus.memorized.prompts))]
 
 
 def judge_ordinary(

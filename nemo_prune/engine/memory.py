@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from nemo_prune.errors import ModelError
 
@@ -67,28 +66,32 @@ def with_less_at_once(do: Callable[[int], Result], size: int, what: str) -> tupl
         size //= 2
 
 
-def summed_over(do: Callable[[slice], Tensor], number: int, at_once: int, what: str) -> Tensor:
-    """A sum over samples, of which as many as memory takes go at once.
+def in_parts(do: Callable[[slice], Result], number: int, at_once: int, what: str) -> list[Result]:
+    """Do something for all samples, as many at once as memory takes.
 
     Args:
-        do: the sum over a part of the samples.
-        number: of all samples, at least one.
+        do: what is done for a part of the samples.
+        number: of all samples.
         at_once: how many are tried first.
         what: what is done, for the error.
+
+    Returns:
+        The results of the parts, in their order.
 
     Raises:
         ModelError: memory does not take a single one.
     """
-    parts, done = [], 0
+    results: list[Result] = []
+    done = 0
 
-    def take(size: int) -> Tensor:
+    def take(size: int) -> Result:
         return do(slice(done, done + size))
 
     while done < number:
-        part, at_once = with_less_at_once(take, min(at_once, number - done), what)
-        parts.append(part)
+        result, at_once = with_less_at_once(take, min(at_once, number - done), what)
+        results.append(result)
         done += at_once
-    return torch.stack(parts).sum(dim=0)
+    return results
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from diffusers import DDIMScheduler
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import closed_gates, predict_gated
-from nemo_prune.engine.memory import with_less_at_once
+from nemo_prune.engine.memory import in_parts
 from nemo_prune.mask import Neuron
 
 
@@ -55,11 +56,9 @@ def walk_ordinary(
     device, width = predictor.pipe.unet.device, sum(predictor.sizes.values())
     open_gates = torch.ones(1, width, device=device)
     everything = predictor.initial_latents(seed, len(prompts)).to(device)
-    parts: list[tuple[Tensor, ...]] = []
 
-    def walk(size: int) -> list[tuple[Tensor, ...]]:
-        prompt_embeds = predictor.encode(prompts[start : start + size])
-        latents, found = everything[start : start + size], []
+    def walk(part: slice) -> list[tuple[Tensor, ...]]:
+        prompt_embeds, latents, found = predictor.encode(prompts[part]), everything[part], []
         for timestep in scheduler.timesteps:
             timesteps = torch.full((len(latents),), int(timestep))
             noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates, timesteps)
@@ -68,11 +67,8 @@ def walk_ordinary(
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
         return found
 
-    start, at_once = 0, min(at_once, len(prompts))
-    while start < len(prompts):
-        found, at_once = with_less_at_once(walk, at_once, "the model and one sample")
-        parts, start = parts + found, start + at_once
-    prompt_embeds, latents, timesteps, noise_pred, norms = (torch.cat(column) for column in zip(*parts, strict=True))
+    points = chain.from_iterable(in_parts(walk, len(prompts), at_once, "the model and one sample"))
+    prompt_embeds, latents, timesteps, noise_pred, norms = (torch.cat(column) for column in zip(*points, strict=True))
     span = torch.empty_like(norms)
     for timestep in scheduler.timesteps:
         there = (timesteps == timestep).to(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
-from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary, judged_by
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change, walk_ordinary
 from nemo_prune.engine.reopening import ReopeningSettings, reopen
@@ -197,7 +197,7 @@ def complete_for(
         prompts: the captions that copied, and those whose pictures they copied.
     """
     others = {each for each in corpus.memorized.prompts if each not in prompts}
-    jury = Jury(predictor, corpus, others | _beyond_reach(predictor, corpus, margin=0.0))
+    jury = Jury(predictor, corpus, others | _beyond_reach(corpus, margin=0.0))
     return complete(predictor, jury, states, neurons)
 
 
@@ -220,7 +220,7 @@ def search_mask(
         checkpoint: where the learning is kept as it goes on.
     """
     everything, margin = all_neurons(predictor.sizes), settings.reopening.margin
-    jury = Jury(predictor, corpus, _beyond_reach(predictor, corpus, margin))
+    jury = Jury(predictor, corpus, _beyond_reach(corpus, margin))
     start, reopening = everything, settings.reopening
     if settings.search == "learned":
         learner = GateLearner(predictor, corpus, states, settings.learning)
@@ -260,9 +260,9 @@ def seeds_that_show(
     return min(found.values(), key=lambda each: each[0])[1]
 
 
-def _beyond_reach(predictor: NoisePredictor, corpus: Corpus, margin: float) -> set[str]:
+def _beyond_reach(corpus: Corpus, margin: float) -> set[str]:
     """What everything suppressed does not make go, no part of it is asked to."""
-    verdicts = judge(predictor, corpus, all_neurons(predictor.sizes))
+    verdicts = judged_by(corpus.emptied, corpus)
     return {each.prompt for each in verdicts if min(each.margins.values()) < margin}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates, frozen_weights, predict_gated
 from nemo_prune.engine.gone import Corpus
-from nemo_prune.engine.memory import summed_over
+from nemo_prune.engine.memory import in_parts
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.settling import Jury
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
@@ -168,4 +168,4 @@ def _missed(
         change = share_of_everything(noise_pred, states, here).square().sum()
         return -torch.autograd.grad(change, opened)[0][0]
 
-    return summed_over(gradient, len(chosen), len(chosen), "a backward pass of one sample") / len(chosen)
+    return sum(in_parts(gradient, len(chosen), len(chosen), "a backward pass of one sample")) / len(chosen)

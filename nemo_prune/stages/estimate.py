@@ -106,7 +106,7 @@ def passes_of_stages(
     # An image of each caption under the mask, and what it is compared with where no training image is known.
     looks = 0 if plan.merge == "union" else (2 * shown + verification.ordinary_images) * an_image
     learning = 0 if plan.search == "greedy" else LEARNING_PASSES
-    judging = 3 * (plan.settings.num_samples + FRESH_SEEDS) * (num_prompts + WATCHED)
+    judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED)
     return {
         Stage.CALIBRATE: (calibration, calibration),
         Stage.WEIGH: (weighing, weighing),
