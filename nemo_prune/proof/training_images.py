@@ -4,6 +4,7 @@ import io
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from huggingface_hub.constants import is_offline_mode
@@ -55,8 +56,8 @@ class TrainingImageFiles(Mapping[str, Image.Image]):
     def __getitem__(self, text: str) -> Image.Image:
         file = self._files[text]
         try:
-            return Image.open(file).convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return _decoded(file)
+        except OSError as error:
             raise PromptError(
                 f"The training image {file} can't be read: {error}. Correct the `image` column or drop it."
             ) from error
@@ -103,8 +104,8 @@ def known_training_images(prompts: Sequence[Prompt], fetch: Callable[[str], byte
             continue
         try:
             content = prompt.image.read_bytes() if prompt.image else fetch(str(source))
-            image = Image.open(io.BytesIO(content)).convert("RGB")
-        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            image = _decoded(io.BytesIO(content))
+        except (OSError, ValueError) as error:
             not_available[prompt.text] = f"it can't be read: {error}"
             continue
         if reason := placeholder(image):
@@ -145,6 +146,18 @@ def altered_pictures(image: Image.Image) -> list[Image.Image]:
         red, green, blue = picture.split()
         found += [Image.merge("RGB", (blue, red, green)), Image.merge("RGB", (green, blue, red))]
     return found + [ImageOps.invert(picture) for picture in turned]
+
+
+def _decoded(source: Path | io.BytesIO) -> Image.Image:
+    """A picture in RGB.
+
+    Raises:
+        OSError: it is none, is damaged, or claims to be larger than any.
+    """
+    try:
+        return Image.open(source).convert("RGB")
+    except (ValueError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error
 
 
 def _region(prompt: Prompt) -> Image.Image | None:
