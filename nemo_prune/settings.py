@@ -111,7 +111,7 @@ class VerificationSettings:
 
     seed: int = 2
     score_seed: int = 1001
-    images_per_prompt: int = 3
+    images_per_prompt: int = 2
     max_prompts: int = 32
     ordinary_images: int = 4
     cost_prompts: int = 16
@@ -132,7 +132,7 @@ class ModelOptions:
     Attributes:
         device: torch device; ``auto`` takes a GPU if there is one.
         dtype: precision of the weights.
-        batch_size: latents that go through the U-Net at once. (default: those of one prompt, on a GPU of four)
+        batch_size: latents that go through the U-Net at once. (default: those of two prompts, on a GPU of four)
         margin: below float32: within this distance of the threshold, float32 decides again. (default: float16 0.002,
             bfloat16 0.01)
     """

@@ -37,7 +37,8 @@ def tiny_unet(**changes: object) -> UNet2DConditionModel:
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
         "cross_attention_dim": TEXT_WIDTH,
-        "attention_head_dim": 2,
+        # As diffusers reads it: the number of heads.
+        "attention_head_dim": 1,
         "norm_num_groups": 4,
     }
     return UNet2DConditionModel(**{**config, **changes}).eval()

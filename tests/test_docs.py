@@ -4,6 +4,7 @@ import doctest
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import nemo_prune
 from nemo_prune.cli import app
 from nemo_prune.cli.reference import command_reference
 from nemo_prune.models.demo import demo_folder
+from nemo_prune.settings import MIN_CALIBRATION_PROMPTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,8 +98,11 @@ def test_the_readme_and_the_packages_docstring_have_the_same_example():
 
 @pytest.mark.slow
 def test_the_example_in_the_packages_docstring_does_what_it_says(tmp_path, monkeypatch):
-    """Calibrates on all of the demo's ordinary captions, as a user would."""
+    """With fewer ordinary captions to calibrate on."""
     monkeypatch.chdir(tmp_path)
+    ordinary = nemo_prune.ordinary_captions("demo")
+    few = replace(ordinary, texts=ordinary.texts[:MIN_CALIBRATION_PROMPTS])
+    monkeypatch.setattr(nemo_prune, "ordinary_captions", lambda model: few)
     found = doctest.testmod(nemo_prune)
     assert found.attempted and not found.failed
 

@@ -26,7 +26,7 @@ def test_a_pass_is_measured_and_every_stage_is_in_it(pipe):
     began = time.perf_counter()
     found = estimate_run(predictor, 10, 60, PLAN)
     assert 0 < found.a_pass < time.perf_counter() - began
-    assert predictor.sample_passes == 8
+    assert predictor.sample_passes == 2 * predictor.batch_size == 16
     assert found.passes[Stage.CALIBRATE] == (240, 240)
     assert {*found.passes} == {
         Stage.CALIBRATE, Stage.WEIGH, Stage.LOCALIZE, Stage.MERGE, Stage.PURSUE, Stage.JUDGE, Stage.SCORE_AGAIN,

@@ -27,7 +27,11 @@ from nemo_prune.stages.verify import gather_evidence
 pytestmark = pytest.mark.slow
 
 SETTINGS = EvidenceSettings(
-    budget=6000, parts=("replication", "attack"), drawing=Drawing("ddim", 20, DEMO.guidance_scale), most_rounds=1
+    budget=3000,
+    parts=("replication", "attack"),
+    drawing=Drawing("ddim", 20, DEMO.guidance_scale),
+    most_rounds=1,
+    attack=AttackSettings(images_per_look=1, drawing_steps=10),
 )
 
 

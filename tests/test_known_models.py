@@ -22,7 +22,7 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import DownloadError
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.models.known import SD_V1_4, URL_VARIABLE, PublishedCalibration, ReferenceFile
-from nemo_prune.settings import LocalizationSettings
+from nemo_prune.settings import MIN_CALIBRATION_PROMPTS, LocalizationSettings
 from nemo_prune.stages.calibrate import why_not
 
 TEXTS = [f"thing number {i}" for i in range(60)]
@@ -179,4 +179,6 @@ def test_the_typed_command_on_a_model_under_the_known_id(reference, tmp_path):
     assert "measured afresh, because its layers have other sizes" in done.stderr
     facts = json.loads((tmp_path / "pruned" / "nemo_prune.json").read_text())
     assert facts["base"]["repo_id"] == "CompVis/stable-diffusion-v1-4" and facts["prompts"]["localized"] == 2
-    assert facts["calibration"]["num_prompts"] == 60
+    # Ten of the sixty captions are held out for the evidence.
+    assert facts["calibration"]["num_prompts"] == MIN_CALIBRATION_PROMPTS == 50
+    assert facts["evidence"]["utility"]["captions"] > 0

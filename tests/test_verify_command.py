@@ -1,5 +1,6 @@
 """`nemo-prune verify` as a user types it, for any two models."""
 
+import functools
 import json
 import shutil
 
@@ -10,9 +11,17 @@ from typer.testing import CliRunner
 from nemo_prune.cli import app
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
 from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.proof import evidence
+from nemo_prune.proof.attack import AttackSettings
 from test_proofs import ORDINARY, pruned
 
 FEW = ("--steps", "2", "--budget", "400")
+
+
+@pytest.fixture(autouse=True)
+def short_attacks(monkeypatch):
+    attack = AttackSettings(steps=4, batch_size=2, looks=(0, 2, 4), images_per_look=1, drawing_steps=1)
+    monkeypatch.setattr(evidence, "EvidenceSettings", functools.partial(evidence.EvidenceSettings, attack=attack))
 
 
 def verify(*arguments):

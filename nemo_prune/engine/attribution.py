@@ -109,7 +109,7 @@ def _integrate(
         closed: 1 for neurons that are suppressed already.
         held_open: 1 for neurons that act all the way.
     """
-    device = predictor.pipe.unet.device
+    device = predictor.device
     start = torch.ones(sum(predictor.sizes.values()), device=device)
     if closed is not None:
         start = start - closed.to(device)

@@ -96,7 +96,7 @@ class NoisePredictor:
         batch_size: latents that go through the U-Net at once, always as many: the last digits of a
             prediction depend on it, but on nothing else in the batch, as long as a sample's tensors fill the
             processor's vectors, as those of published models do. Halved where memory is short.
-            By default those of one prompt, on a GPU of four.
+            By default those of two prompts, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
 
     Attributes:
@@ -104,6 +104,8 @@ class NoisePredictor:
         sizes: dotted module name -> number of neurons.
         timesteps: the schedule, the noisiest first.
         timestep: the one that the settings name.
+        device: of the U-Net.
+        dtype: of its weights.
         sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
         computed_passes: the same with those.
         calls: size of a batch -> how many went through the U-Net.
@@ -119,15 +121,15 @@ class NoisePredictor:
         self.pipe = pipe
         self.settings = settings
         self.scale = scale
-        self.batch_size = batch_size or settings.num_samples * (1 if pipe.unet.device.type == "cpu" else 4)
+        # The U-Net walks through all of its weights whenever it is asked for these.
+        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        self.batch_size = batch_size or settings.num_samples * (2 if self.device.type == "cpu" else 4)
         with named_shortage("the model and one sample"):
             self.layers = find_text_projections(pipe.unet, settings.projections)
         self.sizes = layer_sizes(self.layers)
         self.sample_passes = self.computed_passes = 0
         self.calls: Counter[int] = Counter()
         self._latents: dict[tuple[int, int], Tensor] = {}
-        # The U-Net walks through all of its weights whenever it is asked for its dtype.
-        self._dtype = pipe.unet.dtype
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps)
         self.timesteps = tuple(scheduler.timesteps.tolist())
@@ -153,7 +155,7 @@ class NoisePredictor:
     def _encode(self, texts: list[str]) -> Tensor:
         with full_float32():
             embeds, _ = self.pipe.encode_prompt(
-                texts, self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                texts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
         return embeds
 
@@ -256,14 +258,14 @@ class NoisePredictor:
         timestep: int,
     ) -> Tensor:
         unet, count = self.pipe.unet, len(latents)
-        latents, prompt_embeds = (each.to(unet.device) for each in (latents, prompt_embeds))
-        filled = torch.arange(size, device=unet.device).clamp_max(count - 1)
+        latents, prompt_embeds = (each.to(self.device) for each in (latents, prompt_embeds))
+        filled = torch.arange(size, device=self.device).clamp_max(count - 1)
         gates = self._gates([*suppressed, *[suppressed[-1]] * (size - count)])
         with suppress(self.layers, gates, self.scale), full_float32():
             output = unet(
-                latents[filled].to(self._dtype),
+                latents[filled].to(self.dtype),
                 timestep,
-                encoder_hidden_states=prompt_embeds[filled].to(self._dtype),
+                encoder_hidden_states=prompt_embeds[filled].to(self.dtype),
             ).sample
         return self.to_noise(output[:count].float(), latents, torch.full((count,), timestep))
 

@@ -62,12 +62,12 @@ def predict_gated(
         timesteps = torch.full((count,), predictor.timestep)
     with scaled(predictor.layers, split_by_layer(factors, predictor.sizes)):
         output = unet(
-            latents.to(unet.device, unet.dtype),
-            timesteps.to(unet.device),
-            encoder_hidden_states=prompt_embeds.to(unet.device, unet.dtype),
+            latents.to(predictor.device, predictor.dtype),
+            timesteps.to(predictor.device),
+            encoder_hidden_states=prompt_embeds.to(predictor.device, predictor.dtype),
         ).sample
     predictor.sample_passes += count * (1 + BACKWARD_PASSES * output.requires_grad)
-    return predictor.to_noise(output.float(), latents.to(unet.device), timesteps)
+    return predictor.to_noise(output.float(), latents.to(predictor.device), timesteps)
 
 
 def split_by_layer(values: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ class GateLearner:
         closings: Tensor | None = None,
     ) -> None:
         self.predictor, self.corpus, self.states, self.settings = predictor, corpus, states, settings
-        width, device = sum(predictor.sizes.values()), predictor.pipe.unet.device
+        width, device = sum(predictor.sizes.values()), predictor.device
         start = torch.full((width,), settings.start) if closings is None else closings.clone()
         if not self._is_projected:
             start = torch.logit(start, eps=1e-2)

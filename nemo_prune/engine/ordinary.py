@@ -53,7 +53,7 @@ def walk_ordinary(
     # What the model predicts was made noise of already.
     scheduler = DDIMScheduler.from_config(predictor.pipe.scheduler.config, prediction_type="epsilon")
     scheduler.set_timesteps(num_points)
-    device, width = predictor.pipe.unet.device, sum(predictor.sizes.values())
+    device, width = predictor.device, sum(predictor.sizes.values())
     open_gates = torch.ones(1, width, device=device)
     everything = predictor.initial_latents(seed, len(prompts)).to(device)
 
@@ -117,6 +117,6 @@ def change_by_timestep(
 
 def mean_change(predictor: NoisePredictor, states: OrdinaryStates, neurons: Collection[Neuron]) -> float:
     """Change under a mask, as a share of everything's, the mean over the timesteps; one sample pass a point."""
-    factors = closed_gates(list(neurons), predictor.sizes).to(predictor.pipe.unet.device)
+    factors = closed_gates(list(neurons), predictor.sizes).to(predictor.device)
     changes = change_by_timestep(predictor, states, factors)
     return sum(changes.values()) / len(changes)

@@ -5,6 +5,7 @@ Looking at images is not done here: a function draws them and says what copied.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -146,8 +147,8 @@ def pursue(
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
         first: the mask of another search, which stands for the first round's. If nothing copies under it there is
-            nothing to pursue, and no round is made. Else it is completed for the captions that copied, and only if
-            that is not enough is another one searched.
+            nothing to pursue, and no round is made. Else it is completed for the captions that copied, as long as
+            each round leaves fewer; only if that is not enough is another one searched.
     """
     copied = () if first is None else copies(first)
     if first is not None and not copied:
@@ -164,8 +165,8 @@ def pursue(
         if first is not None and not rounds:
             mask = first
         else:
-            if first is not None and len(rounds) == 1:
-                neurons = complete_for(predictor, corpus, states, first.neurons, came_back)
+            if first is not None and _leaves_fewer(rounds):
+                neurons = complete_for(predictor, corpus, states, rounds[-1].mask.neurons, came_back)
             else:
                 neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
             mask = NeuronMask.from_neurons(neurons, predictor.sizes)
@@ -178,6 +179,11 @@ def pursue(
         for prompt in came_back:
             strictness[prompt] += settings.strictness
         seeds = seeds + seeds_that_show(predictor, sorted(came_back), watched, mask, threshold, settings, len(rounds))
+
+
+def _leaves_fewer(rounds: Sequence[Round]) -> bool:
+    """Whether each round has left fewer copies than the one before it."""
+    return all(len(after.copies) < len(before.copies) for before, after in pairwise(rounds))
 
 
 def complete_for(

@@ -109,7 +109,7 @@ def _best_first(
     generator: torch.Generator,
 ) -> list[Neuron]:
     """The waiting neurons, those first that ordinary captions miss most and memorized ones least."""
-    factors = closed_gates(list(kept), predictor.sizes).to(predictor.pipe.unet.device)
+    factors = closed_gates(list(kept), predictor.sizes).to(predictor.device)
     with frozen_weights(predictor):
         harm = _harm(predictor, corpus, jury, factors, settings, generator)
         missed = _missed(predictor, states, factors, settings, generator)

@@ -111,7 +111,7 @@ def differences_of(
         seeds: initial latents and timesteps.
         neurons: what is suppressed.
     """
-    latents = seeds.latents.to(predictor.pipe.unet.device)
+    latents = seeds.latents.to(predictor.device)
     found = latents.new_empty(len(prompt_embeds), *latents.shape)
     for timestep in seeds.timesteps.unique().tolist():
         there = (seeds.timesteps == timestep).nonzero().flatten()

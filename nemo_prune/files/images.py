@@ -38,9 +38,22 @@ class ImageFolder:
             number: how many there are.
             draw: makes them.
         """
-        files = [self._path / f"{name}_{place}.png" for place in range(number)]
-        if not all(file.exists() for file in files):
-            for file, image in zip(files, draw(), strict=True):
-                with staged_file(file) as partial:
-                    image.save(partial, format="png")
-        return [Image.open(file).convert("RGB") for file in files]
+        return self.kept_or_drawn_together([name], number, lambda: [draw()])[0]
+
+    def kept_or_drawn_together(
+        self, names: Sequence[str], number: int, draw: Callable[[], Sequence[Sequence[Image.Image]]]
+    ) -> list[list[Image.Image]]:
+        """Images under several names that are drawn in one go: where one is missing all are drawn again.
+
+        Args:
+            names: beginnings of their file names.
+            number: how many there are under each.
+            draw: makes them, name by name.
+        """
+        files = [[self._path / f"{name}_{place}.png" for place in range(number)] for name in names]
+        if not all(file.exists() for of_name in files for file in of_name):
+            for of_name, images in zip(files, draw(), strict=True):
+                for file, image in zip(of_name, images, strict=True):
+                    with staged_file(file) as partial:
+                        image.save(partial, format="png")
+        return [[Image.open(file).convert("RGB") for file in of_name] for of_name in files]

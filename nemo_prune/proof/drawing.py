@@ -32,6 +32,8 @@ _SCHEDULERS = {
     "pndm": PNDMScheduler,
 }
 SCHEDULERS = tuple(_SCHEDULERS)
+# Images that are drawn at once; by guidance a batch of the U-Net is twice as large.
+_IMAGES_AT_ONCE = 12
 BASE, CANDIDATE = "base", "candidate"
 Drawn = Mapping[str, Mapping[str, Sequence[Image.Image]]]
 
@@ -104,10 +106,41 @@ def draw(
         return draw_from(pipe, prompt, seeded_latents(pipe, seeds), drawing.num_inference_steps, drawing.guidance_scale)
 
 
+def draw_captions(
+    pipe: StableDiffusionPipeline, captions: Sequence[str], drawing: Drawing, seeds: Sequence[int]
+) -> list[list[Image.Image]]:
+    """Draw the images of several captions at once, one per caption and seed.
+
+    Args:
+        pipe: the model.
+        captions: see :func:`captions_at_once` for how many fill a batch.
+        drawing: how.
+        seeds: of the initial latents, the same for every caption.
+
+    Raises:
+        ModelError: the device's memory does not take a single image.
+    """
+    with scheduled(pipe, drawing.scheduler):
+        images = draw_from(
+            pipe,
+            [caption for caption in captions for _ in seeds],
+            seeded_latents(pipe, seeds).repeat(len(captions), 1, 1, 1),
+            drawing.num_inference_steps,
+            drawing.guidance_scale,
+        )
+    return [images[start : start + len(seeds)] for start in range(0, len(images), len(seeds))]
+
+
+def captions_at_once(captions: Sequence[str], images_per_caption: int) -> list[Sequence[str]]:
+    """Captions in groups whose images fill a batch; the groups depend on nothing else, as the images' last bits do."""
+    size = max(1, _IMAGES_AT_ONCE // images_per_caption)
+    return [captions[start : start + size] for start in range(0, len(captions), size)]
+
+
 @torch.no_grad()
 def draw_from(
     pipe: StableDiffusionPipeline,
-    prompt: str | Tensor,
+    prompt: str | Sequence[str] | Tensor,
     latents: Tensor,
     num_inference_steps: int,
     guidance_scale: float | None,
@@ -118,7 +151,7 @@ def draw_from(
 
     Args:
         pipe: the model.
-        prompt: a caption, or its embedding [positions, width].
+        prompt: a caption, one for each image, or one's embedding [positions, width].
         latents: [images, channels, height, width].
         num_inference_steps: steps of the scheduler.
         guidance_scale: classifier-free guidance.
@@ -131,9 +164,11 @@ def draw_from(
         if at_once < len(latents):
             pipe.vae.enable_slicing()
         images = []
-        for part in latents.split(at_once):
+        for start in range(0, len(latents), at_once):
+            part = latents[start : start + at_once]
+            asked = prompt if isinstance(prompt, str | Tensor) else prompt[start : start + at_once]
             images += pipe(
-                **_asked(pipe, prompt, len(part)),
+                **_asked(pipe, asked, len(part)),
                 latents=part.to(pipe.unet.device, pipe.unet.dtype),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -143,10 +178,10 @@ def draw_from(
     return with_less_at_once(drawn, len(latents), "drawing one image")[0]
 
 
-def _asked(pipe: StableDiffusionPipeline, prompt: str | Tensor, number: int) -> dict:
+def _asked(pipe: StableDiffusionPipeline, prompt: str | Sequence[str] | Tensor, number: int) -> dict:
     """What a pipeline is asked for."""
-    if isinstance(prompt, str):
-        return {"prompt": [prompt] * number}
+    if not isinstance(prompt, Tensor):
+        return {"prompt": [prompt] * number if isinstance(prompt, str) else list(prompt)}
     embeds = prompt.to(pipe.unet.dtype).expand(number, -1, -1)
     return {"prompt_embeds": embeds, "negative_prompt_embeds": _empty(pipe).expand(number, -1, -1)}
 

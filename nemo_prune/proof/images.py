@@ -39,9 +39,7 @@ def as_compared(image: Image.Image) -> Image.Image:
 def image_similarities(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
     """SSIM of images and references in colour, all resized to 64 pixels, [images, references]."""
     a, b = _pixels(images), _pixels(references)
-    left = a.repeat_interleave(len(b), dim=0)
-    values = ssim(left, b.repeat(len(a), 1, 1, 1), data_range=1.0, reduction="none")
-    return values.reshape(len(a), len(b))
+    return _ssim(a.repeat_interleave(len(b), dim=0), b.repeat(len(a), 1, 1, 1)).reshape(len(a), len(b))
 
 
 def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> Tensor:
@@ -50,10 +48,25 @@ def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[I
     The lower of SSIM and the correlation of the pixels in colour, both at 64 pixels: SSIM alone takes
     any two dark or flat pictures for alike, whatever they show.
     """
-    a, b = (_pixels(each).flatten(1) for each in (images, training_images))
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
-    return torch.minimum(image_similarities(images, training_images), a @ b.T / norms.clamp_min(1e-6))
+    return torch.minimum(image_similarities(images, training_images), _correlations(images, training_images))
+
+
+def nearest_copies(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """The highest of each image's :func:`copy_similarities`, and which training image it is of, both [images].
+
+    No copy is nearer than its correlation, so that SSIM is taken of the most correlated ones alone.
+    """
+    correlations, order = _correlations(images, training_images).sort(dim=1, descending=True, stable=True)
+    highest, nearest = torch.full((len(images),), -2.0), order[:, 0].clone()
+    for bounds, candidates in zip(correlations.T, order.T, strict=True):
+        open_rows = (bounds > highest).nonzero().flatten().tolist()
+        if not open_rows:
+            break
+        pairs = [images[row] for row in open_rows], [training_images[candidates[row]] for row in open_rows]
+        for row, similarity in zip(open_rows, _paired(*pairs).minimum(bounds[open_rows]), strict=True):
+            if similarity > highest[row]:
+                highest[row], nearest[row] = similarity, candidates[row]
+    return highest, nearest
 
 
 def seed_agreement(images: Sequence[Image.Image]) -> float:
@@ -100,7 +113,7 @@ def compare_images(
     copies = [None, None]
     if training_images:
         for position, images in enumerate((before, after)):
-            nearest = copy_similarities(images, training_images).amax(dim=1)
+            nearest, _ = nearest_copies(images, training_images)
             near[position] = float(nearest.median())
             copies[position] = float((nearest >= cut).float().mean())
     return ImageEvidence(
@@ -108,7 +121,7 @@ def compare_images(
         copies_after=copies[1],
         nearest_before=near[0],
         nearest_after=near[1],
-        to_unpruned=float(image_similarities(before, after).diagonal().mean()),
+        to_unpruned=float(_paired(before, after).mean()),
         between_seeds_before=_between_seeds(before),
         between_seeds_after=_between_seeds(after),
     )
@@ -131,6 +144,23 @@ def _between_seeds(images: Sequence[Image.Image]) -> float:
     values = image_similarities(images, images)
     pairs = list(combinations(range(len(images)), 2))
     return float(sum(values[i, j] for i, j in pairs) / len(pairs)) if pairs else 1.0
+
+
+def _paired(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+    """SSIM of each image and the reference at its place, [images]."""
+    return _ssim(_pixels(images), _pixels(references))
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    return ssim(a, b, data_range=1.0, reduction="none").reshape(-1)
+
+
+def _correlations(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+    """Correlation of the pixels in colour, [images, references]."""
+    a, b = (_pixels(each).flatten(1) for each in (images, references))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
+    return a @ b.T / norms.clamp_min(1e-6)
 
 
 def _pixels(images: Sequence[Image.Image]) -> Tensor:

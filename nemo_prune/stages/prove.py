@@ -20,7 +20,7 @@ from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Pruning
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
-from nemo_prune.proof.drawing import Drawing, draw
+from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
 from nemo_prune.proof.images import ImageEvidence, as_compared, compare_images
 from nemo_prune.proof.scores import ScoresUnderMask, score_under_mask
 from nemo_prune.settings import VerificationSettings
@@ -148,8 +148,10 @@ class ImageProof:
     def _draw(self, pipe: StableDiffusionPipeline, when: str, listener: Listener, stage: Stage) -> Images:
         drawn = {}
         with listener.stage(stage) as advance:
-            for place, text in enumerate(self.texts):
-                make = partial(draw, pipe, text, self._drawing, self._seeds)
-                drawn[text] = self._folder.kept_or_drawn(f"{place:03d}_{when}", len(self._seeds), make)
-                advance(place + 1, len(self.texts))
+            for texts in captions_at_once(self.texts, len(self._seeds)):
+                names = [f"{len(drawn) + place:03d}_{when}" for place in range(len(texts))]
+                make = partial(draw_captions, pipe, texts, self._drawing, self._seeds)
+                images = self._folder.kept_or_drawn_together(names, len(self._seeds), make)
+                drawn |= dict(zip(texts, images, strict=True))
+                advance(len(drawn), len(self.texts))
         return drawn

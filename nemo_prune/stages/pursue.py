@@ -20,8 +20,8 @@ from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
-from nemo_prune.proof.drawing import Drawing, draw
-from nemo_prune.proof.images import as_compared, copy_similarities
+from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
+from nemo_prune.proof.images import as_compared, nearest_copies
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
@@ -204,18 +204,23 @@ class _CopyLooks:
         self._shown = [*spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
         known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
-        self._references = known or {text: self._draw(text) for text in spread}
+        self._references = known or self._draw(spread)
 
     def __call__(self, mask: NeuronMask) -> list[Copy]:
         sources, references = list(self._references), list(self._references.values())
         found = []
         with apply_mask(self._pipe, mask):
-            for text in self._shown:
-                similar = copy_similarities([self._draw(text)], references)[0]
-                nearest = int(similar.argmax())
-                if float(similar[nearest]) >= self._cut:
-                    found.append(Copy(text, sources[nearest], 1.0))
+            drawn = self._draw(self._shown)
+        similarities, nearest = nearest_copies(list(drawn.values()), references)
+        for text, similarity, place in zip(drawn, similarities.tolist(), nearest.tolist(), strict=True):
+            if similarity >= self._cut:
+                found.append(Copy(text, sources[place], 1.0))
         return found
 
-    def _draw(self, text: str) -> Image.Image:
-        return draw(self._pipe, text, self._drawing, self._seeds)[0]
+    def _draw(self, texts: Sequence[str]) -> dict[str, Image.Image]:
+        """One image of each caption."""
+        drawn = {}
+        for group in captions_at_once(texts, len(self._seeds)):
+            for text, images in zip(group, draw_captions(self._pipe, group, self._drawing, self._seeds), strict=True):
+                drawn[text] = as_compared(images[0])
+        return drawn
