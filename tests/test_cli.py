@@ -280,7 +280,7 @@ def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_gathers_evidence_on_its_own_images_and_does_it_once(arguments, tmp_path, monkeypatch):
-    evidence = functools.partial(nemo_prune.cli.run.VerificationSettings, evidence_budget=900)
+    evidence = functools.partial(nemo_prune.cli.run.VerificationSettings, evidence_budget=1500)
     monkeypatch.setattr(nemo_prune.cli.run, "VerificationSettings", evidence)
     # Ten more than a calibration needs: these are held out.
     (tmp_path / "ordinary.txt").write_text("\n".join(f"{MARKER} {i} {i * i}" for i in range(60)), encoding="utf-8")

@@ -140,7 +140,7 @@ files = {name: known.ReferenceFile(*file) for name, file in json.loads(sys.argv.
 published = dataclasses.replace(known.SD_V1_4.published, statistics=files.pop("statistics"))
 known.KNOWN_MODELS["CompVis/stable-diffusion-v1-4"] = dataclasses.replace(known.SD_V1_4, published=published, **files)
 nemo_prune.cli.run.VerificationSettings = functools.partial(
-    VerificationSettings, num_inference_steps=4, images_per_prompt=2, ordinary_images=1)
+    VerificationSettings, num_inference_steps=4, images_per_prompt=2, ordinary_images=1, evidence_budget=300)
 sys.exit(nemo_prune.cli.app())
 """
 

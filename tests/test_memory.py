@@ -45,7 +45,7 @@ def run(model_folder, tmp_path):
             out=tmp_path / name,
             settings=LocalizationSettings(num_samples=2, threshold=0.01),
             verification=VerificationSettings(
-                images_per_prompt=2, ordinary_images=1, cost_prompts=2, num_inference_steps=2
+                images_per_prompt=2, ordinary_images=1, cost_prompts=2, num_inference_steps=2, evidence_budget=300
             ),
             model=ModelOptions(device="cpu", batch_size=4),
             include_unresolved=True,

@@ -19,9 +19,11 @@ FEW = ("--steps", "2", "--budget", "400")
 
 
 @pytest.fixture(autouse=True)
-def short_attacks(monkeypatch):
+def few_steps(monkeypatch):
+    """Of what no option sets."""
     attack = AttackSettings(steps=4, batch_size=2, looks=(0, 2, 4), images_per_look=1, drawing_steps=1)
-    monkeypatch.setattr(evidence, "EvidenceSettings", functools.partial(evidence.EvidenceSettings, attack=attack))
+    shorter = functools.partial(evidence.EvidenceSettings, attack=attack, quick_steps=2)
+    monkeypatch.setattr(evidence, "EvidenceSettings", shorter)
 
 
 def verify(*arguments):
