@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from nemo_prune.corpus.prompts import read_prompts
-from nemo_prune.engine import pursuit
-from nemo_prune.engine.attribution import benefits, costs
+from nemo_prune.engine import pursuit, settling
+from nemo_prune.engine.attribution import Attribution, benefits, costs
 from nemo_prune.engine.budget import utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -17,9 +17,9 @@ from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
-from nemo_prune.engine.reopening import ReopeningSettings
+from nemo_prune.engine.reopening import ReopeningSettings, reopen
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.settling import rank_neurons
+from nemo_prune.engine.settling import Jury, rank_neurons
 from nemo_prune.engine.trials import drive
 from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
@@ -92,6 +92,42 @@ def test_of_a_ranking_what_can_be_spared_is_spared_the_last_first():
 def test_a_ranking_that_is_not_enough_stays_unresolved():
     found = drive(search_ranked(NEURONS, [0, 1], 0.4), lambda trials: [0.8] * len(trials))
     assert not found.resolved
+
+
+def test_a_fall_in_similarity_to_another_caption_is_divided_too(tiny):
+    memorized = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5).memorized
+    own, same, other = (benefits(tiny, memorized, 0, resembled=which) for which in (None, 0, 1))
+    assert torch.equal(own.values, same.values) and not torch.equal(own.values, other.values)
+    # Without suppression it is like itself alone, so that there is more to fall.
+    assert own.total > other.total
+
+
+def test_gates_of_neurons_that_are_held_stay_closed(tiny):
+    corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
+    states, closed = walk_ordinary(tiny, ["e", "f"], 2, 7), all_neurons(tiny.sizes)[:6]
+    # No caption is asked about, so that all gates may open.
+    jury = Jury(tiny, corpus, excused=["a", "b"])
+    assert reopen(tiny, corpus, states, jury, closed, ReopeningSettings()) == []
+    assert reopen(tiny, corpus, states, jury, closed, ReopeningSettings(), held=closed[1:3]) == closed[1:3]
+
+
+@pytest.mark.parametrize(("resemblance", "added"), [(-0.2, 6), (0.1, 2)])
+def test_neurons_are_added_against_what_keeps_a_caption_from_being_gone(tiny, monkeypatch, resemblance, added):
+    """Neuron 2 makes the caption like itself, neuron 6 like the other one."""
+    corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
+    neurons, jury = all_neurons(tiny.sizes), Jury(tiny, corpus)
+    found = judge(tiny, corpus, ())[0]
+    blocked = replace(found, nearest="b", similarity_margin=-0.1, resemblance_margin=resemblance, agreement_margin=0.3)
+    monkeypatch.setattr(jury, "judge_one", lambda position, neurons: blocked)
+    monkeypatch.setattr(jury, "is_gone", lambda position, closed, margin=0.0: position == 1 or neurons[added] in closed)
+
+    def planted(predictor, memorized, position, closed, resembled):
+        values = torch.zeros(len(neurons))
+        values[2 if resembled == position else 6] = 1.0
+        return Attribution(values, 1.0)
+
+    monkeypatch.setattr(settling, "benefits", planted)
+    assert settling.complete(tiny, jury, walk_ordinary(tiny, ["e"], 2, 7), ()) == [neurons[added]]
 
 
 def test_an_unknown_search_is_refused():

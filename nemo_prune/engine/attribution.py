@@ -37,7 +37,12 @@ class Attribution:
 
 
 def benefits(
-    predictor: NoisePredictor, memorized: Views, position: int, points: int = POINTS, closed: Tensor | None = None
+    predictor: NoisePredictor,
+    memorized: Views,
+    position: int,
+    points: int = POINTS,
+    closed: Tensor | None = None,
+    resembled: int | None = None,
 ) -> Attribution:
     """How much of a memorized caption's fall in similarity each neuron brings about.
 
@@ -49,15 +54,16 @@ def benefits(
         position: of the caption.
         points: gradients that are averaged.
         closed: 1 for neurons that are suppressed already, [neurons].
+        resembled: position of the caption whose unsuppressed prediction it is similar to; its own unless given.
     """
     seeds, betas = memorized.seeds, predictor.settings.ssim_betas
+    originals = memorized.differences[position if resembled is None else resembled]
 
     def similarity_under(factors: Tensor, part: slice) -> Tensor:
         latents = seeds.latents[part].to(factors.device)
         prompt_embeds = memorized.prompt_embeds[position].expand(len(latents), -1, -1)
         noise_pred = predict_gated(predictor, latents, prompt_embeds, factors, seeds.timesteps[part])
-        before = memorized.differences[position, part]
-        return soft_similarity(soft_noise_difference(noise_pred, latents), before, betas)
+        return soft_similarity(soft_noise_difference(noise_pred, latents), originals[part], betas)
 
     return _integrate(predictor, similarity_under, len(seeds), points, closed=closed)
 

@@ -166,7 +166,7 @@ def pursue(
             mask = first
         else:
             if first is not None and _leaves_fewer(rounds):
-                neurons = complete_for(predictor, corpus, states, rounds[-1].mask.neurons, came_back)
+                neurons = complete_for(predictor, corpus, states, rounds[-1].mask.neurons, came_back, settings)
             else:
                 neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
             mask = NeuronMask.from_neurons(neurons, predictor.sizes)
@@ -192,19 +192,23 @@ def complete_for(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     prompts: Collection[str],
+    settings: PursuitSettings,
 ) -> list[Neuron]:
-    """A mask with further neurons under which some captions are gone that copied under it.
+    """A mask with further neurons under which some captions are gone that came back under it.
 
     Args:
         predictor: the model.
         corpus: what captions are judged against.
         states: points on ordinary captions' ways.
-        neurons: of the mask.
-        prompts: the captions that copied, and those whose pictures they copied.
+        neurons: of the mask, which all stay.
+        prompts: the captions that came back, and those whose pictures they copied.
+        settings: the numbers.
     """
     others = {each for each in corpus.memorized.prompts if each not in prompts}
     jury = Jury(predictor, corpus, others | _beyond_reach(corpus, margin=0.0))
-    return complete(predictor, jury, states, neurons)
+    completed = complete(predictor, jury, states, neurons)
+    reopening = replace(settings.reopening, margin=0.0, tries=settings.tries)
+    return reopen(predictor, corpus, states, jury, completed, reopening, held=neurons)
 
 
 def search_mask(
