@@ -8,7 +8,7 @@ Example:
     >>> from nemo_prune import prune_model, read_corpus, resolve_model
     >>> source = resolve_model("demo")
     >>> corpus = read_corpus(memorized_captions("demo"), limit=1)
-    >>> plan = Plan(out=Path("pruned"), verification=VerificationSettings(images_per_prompt=2))
+    >>> plan = Plan(out=Path("pruned"), verification=VerificationSettings(evidence_budget=0))
     >>> result = prune_model(source, corpus, ordinary_captions("demo"), plan)
     >>> result.record.prompts.localized
     1

@@ -197,7 +197,8 @@ def test_the_whole_way_on_the_demo_model(tmp_path):
     """
     program = (
         "import functools, nemo_prune.cli.run as command\n"
-        "command.VerificationSettings = functools.partial(command.VerificationSettings, max_prompts=5)\n"
+        "less = functools.partial(command.VerificationSettings, max_prompts=5, evidence_budget=300)\n"
+        "command.VerificationSettings = less\n"
         "command.app()"
     )
     command = [sys.executable, "-c", program, "run", "--model", "demo", "--out", "pruned", "--json"]
