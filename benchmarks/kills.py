@@ -158,11 +158,12 @@ def place(out: Path, began: float) -> str:
     exporting = staging.exists() and staging.stat().st_ctime >= began
     if out.exists():
         return FINISHED
-    if any(work.glob("images/*_after_*.png")):
-        return "images after"
-    stages = {"images": "images before or export", "verified.jsonl": "score again", "localizations.jsonl": "localize",
-              ".calibration.safetensors.jsonl": "calibrate"}  # fmt: skip
-    found = next((stage for name, stage in stages.items() if (work / name).exists()), None)
+    stages = {
+        "run_evidence": "evidence", "images/*_after_*.png": "images after", "images": "images before or export",
+        "judged.jsonl": "judge", "verified.jsonl": "score again", "localizations.jsonl": "localize, merge or look",
+        ".calibration.safetensors.jsonl": "calibrate",
+    }  # fmt: skip
+    found = next((stage for name, stage in stages.items() if any(work.glob(name))), None)
     return found or ("export" if exporting else "load")
 
 

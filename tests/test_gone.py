@@ -45,6 +45,7 @@ def corpus():
         usual=measure(replace(ordinary, prompts=("o 0", "o 1")), memorized, BETAS),
         usual_emptied=measure(replace(emptied, prompts=("o 0", "o 1")), memorized, BETAS),
         thresholds=torch.full((SEEDS,), 0.6),
+        timestep=961,
         strictness=torch.zeros(2),
         betas=BETAS,
     )
@@ -91,6 +92,30 @@ def test_a_stricter_limit_refuses_what_was_gone(corpus):
     strict = replace(corpus, strictness=torch.tensor([0.6, 0.0]))
     first, second = judged(strict, various(500), various(600))
     assert not first.is_gone and second.is_gone
+
+
+def test_at_another_timestep_no_more_is_asked_than_everything_suppressed_gives(corpus):
+    """There even with everything suppressed a prediction may be much like the unsuppressed one."""
+    timesteps = torch.tensor([961] * (SEEDS - 2) + [361] * 2)
+    later = timesteps == 361
+    memorized = replace(corpus.memorized, seeds=replace(corpus.seeds, timesteps=timesteps))
+    own = torch.where(later, 0.5, 0.1).expand(2, -1)
+    emptied = replace(corpus.emptied, own=own, resemblance=own)
+    mixed = replace(
+        corpus,
+        memorized=memorized,
+        emptied=emptied,
+        thresholds=torch.where(later, 0.2, 0.6),
+        strictness=torch.full((2,), 0.1),
+    )
+    assert mixed.own_limits[0].tolist() == pytest.approx([0.5] * SEEDS)
+    measures = replace(emptied, agreement=torch.zeros(2, SEEDS))
+    assert verdict(0, measures, mixed, 0).is_gone and verdict(0, measures, mixed, 0).is_silent
+    more = replace(measures, own=own + 0.1 * later)
+    assert not verdict(0, more, mixed, 0).is_gone and verdict(0, more, mixed, 0).is_silent
+    # At the detection's timestep tau stands, whatever everything suppressed leaves.
+    above = replace(mixed, emptied=replace(emptied, own=torch.full((2, SEEDS), 0.7)))
+    assert above.own_limits[0].tolist() == pytest.approx([0.6] * (SEEDS - 2) + [0.7] * 2)
 
 
 def test_everything_suppressed_is_never_worse_than_itself(pipe):

@@ -32,6 +32,7 @@ class Corpus:
         usual: how the ordinary ones measure with nothing suppressed.
         usual_emptied: how the ordinary ones measure with everything suppressed.
         thresholds: tau of every seed's timestep, [S].
+        timestep: of the detection, at which a caption is to be silent.
         strictness: how far under its limits each memorized caption must stay, [P], where everything suppressed does.
         betas: exponents of the multi-scale SSIM.
     """
@@ -42,6 +43,7 @@ class Corpus:
     usual: Measures
     usual_emptied: Measures
     thresholds: Tensor
+    timestep: int
     strictness: Tensor
     betas: tuple[float, ...]
 
@@ -54,10 +56,11 @@ class Corpus:
     def own_limits(self) -> Tensor:
         """Up to what a memorized caption may be similar to itself before, [P, S]: tau, less its strictness.
 
-        Not less than everything suppressed leaves, with a standard deviation over seeds.
+        Not less than everything suppressed leaves, with a standard deviation over seeds; at the detection's timestep
+        tau at most, which is what the paper asks for.
         """
-        emptied = self.emptied.own
-        floor = torch.minimum(emptied + emptied.std(dim=1, keepdim=True), self.thresholds[None])
+        floor = self.emptied.own + self._deviations(self.emptied.own)
+        floor = torch.where(self._of_detection, torch.minimum(floor, self.thresholds), floor)
         return torch.maximum(self.thresholds[None] - self.strictness[:, None], floor)
 
     @property
@@ -77,8 +80,7 @@ class Corpus:
 
         By a standard deviation over seeds more, so that a mask that is as good as everything suppressed passes.
         """
-        emptied = self.emptied.resemblance
-        floor = emptied + emptied.std(dim=1, keepdim=True)
+        floor = self.emptied.resemblance + self._deviations(self.emptied.resemblance)
         return torch.maximum(floor, self.usual_resemblance - self.strictness[:, None])
 
     @property
@@ -90,7 +92,7 @@ class Corpus:
         """
         timesteps, emptied = self.seeds.timesteps, self.emptied.own
         floor = torch.stack([spread(emptied[:, timesteps == each]) for each in timesteps], dim=1)
-        return torch.maximum(self.own_limits, floor + emptied.std(dim=1, keepdim=True))
+        return torch.maximum(self.own_limits, floor + self._deviations(emptied))
 
     @property
     def ordinary_limits(self) -> Tensor:
@@ -103,6 +105,20 @@ class Corpus:
         """Up to what a caption's seeds may agree, [P, S]: as with everything suppressed, or as ordinary captions do."""
         return torch.maximum(self.emptied.agreement, self.thresholds[None] - self.strictness[:, None])
 
+    def is_silent(self, own: Tensor) -> bool:
+        """Whether a caption that is so similar to itself before, [S], is silent as the paper asks for."""
+        return bool((own <= self.thresholds)[self._of_detection].all())
+
+    @property
+    def _of_detection(self) -> Tensor:
+        """Which seeds are of the detection's timestep, [S]."""
+        return self.seeds.timesteps == self.timestep
+
+    def _deviations(self, values: Tensor) -> Tensor:
+        """The standard deviation of a caption's seeds of the same timestep, [P, S]; 0 where a seed is alone."""
+        groups = [values[:, self.seeds.timesteps == each] for each in self.seeds.timesteps]
+        return torch.stack([group.std(dim=1, correction=min(1, group.shape[1] - 1)) for group in groups], dim=1)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -111,7 +127,8 @@ class Verdict:
     Attributes:
         prompt: its text.
         similarity: the suppressed similarity, the highest of all seeds; None for an ordinary caption.
-        is_silent: whether every seed is at most at tau, which is all that the paper asks for.
+        is_silent: whether every seed of the detection's timestep is at most at tau, which is all that the paper asks
+            for.
         similarity_margin: how far the seeds, and their mean plus two standard deviations, are under tau at least.
         resemblance: to the nearest memorized caption, on the seed where it exceeds its limit most.
         nearest: that caption.
@@ -186,6 +203,7 @@ def gather_corpus(
         usual=measure(usual, memorized, betas),
         usual_emptied=measure_under(predictor, ordinary, memorized, everything, log),
         thresholds=thresholds,
+        timestep=predictor.timestep,
         strictness=torch.tensor([(strictness or {}).get(prompt, 0.0) for prompt in prompts]),
         betas=betas,
     )
@@ -242,7 +260,7 @@ def verdict(position: int, measures: Measures, corpus: Corpus, row: int = 0) -> 
     return Verdict(
         prompt=corpus.memorized.prompts[position],
         similarity=float(own.max()),
-        is_silent=bool((own <= corpus.thresholds).all()),
+        is_silent=corpus.is_silent(own),
         similarity_margin=_similarity_margin(own, corpus, position),
         resemblance=float(measures.resemblance[row, seed]),
         nearest=corpus.memorized.prompts[int(measures.nearest[row, seed])],
