@@ -1,6 +1,6 @@
 """Whether captions are gone under a mask, asked the hardest first; and a proposal completed until they are."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -89,13 +89,32 @@ def complete(
         resembled = _resembled(jury, position, suppressed)
         benefit = benefits(predictor, jury.corpus.memorized, position, closed=closed, resembled=resembled)
         order = by_value(rank_neurons(benefit.values, cost.values), predictor)
-        waiting, number = [neuron for neuron in order if neuron not in suppressed], 1
-        while waiting and not jury.is_gone(position, suppressed, margin):
-            suppressed |= dict.fromkeys(waiting[:number])
-            waiting, number = waiting[number:], 2 * number
-        if not waiting:
+        waiting = [neuron for neuron in order if neuron not in suppressed]
+        needed = _first_enough(jury, position, list(suppressed), waiting, margin)
+        suppressed |= dict.fromkeys(needed)
+        if len(needed) == len(waiting):
             break
     return list(suppressed)
+
+
+def _first_enough(
+    jury: Jury, position: int, suppressed: Sequence[Neuron], waiting: Sequence[Neuron], margin: float
+) -> Sequence[Neuron]:
+    """The first of the waiting neurons with which a caption is gone, found by halving; all where none are enough."""
+
+    def are_enough(number: int) -> bool:
+        return jury.is_gone(position, [*suppressed, *waiting[:number]], margin)
+
+    too_few, number = 0, 1
+    while number < len(waiting) and not are_enough(number):
+        too_few, number = number, min(2 * number, len(waiting))
+    while number - too_few > 1:
+        middle = (too_few + number) // 2
+        if are_enough(middle):
+            number = middle
+        else:
+            too_few = middle
+    return waiting[:number]
 
 
 def _resembled(jury: Jury, position: int, neurons: Collection[Neuron]) -> int:
