@@ -239,7 +239,7 @@ class Comparison:
             self.ordinary,
             self.calibration.threshold,
             settings,
-            self.copies if self.arguments.images else lambda mask: (),
+            self.copies if self.arguments.images else lambda mask, prompts=None: (),
         )
         passes = sum(each.sample_passes for each in result.rounds)
         return Way(result.best.mask, sample_passes=passes, rounds=len(result.rounds))
@@ -258,11 +258,11 @@ class Comparison:
         factors = split_by_layer(1 - learner.closings, self.predictor.sizes)
         return {name: factors[name][:, None] * layer.weight.detach() for name, layer in self.predictor.layers.items()}
 
-    def copies(self, mask: NeuronMask) -> list[Copy]:
-        """What the loop looks at: images of all memorized captions, on other latents than the table's."""
+    def copies(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
+        """What the loop looks at: images of memorized captions, on other latents than the table's."""
         found, known = [], list(self.training)
         with apply_mask(self.pipe, mask):
-            for prompt in self.prompts:
+            for prompt in self.prompts if prompts is None else prompts:
                 images = draw_images(self.pipe, prompt, replace(self.drawing, seed=11))
                 similarities = copy_similarities(images, [self.training[each] for each in known])
                 near = similarities.amax(dim=1) >= self.drawing.replication_cut

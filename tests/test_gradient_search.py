@@ -17,7 +17,7 @@ from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
-from nemo_prune.engine.reopening import ReopeningSettings, reopen
+from nemo_prune.engine.reopening import ReopeningSettings
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.settling import Jury, rank_neurons
 from nemo_prune.engine.trials import drive
@@ -102,13 +102,19 @@ def test_a_fall_in_similarity_to_another_caption_is_divided_too(tiny):
     assert own.total > other.total
 
 
-def test_gates_of_neurons_that_are_held_stay_closed(tiny):
+def test_as_few_neurons_are_added_as_images_need_and_none_for_a_caption_that_copies_no_more(tiny):
     corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
-    states, closed = walk_ordinary(tiny, ["e", "f"], 2, 7), all_neurons(tiny.sizes)[:6]
-    # No caption is asked about, so that all gates may open.
-    jury = Jury(tiny, corpus, excused=["a", "b"])
-    assert reopen(tiny, corpus, states, jury, closed, ReopeningSettings()) == []
-    assert reopen(tiny, corpus, states, jury, closed, ReopeningSettings(), held=closed[1:3]) == closed[1:3]
+    states, first, asked = walk_ordinary(tiny, ["e", "f"], 2, 7), all_neurons(tiny.sizes)[:2], []
+
+    def looks(mask, prompts=None):
+        asked.append(tuple(prompts))
+        needed = {"a": 13, "b": 5}
+        return [Copy(prompt, "b", 1.0) for prompt in prompts if mask.num_neurons < needed[prompt]]
+
+    copied = [Copy("a", "b", 1.0), Copy("b", "b", 1.0), Copy("an ordinary one", "a", 1.0)]
+    found = pursuit.complete_for(tiny, corpus, states, first, copied, looks)
+    assert found[:2] == first and len(found) == len(set(found)) == 13
+    assert asked.count(("b",)) == 1 and set(asked) == {("a",), ("b",)}
 
 
 @pytest.mark.parametrize(("resemblance", "added"), [(-0.2, 6), (0.1, 2)])
@@ -137,7 +143,9 @@ def test_an_unknown_search_is_refused():
 
 def test_a_mask_under_which_nothing_copies_is_not_pursued(tiny):
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
-    assert pursue(tiny, ["a"], ["c", "d"], 0.5, PursuitSettings(), lambda mask: [], first=first).rounds == ()
+    assert (
+        pursue(tiny, ["a"], ["c", "d"], 0.5, PursuitSettings(), lambda mask, prompts=None: [], first=first).rounds == ()
+    )
     assert tiny.sample_passes == 0
 
 
@@ -148,7 +156,7 @@ def test_a_mask_that_leaves_copies_is_completed_and_given_up_for_one_that_leaves
     )
     looked_at = []
 
-    def copies(mask):
+    def copies(mask, prompts=None):
         looked_at.append(mask)
         return [Copy("a", "a", 1.0)] if mask is first else []
 
@@ -161,9 +169,23 @@ def test_a_mask_that_leaves_copies_is_completed_and_given_up_for_one_that_leaves
     monkeypatch.setattr(pursuit, "search_mask", lambda *given: searched.append(given) or all_neurons(tiny.sizes)[3:])
     result = pursue(
         tiny, ["a"], ["c", "d"], 0.5, replace(settings, rounds=2),
-        lambda mask: [Copy("a", "a", 1.0)] if first.neurons[0] in mask.neurons else [], first=first,
+        lambda mask, prompts=None: [Copy("a", "a", 1.0)] if first.neurons[0] in mask.neurons else [], first=first,
     )  # fmt: skip
     assert len(result.rounds) == 3 and len(searched) == 1 and not result.best.copies
+
+
+def test_a_mask_is_completed_as_long_as_other_captions_come_back(tiny):
+    """One caption copies, then another one, then none."""
+    settings = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2, probed=(), probe_seeds=2)
+
+    def copies(mask, prompts=None):
+        copying = {"a": mask.num_neurons < 5, "b": 5 <= mask.num_neurons < 9}
+        return [Copy(text, text, 1.0) for text in prompts or copying if copying[text]]
+
+    first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
+    result = pursue(tiny, ["a", "b"], ["c", "d"], 0.5, settings, copies, first=first)
+    assert [each.mask.num_neurons for each in result.rounds] == [1, 5, 9] and result.best is result.rounds[2]
+    assert set(result.rounds[1].mask.neurons) < set(result.best.mask.neurons)
 
 
 @pytest.mark.parametrize("gates", ["projected", "hard-concrete"])
@@ -236,25 +258,6 @@ def test_gates_opened_from_everything_on_leave_few_neurons_under_which_a_caption
     assert not only.not_gone and not only.called_up
     assert 0 < only.mask.num_neurons < 40
     assert only.change < 0.3
-
-
-@pytest.mark.slow
-def test_a_mask_is_completed_for_what_came_back_as_long_as_that_leaves_fewer(demo, captions):
-    memorized, ordinary = captions
-    settings = PursuitSettings(more_seeds=2, watched=4, walked=4, points=3, probed=(761,), probe_seeds=2)
-    first, looked_at = NeuronMask.from_neurons(all_neurons(demo.sizes)[:1], demo.sizes), []
-
-    def copies(mask):
-        """Two captions copy, then one of them, then none."""
-        looked_at.append(mask)
-        return [Copy(text, text, 1.0) for text in memorized[: max(0, 3 - len(looked_at))]]
-
-    result = pursue(demo, memorized, ordinary, TAU, settings, copies, first=first)
-    masks = [each.mask for each in result.rounds]
-    assert masks == looked_at and len(masks) == 3 and masks[0] == first and result.best is result.rounds[2]
-    assert set(first.neurons) < set(masks[1].neurons) <= set(masks[2].neurons)
-    before, completed, _ = ({verdict.prompt for verdict in each.not_gone} for each in result.rounds)
-    assert set(memorized[:2]) <= before and not completed & set(memorized[:2])
 
 
 @pytest.mark.slow

@@ -3,10 +3,10 @@
 Looking at images is not done here: a function draws them and says what copied.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
@@ -14,7 +14,7 @@ from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change, walk_ordinary
 from nemo_prune.engine.reopening import ReopeningSettings, reopen
-from nemo_prune.engine.settling import Jury, complete
+from nemo_prune.engine.settling import Jury, complete, costs_of_completing, first_enough, most_worth
 from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron, NeuronMask
@@ -54,7 +54,7 @@ class PursuitSettings:
     watched: int = 16
     walked: int = 32
     points: int = 6
-    rounds: int = 3
+    rounds: int = 4
     strictness: float = 0.1
     probed: tuple[int, ...] = (761, 561, 361)
     probe_seeds: int = 5
@@ -77,6 +77,19 @@ class Copy:
     prompt: str
     source: str
     share: float
+
+
+class Looks(Protocol):
+    """Draws images under a mask and says what copied."""
+
+    def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> Sequence[Copy]:
+        """What copied.
+
+        Args:
+            mask: the neurons to prune.
+            prompts: memorized captions that are looked at closely, on further seeds; a look at all captions unless
+                given.
+        """
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ def pursue(
     ordinary: Sequence[str],
     threshold: float,
     settings: PursuitSettings,
-    copies: Callable[[NeuronMask], Sequence[Copy]] = lambda mask: (),
+    copies: Looks = lambda mask, prompts=None: (),
     advance: Advance = ignored,
     checkpoint: Path | None = None,
     first: NeuronMask | None = None,
@@ -143,12 +156,12 @@ def pursue(
         ordinary: ordinary captions; the first are watched for what is called up, the next for what changes.
         threshold: tau.
         settings: the numbers.
-        copies: draws images under a mask and says what copied; called once a round.
+        copies: draws images under a mask and says what copied.
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
         first: the mask of another search, which stands for the first round's. If nothing copies under it there is
             nothing to pursue, and no round is made. Else it is completed for the captions that copied, as long as
-            each round leaves fewer; only if that is not enough is another one searched.
+            those are others than it was completed for before; only then is another one searched.
     """
     copied = () if first is None else copies(first)
     if first is not None and not copied:
@@ -159,14 +172,16 @@ def pursue(
     strictness = dict.fromkeys(prompts, 0.0)
     rounds: list[Round] = []
     came_back: set[str] = set()
+    completed_for: set[str] = set()
     while True:
         passes_before = predictor.sample_passes
         corpus = gather_corpus(predictor, prompts, watched, seeds, threshold, strictness)
         if first is not None and not rounds:
             mask = first
         else:
-            if first is not None and _leaves_fewer(rounds):
-                neurons = complete_for(predictor, corpus, states, rounds[-1].mask.neurons, came_back, settings)
+            if first is not None and came_back - completed_for:
+                completed_for |= came_back
+                neurons = complete_for(predictor, corpus, states, mask.neurons, rounds[-1].copies, copies)
             else:
                 neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
             mask = NeuronMask.from_neurons(neurons, predictor.sizes)
@@ -181,34 +196,39 @@ def pursue(
         seeds = seeds + seeds_that_show(predictor, sorted(came_back), watched, mask, threshold, settings, len(rounds))
 
 
-def _leaves_fewer(rounds: Sequence[Round]) -> bool:
-    """Whether each round has left fewer copies than the one before it."""
-    return all(len(after.copies) < len(before.copies) for before, after in pairwise(rounds))
-
-
 def complete_for(
     predictor: NoisePredictor,
     corpus: Corpus,
     states: OrdinaryStates,
-    neurons: Collection[Neuron],
-    prompts: Collection[str],
-    settings: PursuitSettings,
+    neurons: Sequence[Neuron],
+    copied: Sequence[Copy],
+    looks: Looks,
 ) -> list[Neuron]:
-    """A mask with further neurons under which some captions are gone that came back under it.
+    """A mask with further neurons under which captions copy no more; their images decide, looked at closely.
 
     Args:
         predictor: the model.
         corpus: what captions are judged against.
         states: points on ordinary captions' ways.
         neurons: of the mask, which all stay.
-        prompts: the captions that came back, and those whose pictures they copied.
-        settings: the numbers.
+        copied: what copied under it.
+        looks: draws images under a mask and says what copied.
     """
-    others = {each for each in corpus.memorized.prompts if each not in prompts}
-    jury = Jury(predictor, corpus, others | _beyond_reach(corpus, margin=0.0))
-    completed = complete(predictor, jury, states, neurons)
-    reopening = replace(settings.reopening, margin=0.0, tries=settings.tries)
-    return reopen(predictor, corpus, states, jury, completed, reopening, held=neurons)
+    suppressed, cost = list(neurons), costs_of_completing(predictor, states)
+    places = {prompt: place for place, prompt in enumerate(corpus.memorized.prompts)}
+    for copy in copied:
+        if copy.prompt not in places:
+            continue
+
+        def are_enough(more: Sequence[Neuron], copy: Copy = copy, suppressed: Sequence[Neuron] = suppressed) -> bool:
+            return not looks(NeuronMask.from_neurons([*suppressed, *more], predictor.sizes), [copy.prompt])
+
+        if are_enough(()):
+            continue
+        position, source = places[copy.prompt], places[copy.source]
+        waiting = most_worth(predictor, corpus.memorized, position, source, suppressed, cost)
+        suppressed = [*suppressed, *first_enough(waiting, are_enough)]
+    return suppressed
 
 
 def search_mask(

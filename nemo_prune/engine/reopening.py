@@ -60,7 +60,6 @@ def reopen(
     neurons: Collection[Neuron],
     settings: ReopeningSettings,
     advance: Advance = ignored,
-    held: Collection[Neuron] = (),
 ) -> list[Neuron]:
     """Open gates as long as all captions stay gone; what remains was tried one by one, unless tries are limited.
 
@@ -72,9 +71,8 @@ def reopen(
         neurons: what is suppressed at first; all captions that the jury asks about are gone under it.
         settings: the numbers.
         advance: called with the neurons that were decided and their number.
-        held: neurons of these that stay suppressed, whatever the jury would say.
     """
-    kept, needed, turn, share, tried = set(neurons), set(held), 0, settings.share, 0
+    kept, needed, turn, share, tried = set(neurons), set(), 0, settings.share, 0
     order: list[Neuron] = []
     opened = 0
     while (waiting := kept - needed) and (settings.tries is None or tried < settings.tries):

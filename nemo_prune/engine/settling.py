@@ -1,6 +1,6 @@
 """Whether captions are gone under a mask, asked the hardest first; and a proposal completed until they are."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import Corpus, Verdict, verdict
 from nemo_prune.engine.ordinary import OrdinaryStates
-from nemo_prune.engine.views import differences_of, measure_one
+from nemo_prune.engine.views import Views, differences_of, measure_one
 from nemo_prune.mask import Neuron
 
 # Points on ordinary captions' ways whose gradients are taken.
@@ -82,35 +82,60 @@ def complete(
         neurons: the proposal.
         margin: by how much captions must be gone.
     """
-    suppressed = dict.fromkeys(neurons)
-    cost = costs(predictor, states, range(0, len(states), max(1, len(states) // _COST_POINTS)))
+    suppressed, cost = list(dict.fromkeys(neurons)), costs_of_completing(predictor, states)
     while (position := jury.first_not_gone(suppressed, margin)) is not None:
-        closed = 1 - closed_gates(list(suppressed), predictor.sizes)
         resembled = _resembled(jury, position, suppressed)
-        benefit = benefits(predictor, jury.corpus.memorized, position, closed=closed, resembled=resembled)
-        order = by_value(rank_neurons(benefit.values, cost.values), predictor)
-        waiting = [neuron for neuron in order if neuron not in suppressed]
-        needed = _first_enough(jury, position, list(suppressed), waiting, margin)
-        suppressed |= dict.fromkeys(needed)
+        waiting = most_worth(predictor, jury.corpus.memorized, position, resembled, suppressed, cost)
+
+        def are_enough(
+            more: Sequence[Neuron], position: int = position, suppressed: Sequence[Neuron] = suppressed
+        ) -> bool:
+            return jury.is_gone(position, [*suppressed, *more], margin)
+
+        needed = first_enough(waiting, are_enough)
+        suppressed = [*suppressed, *needed]
         if len(needed) == len(waiting):
             break
-    return list(suppressed)
+    return suppressed
 
 
-def _first_enough(
-    jury: Jury, position: int, suppressed: Sequence[Neuron], waiting: Sequence[Neuron], margin: float
-) -> Sequence[Neuron]:
-    """The first of the waiting neurons with which a caption is gone, found by halving; all where none are enough."""
+def costs_of_completing(predictor: NoisePredictor, states: OrdinaryStates) -> Tensor:
+    """What each neuron costs ordinary captions, [neurons], at some points of their ways."""
+    return costs(predictor, states, range(0, len(states), max(1, len(states) // _COST_POINTS))).values
 
-    def are_enough(number: int) -> bool:
-        return jury.is_gone(position, [*suppressed, *waiting[:number]], margin)
 
+def most_worth(
+    predictor: NoisePredictor,
+    memorized: Views,
+    position: int,
+    resembled: int,
+    suppressed: Sequence[Neuron],
+    cost: Tensor,
+) -> list[Neuron]:
+    """Neurons that are not suppressed yet, those first that do most against a resemblance for what they cost.
+
+    Args:
+        predictor: the model.
+        memorized: memorized captions, nothing suppressed.
+        position: of the caption.
+        resembled: position of the caption to whose unsuppressed prediction it is to become less similar.
+        suppressed: what is suppressed already.
+        cost: of every neuron, [neurons].
+    """
+    closed = 1 - closed_gates(suppressed, predictor.sizes)
+    benefit = benefits(predictor, memorized, position, closed=closed, resembled=resembled)
+    order, done = by_value(rank_neurons(benefit.values, cost), predictor), set(suppressed)
+    return [neuron for neuron in order if neuron not in done]
+
+
+def first_enough(waiting: Sequence[Neuron], are_enough: Callable[[Sequence[Neuron]], bool]) -> Sequence[Neuron]:
+    """The first of some neurons that are enough, their number doubled, then halved; all of them where none are."""
     too_few, number = 0, 1
-    while number < len(waiting) and not are_enough(number):
+    while number < len(waiting) and not are_enough(waiting[:number]):
         too_few, number = number, min(2 * number, len(waiting))
     while number - too_few > 1:
         middle = (too_few + number) // 2
-        if are_enough(middle):
+        if are_enough(waiting[:middle]):
             number = middle
         else:
             too_few = middle

@@ -27,6 +27,8 @@ from nemo_prune.settings import Plan, VerificationSettings
 
 # Seeds of what the final proof must not have seen.
 _JUDGE_SEED, _LOOP_SEED_STEP = 4001, 1000
+# Images of a caption that copied, when a mask is completed for it.
+_CLOSE_SEEDS = 4
 FRESH_SEEDS, WATCHED = 5, 16
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
@@ -186,8 +188,8 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
 class _CopyLooks:
     """Draws images under a mask and says what copies: a training image, or the base's own where none is known.
 
-    One image of each caption is enough to see that a mask leaves copies; how many it leaves is measured at the end, on
-    other latents.
+    One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
+    copies a mask leaves is measured at the end, on other latents.
     """
 
     def __init__(
@@ -199,28 +201,32 @@ class _CopyLooks:
         verification: VerificationSettings,
     ) -> None:
         self._pipe, self._drawing, self._cut = pipe, Drawing.of(verification), verification.replication_cut
-        self._seeds = [verification.seed + _LOOP_SEED_STEP]
+        first = verification.seed + _LOOP_SEED_STEP
+        self._seeds, self._close_seeds = [first], range(first, first + _CLOSE_SEEDS)
         spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
         self._shown = [*spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
         known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
-        self._references = known or self._draw(spread)
+        self._references = known or {text: images[0] for text, images in self._draw(spread, self._seeds).items()}
 
-    def __call__(self, mask: NeuronMask) -> list[Copy]:
+    def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
         sources, references = list(self._references), list(self._references.values())
+        texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
         found = []
         with apply_mask(self._pipe, mask):
-            drawn = self._draw(self._shown)
-        similarities, nearest = nearest_copies(list(drawn.values()), references)
-        for text, similarity, place in zip(drawn, similarities.tolist(), nearest.tolist(), strict=True):
-            if similarity >= self._cut:
-                found.append(Copy(text, sources[place], 1.0))
+            drawn = self._draw(texts, seeds)
+        for text, images in drawn.items():
+            similarities, nearest = nearest_copies(images, references)
+            highest = int(similarities.argmax())
+            if float(similarities[highest]) >= self._cut:
+                share = float((similarities >= self._cut).float().mean())
+                found.append(Copy(text, sources[int(nearest[highest])], share))
         return found
 
-    def _draw(self, texts: Sequence[str]) -> dict[str, Image.Image]:
-        """One image of each caption."""
+    def _draw(self, texts: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Image.Image]]:
+        """Images of each caption, as they are compared."""
         drawn = {}
-        for group in captions_at_once(texts, len(self._seeds)):
-            for text, images in zip(group, draw_captions(self._pipe, group, self._drawing, self._seeds), strict=True):
-                drawn[text] = as_compared(images[0])
+        for group in captions_at_once(texts, len(seeds)):
+            for text, images in zip(group, draw_captions(self._pipe, group, self._drawing, seeds), strict=True):
+                drawn[text] = [as_compared(image) for image in images]
         return drawn
