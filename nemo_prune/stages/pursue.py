@@ -20,8 +20,9 @@ from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
+from nemo_prune.proof.copies import StructuralSimilarity
 from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
-from nemo_prune.proof.images import as_compared, nearest_copies
+from nemo_prune.proof.images import as_compared
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
@@ -188,6 +189,8 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
 class _CopyLooks:
     """Draws images under a mask and says what copies: a training image, or the base's own where none is known.
 
+    By the yardstick of the evidence, which takes more for copies than the one of the images before and after.
+
     One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
     copies a mask leaves is measured at the end, on other latents.
     """
@@ -207,20 +210,20 @@ class _CopyLooks:
         self._shown = [*spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
         known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
-        self._references = known or {text: images[0] for text, images in self._draw(spread, self._seeds).items()}
+        references = known or {text: images[0] for text, images in self._draw(spread, self._seeds).items()}
+        self._similarity, self._sources = StructuralSimilarity(self._cut), list(references)
+        self._references = self._similarity.describe(list(references.values()))
 
     def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
-        sources, references = list(self._references), list(self._references.values())
         texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
         found = []
         with apply_mask(self._pipe, mask):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
-            similarities, nearest = nearest_copies(images, references)
-            highest = int(similarities.argmax())
-            if float(similarities[highest]) >= self._cut:
-                share = float((similarities >= self._cut).float().mean())
-                found.append(Copy(text, sources[int(nearest[highest])], share))
+            similarities = self._similarity.compare(self._similarity.describe(images), self._references)
+            share = float((similarities.amax(dim=1) >= self._cut).float().mean())
+            if share:
+                found.append(Copy(text, self._sources[int(similarities.amax(dim=0).argmax())], share))
         return found
 
     def _draw(self, texts: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Image.Image]]:
