@@ -27,6 +27,7 @@ import nemo_prune.run
 import nemo_prune.stages.calibrate
 import nemo_prune.stages.localize
 import nemo_prune.stages.prove
+import nemo_prune.stages.pursue
 from benchmarks.kills import kill_until_done, result
 from nemo_prune import __version__
 from nemo_prune.checkpoint.folder import scan_folder
@@ -272,8 +273,10 @@ def test_what_every_stage_kept_is_not_computed_again(finished, arguments, tmp_pa
     spies = {name: Mock(wraps=getattr(prove, name)) for name in ("score_under_mask", "draw_captions")}
     for name, spy in spies.items():
         monkeypatch.setattr(prove, name, spy)
+    looked = Mock(wraps=nemo_prune.stages.pursue.draw_captions)
+    monkeypatch.setattr(nemo_prune.stages.pursue, "draw_captions", looked)
     assert run(arguments, "--include-unresolved", work=work).exit_code == 0
-    assert [spy.call_count for spy in spies.values()] == [1, 1]
+    assert [spy.call_count for spy in spies.values()] == [1, 1] and not looked.called
     assert (work / "verified.jsonl").read_bytes() == b"".join(verified)
     assert result(tmp_path / "out") == result(out)
 

@@ -75,6 +75,11 @@ class WorkFiles:
         return self.path / "judged.jsonl"
 
     @property
+    def looks(self) -> Path:
+        """What copied in images under masks that were tried, one line per look."""
+        return self.path / "looks.jsonl"
+
+    @property
     def verified(self) -> Path:
         """The scores under the mask, one line per prompt."""
         return self.path / "verified.jsonl"

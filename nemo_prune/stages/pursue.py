@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
@@ -17,6 +19,7 @@ from nemo_prune.engine.ordinary import walk_ordinary
 from nemo_prune.engine.pursuit import Copy, Pursuit, PursuitSettings, pursue
 from nemo_prune.engine.views import Seeds
 from nemo_prune.files.hashing import text_hash
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
@@ -87,7 +90,7 @@ def pursue_mask(
         ordinary: ordinary prompts.
         training_images: caption -> its training image, where one is known.
         plan: names the search.
-        work: where the learning is kept.
+        work: where looks and the learning are kept.
         listener: hears the stages.
 
     Returns:
@@ -98,7 +101,7 @@ def pursue_mask(
     memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
     if not memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    looks = _CopyLooks(pipe, memorized, ordinary, training_images, plan.verification)
+    looks = _CopyLooks(pipe, memorized, ordinary, training_images, plan.verification, work.looks)
     settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
@@ -192,7 +195,7 @@ class _CopyLooks:
     By the yardstick of the evidence, which takes more for copies than the one of the images before and after.
 
     One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
-    copies a mask leaves is measured at the end, on other latents.
+    copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
     """
 
     def __init__(
@@ -202,28 +205,52 @@ class _CopyLooks:
         ordinary: Sequence[str],
         training_images: Mapping[str, Image.Image],
         verification: VerificationSettings,
+        log_file: Path,
     ) -> None:
         self._pipe, self._drawing, self._cut = pipe, Drawing.of(verification), verification.replication_cut
         first = verification.seed + _LOOP_SEED_STEP
         self._seeds, self._close_seeds = [first], range(first, first + _CLOSE_SEEDS)
-        spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
-        self._shown = [*spread, *ordinary[: verification.ordinary_images]]
+        self._spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
+        self._shown = [*self._spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
-        known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
-        references = known or {text: images[0] for text, images in self._draw(spread, self._seeds).items()}
-        self._similarity, self._sources = StructuralSimilarity(self._cut), list(references)
-        self._references = self._similarity.describe(list(references.values()))
+        self._known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
+        self._similarity = StructuralSimilarity(self._cut)
+        depends_on = {
+            "shown": text_hash(self._shown),
+            "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
+            "drawing": to_json(self._drawing),
+            "cut": self._cut,
+            "seeds": list(self._close_seeds),
+        }
+        self._log = LineLog(log_file, depends_on)
+        self._seen = {
+            (record["mask"], tuple(record["prompts"])): [Copy(**copy) for copy in record["copies"]]
+            for record in self._log
+        }
 
     def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
+        look = mask.digest, tuple(prompts or ())
+        if look not in self._seen:
+            self._seen[look] = self._copies(mask, prompts)
+            self._log.append({"mask": look[0], "prompts": look[1], "copies": to_json(self._seen[look])})
+        return self._seen[look]
+
+    @cached_property
+    def _references(self) -> tuple[list[str], Tensor]:
+        """Captions and what is compared of their training images, or of the unpruned model's where none is known."""
+        pictures = self._known or {text: images[0] for text, images in self._draw(self._spread, self._seeds).items()}
+        return list(pictures), self._similarity.describe(list(pictures.values()))
+
+    def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
+        (sources, references), found = self._references, []
         texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
-        found = []
         with apply_mask(self._pipe, mask):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
-            similarities = self._similarity.compare(self._similarity.describe(images), self._references)
+            similarities = self._similarity.compare(self._similarity.describe(images), references)
             share = float((similarities.amax(dim=1) >= self._cut).float().mean())
             if share:
-                found.append(Copy(text, self._sources[int(similarities.amax(dim=0).argmax())], share))
+                found.append(Copy(text, sources[int(similarities.amax(dim=0).argmax())], share))
         return found
 
     def _draw(self, texts: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Image.Image]]:
