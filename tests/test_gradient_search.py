@@ -174,6 +174,30 @@ def test_a_mask_that_leaves_copies_is_completed_and_given_up_for_one_that_leaves
     assert len(result.rounds) == 3 and len(searched) == 1 and not result.best.copies
 
 
+def test_what_came_back_in_images_is_searched_again_more_strictly(tiny, monkeypatch):
+    settings = PursuitSettings(
+        search="gradient", more_seeds=2, watched=2, walked=1, points=2, rounds=1, probed=(761,), probe_seeds=2,
+        reopening=ReopeningSettings(seeds=1, ordinary=8),
+    )  # fmt: skip
+    looked_at, searched, search = [], [], pursuit.search_mask
+
+    def copies(mask, prompts=None):
+        looked_at.append(mask)
+        return [Copy("a", "b", 0.5)] if len(looked_at) == 1 else []
+
+    monkeypatch.setattr(
+        pursuit,
+        "search_mask",
+        lambda predictor, corpus, *given: searched.append(corpus) or search(predictor, corpus, *given),
+    )
+    result = pursue(tiny, ["a", "b", "c"], ["d", "e", "f"], 0.5, settings, copies)
+    assert len(result.rounds) == 2 and result.best is result.rounds[1]
+    assert result.rounds[0].copies and not result.rounds[1].copies
+    # The caption and the one whose picture it copied; on more seeds.
+    assert [each.strictness.tolist() for each in searched] == [[0, 0, 0], pytest.approx([0.1, 0.1, 0])]
+    assert [len(each.seeds) for each in searched] == [5, 7]
+
+
 def test_a_mask_is_completed_as_long_as_other_captions_come_back(tiny):
     """One caption copies, then another one, then none."""
     settings = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2, probed=(), probe_seeds=2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Corpus:
         """The seeds on which captions are judged."""
         return self.memorized.seeds
 
-    @property
+    @cached_property
     def own_limits(self) -> Tensor:
         """Up to what a memorized caption may be similar to itself before, [P, S]: tau, less its strictness.
 
@@ -63,18 +64,17 @@ class Corpus:
         floor = torch.where(self._of_detection, torch.minimum(floor, self.thresholds), floor)
         return torch.maximum(self.thresholds[None] - self.strictness[:, None], floor)
 
-    @property
+    @cached_property
     def usual_resemblance(self) -> Tensor:
         """What ordinary captions may resemble a memorized one by before anything is suppressed, [1, S].
 
         Their mean plus three deviations: with hundreds of captions and seeds, the highest of a few ordinary ones is
         exceeded by chance.
         """
-        found, timesteps = self.usual.resemblance, self.seeds.timesteps
-        groups = [found[:, timesteps == each] for each in timesteps]
+        groups = self._of_same_timestep(self.usual.resemblance)
         return torch.stack([group.mean() + USUAL_SPREADS * group.std() for group in groups])[None]
 
-    @property
+    @cached_property
     def resemblance_limits(self) -> Tensor:
         """Up to what a memorized caption may resemble one, [P, S]: as with everything suppressed, or as is usual.
 
@@ -83,24 +83,23 @@ class Corpus:
         floor = self.emptied.resemblance + self._deviations(self.emptied.resemblance)
         return torch.maximum(floor, self.usual_resemblance - self.strictness[:, None])
 
-    @property
+    @cached_property
     def spread_limits(self) -> Tensor:
         """Up to what the mean of a caption's seeds plus deviations may be similar to itself before, [P, S].
 
         Tau, or what everything suppressed leaves where that is higher: no mask can be asked for more. That, too, by a
         standard deviation more.
         """
-        timesteps, emptied = self.seeds.timesteps, self.emptied.own
-        floor = torch.stack([spread(emptied[:, timesteps == each]) for each in timesteps], dim=1)
-        return torch.maximum(self.own_limits, floor + self._deviations(emptied))
+        floor = torch.stack([spread(group) for group in self._of_same_timestep(self.emptied.own)], dim=1)
+        return torch.maximum(self.own_limits, floor + self._deviations(self.emptied.own))
 
-    @property
+    @cached_property
     def ordinary_limits(self) -> Tensor:
         """Up to what an ordinary caption may do so, [N, S]: also as before anything was suppressed."""
         before = torch.maximum(self.usual_emptied.resemblance, self.usual.resemblance)
         return torch.maximum(before, self.usual_resemblance)
 
-    @property
+    @cached_property
     def agreement_limits(self) -> Tensor:
         """Up to what a caption's seeds may agree, [P, S]: as with everything suppressed, or as ordinary captions do."""
         return torch.maximum(self.emptied.agreement, self.thresholds[None] - self.strictness[:, None])
@@ -116,8 +115,12 @@ class Corpus:
 
     def _deviations(self, values: Tensor) -> Tensor:
         """The standard deviation of a caption's seeds of the same timestep, [P, S]; 0 where a seed is alone."""
-        groups = [values[:, self.seeds.timesteps == each] for each in self.seeds.timesteps]
+        groups = self._of_same_timestep(values)
         return torch.stack([group.std(dim=1, correction=min(1, group.shape[1] - 1)) for group in groups], dim=1)
+
+    def _of_same_timestep(self, values: Tensor) -> list[Tensor]:
+        """For every seed the values [P, S] of all that share its timestep, itself among them."""
+        return [values[:, self.seeds.timesteps == each] for each in self.seeds.timesteps]
 
 
 @dataclass(frozen=True)

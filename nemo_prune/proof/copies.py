@@ -95,11 +95,11 @@ class StructuralSimilarity:
 
     def describe(self, images: Sequence[Image.Image]) -> Tensor:
         """Pixels [images, 3, 64, 64], float32 in 0..1."""
-        return _pixels(images, _SIDE) if images else torch.zeros(0, 3, _SIDE, _SIDE)
+        return pixels(images, _SIDE) if images else torch.zeros(0, 3, _SIDE, _SIDE)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """See :meth:`ImageSimilarity.compare`."""
-        values = _correlation(a, b)
+        values = correlation(a, b)
         # SSIM is at least 0 here, so that where the correlation is below 0 it is the lower one.
         rows, columns = (values > 0).nonzero(as_tuple=True)
         for row, column in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True):
@@ -108,7 +108,7 @@ class StructuralSimilarity:
 
     def highest(self, a: Tensor, b: Tensor, least: float) -> float:
         """See :meth:`ImageSimilarity.highest`; no pair is above its correlation, so the highest of these come first."""
-        bounds, order = _correlation(a, b).flatten().sort(descending=True)
+        bounds, order = correlation(a, b).flatten().sort(descending=True)
         best = 0.0
         for bound, pairs in zip(bounds.split(_PAIRS_SEARCHED), order.split(_PAIRS_SEARCHED), strict=True):
             if bound[0] <= max(best, least):
@@ -143,8 +143,8 @@ class CopyDetector:
         found = []
         mean, std = (torch.tensor(each)[:, None, None] for each in (_IMAGENET_MEAN, _IMAGENET_STD))
         for start in range(0, len(images), _DETECTOR_BATCH):
-            pixels = _pixels(images[start : start + _DETECTOR_BATCH], _DETECTOR_SIDE)
-            found.append(self._run((pixels - mean) / std))
+            shown = pixels(images[start : start + _DETECTOR_BATCH], _DETECTOR_SIDE)
+            found.append(self._run((shown - mean) / std))
         return torch.nn.functional.normalize(torch.cat(found), dim=1) if found else torch.zeros(0, 1)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
@@ -247,14 +247,16 @@ def _blur(size: int) -> Tensor:
     return torch.zeros(size, size).scatter_add_(1, places, (taps / taps.sum()).expand(size, -1))
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of every image with every other one, [A, B]; both are pixels [images, channels, height, width]."""
     a, b = a.flatten(1), b.flatten(1)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
     return a @ b.T / norms.clamp_min(1e-6)
 
 
-def _pixels(images: Sequence[Image.Image], side: int) -> Tensor:
+def pixels(images: Sequence[Image.Image], side: int) -> Tensor:
+    """Images in colour, all of one size, [images, 3, side, side], float32 in 0..1."""
     arrays = [np.asarray(each.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)) for each in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 

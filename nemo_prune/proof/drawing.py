@@ -160,15 +160,16 @@ def draw_from(
         ModelError: the device's memory does not take a single image.
     """
 
+    asked = [prompt] * len(latents) if isinstance(prompt, str | Tensor) else prompt
+
     def drawn(at_once: int) -> list[Image.Image]:
         if at_once < len(latents):
             pipe.vae.enable_slicing()
         images = []
         for start in range(0, len(latents), at_once):
             part = latents[start : start + at_once]
-            asked = prompt if isinstance(prompt, str | Tensor) else prompt[start : start + at_once]
             images += pipe(
-                **_asked(pipe, asked, len(part)),
+                **_asked(pipe, asked[start : start + at_once]),
                 latents=part.to(pipe.unet.device, pipe.unet.dtype),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -178,12 +179,12 @@ def draw_from(
     return with_less_at_once(drawn, len(latents), "drawing one image")[0]
 
 
-def _asked(pipe: StableDiffusionPipeline, prompt: str | Sequence[str] | Tensor, number: int) -> dict:
+def _asked(pipe: StableDiffusionPipeline, prompts: Sequence[str] | Sequence[Tensor]) -> dict:
     """What a pipeline is asked for."""
-    if not isinstance(prompt, Tensor):
-        return {"prompt": [prompt] * number if isinstance(prompt, str) else list(prompt)}
-    embeds = prompt.to(pipe.unet.dtype).expand(number, -1, -1)
-    return {"prompt_embeds": embeds, "negative_prompt_embeds": _empty(pipe).expand(number, -1, -1)}
+    if isinstance(prompts[0], str):
+        return {"prompt": list(prompts)}
+    embeds = torch.stack(list(prompts)).to(pipe.unet.dtype)
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": _empty(pipe).expand(len(prompts), -1, -1)}
 
 
 class Gallery:

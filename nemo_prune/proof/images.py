@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -13,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from nemo_prune.engine.diffusion import draw_latents
+from nemo_prune.proof.copies import correlation, pixels
 from nemo_prune.proof.drawing import draw_from
 from nemo_prune.settings import VerificationSettings
 
@@ -48,7 +48,8 @@ def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[I
     The lower of SSIM and the correlation of the pixels in colour, both at 64 pixels: SSIM alone takes
     any two dark or flat pictures for alike, whatever they show.
     """
-    return torch.minimum(image_similarities(images, training_images), _correlations(images, training_images))
+    correlations = correlation(_pixels(images), _pixels(training_images))
+    return torch.minimum(image_similarities(images, training_images), correlations)
 
 
 def nearest_copies(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -56,16 +57,16 @@ def nearest_copies(images: Sequence[Image.Image], training_images: Sequence[Imag
 
     No copy is nearer than its correlation, so that SSIM is taken of the most correlated ones alone.
     """
-    correlations, order = _correlations(images, training_images).sort(dim=1, descending=True, stable=True)
+    a, b = _pixels(images), _pixels(training_images)
+    correlations, order = correlation(a, b).sort(dim=1, descending=True, stable=True)
     highest, nearest = torch.full((len(images),), -2.0), order[:, 0].clone()
     for bounds, candidates in zip(correlations.T, order.T, strict=True):
-        open_rows = (bounds > highest).nonzero().flatten().tolist()
-        if not open_rows:
+        rows = (bounds > highest).nonzero().flatten()
+        if not len(rows):
             break
-        pairs = [images[row] for row in open_rows], [training_images[candidates[row]] for row in open_rows]
-        for row, similarity in zip(open_rows, _paired(*pairs).minimum(bounds[open_rows]), strict=True):
-            if similarity > highest[row]:
-                highest[row], nearest[row] = similarity, candidates[row]
+        similarities = _ssim(a[rows], b[candidates[rows]]).minimum(bounds[rows])
+        nearer = similarities > highest[rows]
+        highest[rows[nearer]], nearest[rows[nearer]] = similarities[nearer], candidates[rows[nearer]]
     return highest, nearest
 
 
@@ -121,7 +122,7 @@ def compare_images(
         copies_after=copies[1],
         nearest_before=near[0],
         nearest_after=near[1],
-        to_unpruned=float(_paired(before, after).mean()),
+        to_unpruned=float(_ssim(_pixels(before), _pixels(after)).mean()),
         between_seeds_before=_between_seeds(before),
         between_seeds_after=_between_seeds(after),
     )
@@ -146,23 +147,10 @@ def _between_seeds(images: Sequence[Image.Image]) -> float:
     return float(sum(values[i, j] for i, j in pairs) / len(pairs)) if pairs else 1.0
 
 
-def _paired(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-    """SSIM of each image and the reference at its place, [images]."""
-    return _ssim(_pixels(images), _pixels(references))
-
-
 def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    """SSIM of each image and the one at its place, [images]."""
     return ssim(a, b, data_range=1.0, reduction="none").reshape(-1)
 
 
-def _correlations(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-    """Correlation of the pixels in colour, [images, references]."""
-    a, b = (_pixels(each).flatten(1) for each in (images, references))
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    norms = torch.linalg.vector_norm(a, dim=1)[:, None] * torch.linalg.vector_norm(b, dim=1)[None, :]
-    return a @ b.T / norms.clamp_min(1e-6)
-
-
 def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    arrays = [np.asarray(as_compared(image)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return pixels(images, _COMPARED_SIDE)
