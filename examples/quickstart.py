@@ -48,7 +48,7 @@ def main(out: Path) -> None:
     corpus = read_corpus(memorized_captions("demo"), limit=1)
     # 60 ordinary captions keep this example quick; hundreds are better.
     ordinary = OrdinaryCaptions(ordinary_captions("demo").texts[:60])
-    verification = VerificationSettings(images_per_prompt=2, ordinary_images=1, cost_prompts=4, num_inference_steps=10)
+    verification = VerificationSettings(ordinary_images=1, cost_prompts=4, num_inference_steps=10, evidence_budget=0)
 
     result = prune_model(source, corpus, ordinary, Plan(out=out, verification=verification), Printed())
     print(f"{result.record.mask.num_neurons} neurons pruned. Model: {result.out}. Report: {result.report}")

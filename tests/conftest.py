@@ -26,6 +26,20 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# Files that take longest, on the demo model or in processes of their own. They begin, so that no process of
+# pytest-xdist is alone at the end.
+LONGEST = (
+    "test_demo", "test_cli", "test_gradient_search", "test_docs", "test_evidence_demo", "test_memory", "test_push",
+    "test_evidence", "test_known_models", "test_screen", "test_ray", "test_reference",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first; within a file they keep their order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
     """SD 1.x's three cross-attention down blocks of two attentions and its mid block, tiny."""
     config = {

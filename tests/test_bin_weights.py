@@ -69,6 +69,7 @@ def same(first, second):
     )
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_converted_once_pruned_and_accounted_for(base, mask, tmp_path):
     before = {component: to_bins(base, component, shards=2 if component == "unet" else 1) for component in STEMS}
     source = resolve_model(str(base))

@@ -378,6 +378,7 @@ def test_the_publisher_names_the_base_of_a_local_checkpoint_but_not_another_one_
     assert base_facts(ModelSource(files, "demo"), Statement()).model == "demo"
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_card_rebuild_the_release(found, published, model_folder, tmp_path, monkeypatch):
     given = {"--model": model_folder, "--mask": published, "--out": tmp_path / "out", "--scale": -1 / 3}
     arguments = [

@@ -237,6 +237,7 @@ def test_an_interruption_exits_130_and_loses_nothing(arguments, tmp_path, monkey
     assert len((tmp_path / "out.work" / "localizations.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_limit_on_what_ordinary_captions_lose_spares_neurons_and_the_record_has_the_curve(finished, arguments):
     result = run(arguments, "--include-unresolved", "--json", max_utility_loss=0.5)
     assert result.exit_code == 0, result.output
@@ -253,7 +254,7 @@ def test_a_limit_on_what_ordinary_captions_lose_spares_neurons_and_the_record_ha
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_an_undisturbed_one(finished, arguments, tmp_path):
     out = arguments.pop("--out")
-    options = ["--include-unresolved", *(str(part) for item in arguments.items() for part in item)]
+    options = ["--include-unresolved", "--no-verify", *(str(part) for item in arguments.items() for part in item)]
     # Its images are more than those of the run in this process; mask and weights are the same.
     places = kill_until_done(options, out, random.Random(1), longest=12, most_kills=3)
     assert len(places) == 3
@@ -309,6 +310,7 @@ def test_a_run_gathers_evidence_on_its_own_images_and_does_it_once(arguments, tm
     assert "still gives back" not in (tmp_path / "silent" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_base_is_looked_through_once_in_a_run(finished, arguments, model_folder, tmp_path, monkeypatch):
     work, scanned = tmp_path / "work", Counter()
     shutil.copytree(finished[0].with_name("out.work"), work)

@@ -108,6 +108,7 @@ def test_no_single_neuron_can_be_spared(scorer, calibration, memorized, localiza
         assert max(scorer.suppressed_similarities(scored, localization.kept_seeds, others)) >= calibration.threshold
 
 
+@pytest.mark.slow
 def test_pruning_stops_the_copies_and_random_neurons_do_not(demo_pipe, calibration, memorized, mask):
     assert copies(demo_pipe, memorized) == 2
     with apply_mask(demo_pipe, mask):
@@ -191,10 +192,13 @@ def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(localizer, loca
 
 @pytest.mark.slow
 def test_the_whole_way_on_the_demo_model(tmp_path):
-    """The README's command with images of fewer prompts: what it finds, what it removes, and what lies in the folder.
+    """The README's command with images of fewer prompts and fewer captions to calibrate on.
 
-    All prompts are pruned: the mask of some of them calls up the pictures of others.
+    What it finds, what it removes, and what lies in the folder. All prompts are pruned: the mask of some of them calls
+    up the pictures of others.
     """
+    ordinary = [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)][:80]
+    (tmp_path / "ordinary.txt").write_text("\n".join(ordinary))
     program = (
         "import functools, nemo_prune.cli.run as command\n"
         "less = functools.partial(command.VerificationSettings, max_prompts=5, evidence_budget=300)\n"
@@ -202,6 +206,7 @@ def test_the_whole_way_on_the_demo_model(tmp_path):
         "command.app()"
     )
     command = [sys.executable, "-c", program, "run", "--model", "demo", "--out", "pruned", "--json"]
+    command += ["--calibration-prompts", "ordinary.txt"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

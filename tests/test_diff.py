@@ -113,6 +113,7 @@ def files(model_folder, mask, tmp_path):
     return base, pruned
 
 
+@pytest.mark.slow
 def test_single_files_and_folders_are_compared_by_the_names_that_they_share(model_folder, out, files, tmp_path):
     base, pruned = files
     pickled = tmp_path / "base.ckpt"

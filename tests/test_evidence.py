@@ -88,6 +88,7 @@ def without_times(evidence):
     return replace(evidence, summary=replace(evidence.summary, seconds={}))
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_or_said_to_be_left_out(gathered):
     evidence, folder, heard = gathered
     summary = evidence.summary
@@ -103,6 +104,7 @@ def test_every_part_is_measured_or_said_to_be_left_out(gathered):
     assert Evidence.from_json(json.loads((folder / "evidence.json").read_text())) == evidence
 
 
+@pytest.mark.slow
 def test_a_placeholder_counts_as_not_available_and_the_base_stands_in(gathered):
     evidence, _, _ = gathered
     assert list(evidence.not_available) == ["two ships zanzibar"]
@@ -116,6 +118,7 @@ def test_a_placeholder_counts_as_not_available_and_the_base_stands_in(gathered):
     assert "the base's own images of other seeds stand in" in verdict(evidence.summary)
 
 
+@pytest.mark.slow
 def test_what_can_be_published_holds_no_caption_and_no_path(gathered):
     evidence, folder, _ = gathered
     published = json.dumps(Evidence.to_json(evidence)["summary"]) + str(
@@ -124,6 +127,7 @@ def test_what_can_be_published_holds_no_caption_and_no_path(gathered):
     assert "zanzibar" not in published and str(folder.parent) not in published
 
 
+@pytest.mark.slow
 def test_published_facts_are_coarse_and_have_no_figure_of_few_captions(gathered):
     summary = gathered[0].summary
     facts = published_facts(summary)
@@ -137,6 +141,7 @@ def test_published_facts_are_coarse_and_have_no_figure_of_few_captions(gathered)
     assert any("Left out: recall" in note for note in evidence_notes(facts))
 
 
+@pytest.mark.slow
 def test_images_drawn_elsewhere_cost_nothing_and_what_costs_most_can_be_left_out(pipe, candidate, prompts, tmp_path):
     settings = replace(SETTINGS, thorough=False, most_rounds=1, parts=("replication", "utility", "attack"))
     seeds = [settings.seed, settings.seed + 1]
@@ -164,6 +169,7 @@ def test_a_model_beside_itself_gives_back_the_same_and_has_lost_nothing(pipe, pr
     assert broken_limits(summary, max_replication=1.0, max_utility_loss=0.0) == []
 
 
+@pytest.mark.slow
 def test_everything_is_resumed_and_nothing_is_measured_twice(gathered, pipe, candidate, prompts):
     evidence, folder, _ = gathered
     passes = []
@@ -210,6 +216,7 @@ def test_other_weights_begin_anew_and_a_larger_budget_goes_on(gathered, pipe, ca
     assert (tmp_path / "work" / "replication.jsonl").read_text().splitlines()[0] != lines[0]
 
 
+@pytest.mark.slow
 def test_a_small_budget_leaves_parts_out_by_name(pipe, candidate, prompts, tmp_path):
     settings = replace(SETTINGS, budget=120, parts=("replication", "attack"), attack=AttackSettings())
     summary = gather_evidence(pipe, candidate[0], prompts, ORDINARY, settings, tmp_path / "work").summary
@@ -218,6 +225,7 @@ def test_a_small_budget_leaves_parts_out_by_name(pipe, candidate, prompts, tmp_p
     assert 1 <= summary.replication.everything.captions <= 3
 
 
+@pytest.mark.slow
 def test_minutes_become_passes_by_the_speed_that_is_measured(pipe, candidate, prompts, tmp_path):
     settings = replace(SETTINGS, minutes=0.01, parts=("replication",))
     budget = gather_evidence(pipe, candidate[0], prompts, ORDINARY, settings, tmp_path / "work").summary.budget
@@ -235,6 +243,7 @@ def test_what_makes_no_sense_is_refused_by_name(pipe, candidate, prompts, tmp_pa
         gather_evidence(pipe, candidate[0], prompts, [], SETTINGS, tmp_path)
 
 
+@pytest.mark.slow
 def test_limits_are_broken_above_them_and_by_what_was_not_measured(gathered):
     summary = gathered[0].summary
     loss = summary.utility_loss

@@ -50,6 +50,7 @@ def captions():
     return memorized[:3], [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)][:8]
 
 
+@pytest.mark.slow
 def test_the_shares_of_a_change_add_up_to_it(tiny):
     states = walk_ordinary(tiny, ["a cat", "a dog"], 3, 7)
     assert len(states) == 6
@@ -149,6 +150,7 @@ def test_a_mask_under_which_nothing_copies_is_not_pursued(tiny):
     assert tiny.sample_passes == 0
 
 
+@pytest.mark.slow
 def test_a_mask_that_leaves_copies_is_completed_and_given_up_for_one_that_leaves_none(tiny, monkeypatch):
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
     settings = PursuitSettings(
@@ -174,6 +176,7 @@ def test_a_mask_that_leaves_copies_is_completed_and_given_up_for_one_that_leaves
     assert len(result.rounds) == 3 and len(searched) == 1 and not result.best.copies
 
 
+@pytest.mark.slow
 def test_what_came_back_in_images_is_searched_again_more_strictly(tiny, monkeypatch):
     settings = PursuitSettings(
         search="gradient", more_seeds=2, watched=2, walked=1, points=2, rounds=1, probed=(761,), probe_seeds=2,
@@ -198,6 +201,7 @@ def test_what_came_back_in_images_is_searched_again_more_strictly(tiny, monkeypa
     assert [len(each.seeds) for each in searched] == [5, 7]
 
 
+@pytest.mark.slow
 def test_a_mask_is_completed_as_long_as_other_captions_come_back(tiny):
     """One caption copies, then another one, then none."""
     settings = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2, probed=(), probe_seeds=2)
@@ -212,6 +216,7 @@ def test_a_mask_is_completed_as_long_as_other_captions_come_back(tiny):
     assert set(result.rounds[1].mask.neurons) < set(result.best.mask.neurons)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gates", ["projected", "hard-concrete"])
 def test_learning_depends_on_its_seed_alone_and_goes_on_where_it_stopped(tiny, tmp_path, gates):
     corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
@@ -298,6 +303,7 @@ def test_a_smaller_budget_gives_captions_up(demo, captions):
     assert within(curve, 1.1).given_up == () and within(curve, 0.0) is curve[-1]
 
 
+@pytest.mark.slow
 def test_a_corpus_by_gradient_takes_memorized_captions_and_says_of_others_that_they_are_not(demo, captions):
     memorized, ordinary = captions
     scorer = Scorer(demo)

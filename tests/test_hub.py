@@ -126,6 +126,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_prompts_of_a_data_set_are_streamed_and_a_wrong_name_split_or_column_is_told(hub, tmp_path):
     settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     names = ["owner/captions:train:caption", "owner/captions", "owner/nothing", "owner/captions:nowhere",

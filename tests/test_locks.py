@@ -170,6 +170,7 @@ def test_a_target_that_another_process_writes_is_refused(tmp_path):
         pytest.fail("two processes write one folder")
 
 
+@pytest.mark.slow
 def test_a_calibration_that_another_process_measures_is_refused(model_folder, tmp_path):
     (tmp_path / "ordinary.txt").write_text("".join(f"thing {i}\n" for i in range(50)))
     command = ["calibrate", "--model", str(model_folder), "--calibration-prompts", str(tmp_path / "ordinary.txt"),

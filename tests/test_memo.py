@@ -56,6 +56,7 @@ def settle(scorer, corpus, folder):
     return settled.mask, [(each.prompt, each.neurons, each.status) for each in settled.localizations]
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_it_ends_the_same_and_asks_nothing_twice(corpus, tmp_path):
     whole = SimulatedScorer(corpus)
     (tmp_path / "whole").mkdir()

@@ -74,6 +74,7 @@ def test_half_precision_and_its_reference_agree_on_the_device(there, calibration
     assert list(localize_prompts(localizer, TEXTS[:1])) and scorer.rechecks.made
 
 
+@pytest.mark.slow
 def test_costs_images_and_the_check_of_an_export(pipe, there, on_the_device):
     predictor = NoisePredictor(there, SETTINGS, batch_size=64)
     mask = NeuronMask.from_neurons([Neuron(layer, 0) for layer in predictor.sizes], predictor.sizes)

@@ -217,6 +217,7 @@ def test_random_rows_are_as_many_in_the_same_layers_and_other_ones(pipe, candida
 # --- utility ---
 
 
+@pytest.mark.slow
 def test_a_model_beside_itself_has_lost_nothing_and_a_pruned_one_has(pipe, candidate):
     rows = changed_rows(pipe, candidate[0])
     itself = NoiseJudge(pipe, pipe, changed_rows(pipe, pipe), ORDINARY, seed=1).change("a thing")
@@ -230,6 +231,7 @@ def test_a_model_beside_itself_has_lost_nothing_and_a_pruned_one_has(pipe, candi
     assert denoising_equivalence([itself] * 3, 0.01).holds
 
 
+@pytest.mark.slow
 def test_another_precision_leaves_the_base_as_it_is(pipe, candidate):
     before = weights(pipe)
     NoiseJudge(pipe, candidate[0], changed_rows(pipe, candidate[0]), ORDINARY, seed=1).change("a thing")
@@ -307,6 +309,7 @@ def test_rounding_keeps_zeroed_rows_and_changes_little(candidate):
             assert 0 < max(change) < most
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_its_loss_and_regrows_zeroed_rows(pipe, candidate):
     other, chosen = candidate
     before, counter = weights(other), PassCounter()

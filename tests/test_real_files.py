@@ -121,22 +121,34 @@ def test_another_part_that_stable_diffusion_has_not_stays_out_and_the_release_lo
     assert DiffusionPipeline.from_pretrained(tmp_path / "out")("a", num_inference_steps=1).images
 
 
+@pytest.fixture(scope="module")
+def released(model_folder, mask, tmp_path_factory):
+    """A release of the tiny pipeline; a test changes a copy of it."""
+    out = tmp_path_factory.mktemp("released") / "out"
+    assert export(model_folder, mask, out).exit_code == 0
+    assert command("diff", model_folder, out).exit_code == 0
+    return out
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "nemo_prune/notes.bin", "README.md", "tokenizer/extra.json"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_diff_finds_the_bases_rows_in_any_file(base, mask, tmp_path, name, dtype):
-    assert export(base, mask, tmp_path / "out").exit_code == 0
-    assert command("diff", base, tmp_path / "out").exit_code == 0
-    rows = load_file(base / UNET)[f"{MID}.weight"].to(dtype)
+def test_diff_finds_the_bases_rows_in_any_file(model_folder, released, tmp_path, name, dtype):
+    shutil.copytree(released, tmp_path / "out")
+    rows = load_file(model_folder / UNET)[f"{MID}.weight"].to(dtype)
     with (tmp_path / "out" / name).open("ab") as file:
         file.write(b"abc" + rows.numpy().tobytes())
-    found = command("diff", base, tmp_path / "out", "--json")
+    found = command("diff", model_folder, tmp_path / "out", "--json")
     assert found.exit_code == 1
     assert {"file": name, "what": "unpruned rows"}.items() <= json.loads(found.stdout)["differences"][-1].items()
-    # Rows that are not masked are the base's own.
-    assert export(base, mask, tmp_path / "again").exit_code == 0
-    with (tmp_path / "again" / "LICENSE").open("ab") as file:
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_that_are_not_masked_are_the_bases_own(model_folder, released, tmp_path, dtype):
+    shutil.copytree(released, tmp_path / "out")
+    rows = load_file(model_folder / UNET)[f"{MID}.weight"].to(dtype)
+    with (tmp_path / "out" / "LICENSE").open("ab") as file:
         file.write(rows[[0, 2, 3]].numpy().tobytes())
-    assert command("diff", base, tmp_path / "again").exit_code == 0
+    assert command("diff", model_folder, tmp_path / "out").exit_code == 0
 
 
 # --- B: nothing incomplete is measured ---

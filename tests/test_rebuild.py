@@ -48,6 +48,7 @@ def copy(model_folder, tmp_path):
     return tmp_path / "base"
 
 
+@pytest.mark.slow
 def test_the_same_base_and_mask_give_the_same_files(model_folder, mask, tmp_path):
     assert export(model_folder, mask, tmp_path / "out").exit_code == 0
     (tmp_path / "direct").mkdir()

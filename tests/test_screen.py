@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 import nemo_prune.cli.screen
 import nemo_prune.screening.screen
 from nemo_prune.cli import app
-from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.corpus.prompts import Prompt, read_prompts
 from nemo_prune.corpus.stream import CaptionStream, kind_of
 from nemo_prune.errors import PromptError
 from nemo_prune.files.pictures import save_distributions
+from nemo_prune.models.demo import CALIBRATION_FILE, demo_folder
 from nemo_prune.proof.images import seed_agreement
 from nemo_prune.screening.screened import read_passed
 from nemo_prune.screening.sieves import Sieves
@@ -120,6 +121,7 @@ def test_a_model_that_memorizes_nothing_gets_no_cut_and_is_told_so(screen, plant
         read_passed(tmp_path / "out.jsonl")
 
 
+@pytest.mark.slow
 def test_a_stop_loses_nothing_and_a_work_folder_of_something_else_is_refused(screen, planted, tmp_path, monkeypatch):
     assert screen(out=tmp_path / "whole.jsonl").exit_code == 0
     few_at_once = functools.partial(nemo_prune.cli.screen.ScreenOptions, captions_at_once=10)
@@ -250,6 +252,9 @@ def test_agreement_is_that_of_the_images_with_each_other():
 @pytest.mark.slow
 def test_a_killed_screening_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     command = [sys.executable, "-m", "nemo_prune.cli", "screen", "--model", "demo", "--label-column", "type", "--json"]
+    ordinary = [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)][:120]
+    (tmp_path / "ordinary.txt").write_text("\n".join(ordinary))
+    command += ["--calibration-prompts", str(tmp_path / "ordinary.txt")]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.jsonl")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "work" / "sieved.jsonl"

@@ -326,6 +326,7 @@ class _Malware:
         return (os.mkdir, ("ran",))
 
 
+@pytest.mark.slow
 def test_a_pickle_runs_nothing_and_the_trainers_objects_do_no_harm(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = as_single_file(model_folder, tmp_path / "model.ckpt")
@@ -386,6 +387,7 @@ def test_a_file_that_is_no_whole_checkpoint_of_this_architecture_is_a_named_erro
         resolve_model(str(file), config=str(model_folder))
 
 
+@pytest.mark.slow
 def test_wrong_names_and_options_are_named_errors(model_folder, mask, tmp_path):
     file = as_single_file(model_folder, tmp_path / "model.safetensors")
     export = ["export", "--mask", mask, "--out"]
@@ -410,6 +412,7 @@ def test_wrong_names_and_options_are_named_errors(model_folder, mask, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_an_old_release_stays_until_the_new_one_is_whole(model_folder, mask, tmp_path, monkeypatch):
     out = tmp_path / "out.safetensors"
     export = ["export", "--model", model_folder, "--mask", mask, "--out", out]

@@ -25,6 +25,7 @@ def test_a_log_keeps_its_lines_drops_a_torn_one_and_begins_anew_for_something_el
     assert list(LineLog(path, {"of": "this"})) == []
 
 
+@pytest.mark.slow
 def test_a_calibration_that_is_stopped_goes_on_and_ends_as_an_undisturbed_one(model_folder, tmp_path):
     session = LocalSession(
         resolve_model(str(model_folder)), ModelOptions(device="cpu"), LocalizationSettings(num_samples=2)

@@ -1,5 +1,7 @@
 """Which tensors a pipeline's parts have, by their configs alone: no weight is read or made."""
 
+import json
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -51,15 +53,14 @@ def expected_shapes(folder: Path, component: str) -> dict[str, tuple[int, ...]]:
 
 
 def built_on_meta(folder: Path, component: str) -> torch.nn.Module:
-    """A part as its config describes it, without values. Raises as :func:`expected_shapes`."""
+    """A part as its config describes it, without values; not to be changed. Raises as :func:`expected_shapes`."""
     try:
         config = read_json(folder / component / _CONFIG_FILE)
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
         if missing := [name for name in _REQUIRED.get(component, ()) if name not in config]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        with torch.device("meta"):
-            return _built(component, config)
+        return _built(component, json.dumps(config))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
             f"{component}/{_CONFIG_FILE} of the folder {folder} does not describe a {component} of Stable Diffusion "
@@ -68,8 +69,12 @@ def built_on_meta(folder: Path, component: str) -> torch.nn.Module:
         ) from error
 
 
-def _built(component: str, config: dict) -> torch.nn.Module:
-    if component in _OF_DIFFUSERS:
-        return _OF_DIFFUSERS[component].from_config(config)
-    model_class, config_class = _OF_TRANSFORMERS[component]
-    return model_class(config_class.from_dict(config))
+# A base and its release have the same parts, and each is asked for several times.
+@lru_cache(maxsize=8)
+def _built(component: str, encoded: str) -> torch.nn.Module:
+    config = json.loads(encoded)
+    with torch.device("meta"):
+        if component in _OF_DIFFUSERS:
+            return _OF_DIFFUSERS[component].from_config(config)
+        model_class, config_class = _OF_TRANSFORMERS[component]
+        return model_class(config_class.from_dict(config))
