@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.centred import centre
 from benchmarks.closed_form import edited_weights, replaced_weights
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import costs
@@ -37,6 +36,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates, split_by_layer
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts, not_memorized
+from nemo_prune.engine.means import attended_means, keeping_means
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
@@ -50,8 +50,8 @@ from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities
-from nemo_prune.settings import PROJECTIONS, LocalizationSettings, VerificationSettings
-from nemo_prune.stages.localize import WEIGHING_PROMPTS
+from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
+from nemo_prune.stages.localize import MEAN_PROMPTS, WEIGHING_PROMPTS
 
 WAYS = (
     "unpruned", "union", "incremental", "minimal", "preserve 1", "ranked", "gradient", "learned", "random",
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--ordinary-images", type=int, default=16, help="ordinary captions that images are drawn for")
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--projections", choices=PROJECTIONS, default="value", help="whose neurons are searched")
-    parser.add_argument("--centred", action="store_true", help="let suppressed neurons keep their mean")
+    parser.add_argument("--ablation", choices=ABLATIONS, default="zero", help="what a pruned neuron still gives")
     parser.add_argument("--scales", type=float, nargs="*", default=[], help="the searched masks at these scales, too")
     parser.add_argument("--curves", action="store_true", help="captions gone against change, for the searched masks")
     parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")
@@ -124,8 +124,8 @@ class Comparison:
         self.prompts = [item.text for item in self.items]
         self.ordinary = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
         self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)]
-        if arguments.centred:
-            centre(self.predictor, walk_ordinary(self.predictor, self.ordinary[:WALKED], POINTS, WALK_SEED))
+        if arguments.ablation == "mean":
+            self.predictor.means = attended_means(self.predictor, self.ordinary[:MEAN_PROMPTS])
         self.scorer = Scorer(self.predictor)
         self.calibration = calibrate(self.scorer, self.ordinary)
         self.localizer = Localizer(self.scorer, self.calibration, self.calibration.threshold)
@@ -157,7 +157,7 @@ class Comparison:
                     seconds=time.perf_counter() - began,
                 )
             self.found[name] = way
-            yield name, self.measure(way)
+            yield f"{name}, mean" if self.predictor.means and name != "unpruned" else name, self.measure(way)
             for scale in self.arguments.scales if name in ("gradient", "learned") else ():
                 yield f"{name}, scale {scale}", self.measure(replace(way, scale=scale))
 
@@ -261,7 +261,7 @@ class Comparison:
     def copies(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
         """What the loop looks at: images of memorized captions, on other latents than the table's."""
         found, known = [], list(self.training)
-        with apply_mask(self.pipe, mask):
+        with apply_mask(self.pipe, keeping_means(mask, self.predictor)):
             for prompt in self.prompts if prompts is None else prompts:
                 images = draw_images(self.pipe, prompt, replace(self.drawing, seed=11))
                 similarities = copy_similarities(images, [self.training[each] for each in known])
@@ -275,6 +275,7 @@ class Comparison:
         """Every row of the table for one way."""
         neurons = way.mask.neurons if way.mask is not None else ()
         scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale)
+        scaled.means = self.predictor.means
         with replaced_weights(self.predictor, way.weights or {}):
             verdicts = judge(scaled, self.corpus, neurons)
             ordinary = judge_ordinary(scaled, self.corpus, neurons)
@@ -346,7 +347,9 @@ class Comparison:
         """The way's model while the context lasts."""
         if way.weights:
             return replaced_weights(self.predictor, way.weights)
-        return apply_mask(self.pipe, way.mask, way.scale) if way.mask is not None else nullcontext()
+        if way.mask is None:
+            return nullcontext()
+        return apply_mask(self.pipe, keeping_means(way.mask, self.predictor), way.scale)
 
 
 ROWS = {

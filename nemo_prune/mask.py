@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
-from nemo_prune.errors import MaskError, ModelError
+from nemo_prune.errors import MaskError, ModelError, SettingsError
 from nemo_prune.facts import MaskFacts
 from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.files.staging import staged_file
 from nemo_prune.files.untrusted import parse_json
 
-FORMAT_VERSION = 1
+# Version 2 has shifts of biases beside the rows.
+FORMAT_VERSIONS = (1, 2)
 METADATA_KEY = "nemo_prune"
 # A mask of the largest models takes a hundredth of this.
 _MAX_BYTES = 16 << 20
@@ -43,6 +44,16 @@ def tensor_names(layer: str) -> tuple[str, str]:
     return f"{layer}.weight", f"{layer}.bias"
 
 
+def bias_behind(layer: str) -> str:
+    """The name of the stored bias that is added behind a value projection, to the output of its attention."""
+    return f"{layer.removesuffix('to_v')}to_out.0.bias"
+
+
+def shifted(bias: Tensor, shift: Tensor) -> Tensor:
+    """A bias with a mask's shift, in its own dtype; added in float64 on the CPU, so that a file and a model agree."""
+    return (bias.cpu().double() + shift.double()).to(bias.dtype).to(bias.device)
+
+
 @dataclass(frozen=True)
 class NeuronMask:
     """The neurons to prune, per layer. **True = pruned.**
@@ -50,12 +61,16 @@ class NeuronMask:
     Attributes:
         layers: dotted module name -> bool tensor [out_features]. Every layer that was searched is
             there, even if nothing in it is pruned.
+        shifts: name of a stored bias -> what is added to it, float32 [channels]: what its attention is given by pruned
+            neurons that keep their mean, see :mod:`nemo_prune.engine.means`. Empty where they are 0.
 
     Raises:
-        MaskError: a layer's tensor is not a one-dimensional bool tensor, or its name is not that of a module.
+        MaskError: a layer's tensor is not a one-dimensional bool tensor, its name is not that of a module, or a shift
+            belongs to no pruned layer.
     """
 
     layers: Mapping[str, BoolTensor]
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, pruned in self.layers.items():
@@ -65,6 +80,12 @@ class NeuronMask:
                 raise MaskError(
                     f"Mask layer `{name}` is {pruned.dtype} of shape {list(pruned.shape)}, expected "
                     "torch.bool of shape [out_features], where True means pruned."
+                )
+        behind = {bias_behind(layer) for layer, pruned in self.layers.items() if pruned.any()}
+        for name, shift in self.shifts.items():
+            if name not in behind or shift.dtype != torch.float32 or shift.ndim != 1 or not shift.isfinite().all():
+                raise MaskError(
+                    f"The mask's shift of `{name}` is not one of a bias behind a pruned layer, in finite float32."
                 )
 
     @classmethod
@@ -123,8 +144,9 @@ class NeuronMask:
 
     @property
     def digest(self) -> str:
-        """sha256 over the layers' names and bits."""
-        rows = [(name, pruned.tolist()) for name, pruned in self.layers.items()]
+        """sha256 over the layers' names and bits, and the shifts."""
+        rows: list = [(name, pruned.tolist()) for name, pruned in self.layers.items()]
+        rows += [(name, self.shifts[name].tolist()) for name in sorted(self.shifts)]
         return sha256(json.dumps(rows).encode()).hexdigest()
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -158,7 +180,7 @@ class NeuronMask:
         """
         # One metadata key keeps the file the same byte for byte: the writer does not sort the keys.
         described = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[bool(self.shifts)],
             "true_means": "pruned",
             "layers": list(self.layers),
             **facts.to_json(),
@@ -166,7 +188,7 @@ class NeuronMask:
         }
         encoded = json.dumps(described, sort_keys=True)
         with staged_file(path) as partial:
-            partial.write_bytes(save(dict(self.layers), metadata={METADATA_KEY: encoded}))
+            partial.write_bytes(save({**self.layers, **self.shifts}, metadata={METADATA_KEY: encoded}))
 
     @classmethod
     def load(cls, path: Path) -> "NeuronMask":
@@ -188,7 +210,8 @@ class NeuronMask:
                 raise ValueError(f"it has {path.stat().st_size} bytes, a mask has kilobytes")
             metadata, tensors = _read(path)
             facts = MaskFacts.from_json(metadata)
-            mask = cls({name: tensors[name] for name in _in_order(metadata, tensors)})
+            shifts = {name: tensor for name, tensor in tensors.items() if tensor.dtype != torch.bool}
+            mask = cls({name: tensors[name] for name in _in_order(metadata, tensors.keys() - shifts.keys())}, shifts)
         except (ModelError, SafetensorError, ValueError, OSError) as error:
             raise MaskError(f"{path} is not a mask of nemo-prune, or it was damaged: {error}") from error
         if metadata.get("digest", mask.digest) != mask.digest:
@@ -198,15 +221,25 @@ class NeuronMask:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is done to a model: the rows of a mask are multiplied by a number.
+    """What is done to a model: the rows of a mask are multiplied by a number, and biases are shifted.
 
     Attributes:
-        mask: the neurons.
+        mask: the neurons, and what is added to biases.
         scale: what their rows, or their outputs in a live model, are multiplied by; 0 zeroes them.
+
+    Raises:
+        SettingsError: scaled rows have a mean of their own, so that biases must not be shifted.
     """
 
     mask: NeuronMask
     scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scale and self.mask.shifts:
+            raise SettingsError(
+                f"The mask keeps its neurons' means, for rows that are zeroed: --scale {self.scale} does not go with "
+                "it. Leave --scale out, or search again with --ablation zero."
+            )
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -216,24 +249,25 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         metadata = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}").encode())
         if not isinstance(metadata, dict):
             raise ValueError("its metadata are not a JSON object")
-        if type(version := metadata.get("format_version")) is not int or version != FORMAT_VERSION:
+        if type(version := metadata.get("format_version")) is not int or version not in FORMAT_VERSIONS:
             raise ValueError(
-                f"it has format {version!r}, this version reads {FORMAT_VERSION}. Is it a mask, and made by a newer "
-                "nemo-prune?"
+                f"it has format {version!r}, this version reads {FORMAT_VERSIONS[-1]} and older ones. Is it a mask, "
+                "and made by a newer nemo-prune?"
             )
-        if other := {tensor.dtype for tensor in stored.values()} - {"BOOL"}:
+        expected = {"BOOL"} if version == FORMAT_VERSIONS[0] else {"BOOL", "F32"}
+        if other := {tensor.dtype for tensor in stored.values()} - expected:
             raise ValueError(f"it holds {', '.join(sorted(other))}, expected BOOL, where True means pruned")
         tensors = {name: file.get_tensor(name) for name in stored}
-    if any((tensor.view(torch.uint8) > 1).any() for tensor in tensors.values()):
+    if any((tensor.view(torch.uint8) > 1).any() for tensor in tensors.values() if tensor.dtype == torch.bool):
         raise ValueError("it holds bytes that are neither 0 nor 1")
     return metadata, tensors
 
 
-def _in_order(metadata: dict, tensors: Mapping[str, Tensor]) -> list[str]:
+def _in_order(metadata: dict, found: Collection[str]) -> list[str]:
     """The layers in the order of execution, which is saved beside them: the header lists them by name."""
-    names = metadata.get("layers", sorted(tensors))
+    names = metadata.get("layers", sorted(found))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("`layers` of its metadata are not names")
-    if sorted(names) != sorted(tensors):
+    if sorted(names) != sorted(found):
         raise ValueError("`layers` of its metadata are not those that it holds")
     return names

@@ -8,12 +8,14 @@ from pathlib import Path
 from PIL import Image
 
 from nemo_prune.checkpoint.fingerprint import tensor_digests
+from nemo_prune.checkpoint.weights import stored_dtypes
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
 from nemo_prune.corpus.prompts import Corpus
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
+from nemo_prune.engine.means import keeping_means
 from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.errors import OutputError
@@ -96,11 +98,12 @@ def prune_model(
     memorized = [each.prompt for each in localizations if each.is_memorized]
     bar = Bar(localizer, memorized, ordinary.texts, work.judged)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
+    mask = keeping_means(mask, session.predictor, stored_dtypes(source.files, "unet", source.variant))
     spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
     pruning = Pruning(mask, plan.scale)
-    scaled = NoisePredictor(session.pipe, plan.settings, session.predictor.batch_size, plan.scale)
+    scaled = session.predictor_at(plan.scale)
     examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
     judged = judge_mask(bar, scaled, mask, timed)
     examined = with_verdicts(examined, judged.memorized)
@@ -217,9 +220,7 @@ def _find_mask(
     else:
         with listener.stage(Stage.LOCALIZE):
             first, found = None, detect_corpus(localizer, corpus.texts)
-    return pursue_mask(
-        session.pipe, localizer, corpus.prompts, found, first, ordinary.texts, training_images, plan, work, listener
-    )
+    return pursue_mask(localizer, corpus.prompts, found, first, ordinary.texts, training_images, plan, work, listener)
 
 
 def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:
@@ -267,6 +268,7 @@ def _identity(
         "merge": merge,
         "search": plan.search if isinstance(plan, Plan) else "greedy",
         "preserve": preserve,
+        "ablation": plan.ablation if isinstance(plan, Plan) else "zero",
         "unresolved refined": plan.include_unresolved,
         "published calibration": ordinary.published is not None and plan.calibration is None,
     }
@@ -309,7 +311,7 @@ def _score_again(
     listener: Listener,
 ) -> list[ExaminedPrompt]:
     """The prompts with all that is known of them but their images."""
-    scorer = session.scorer_of(scaled, pruning.scale)
+    scorer = session.scorer_of(scaled)
     under_mask = score_again(localizer, scorer, localizations, pruning, plan.verification, work.verified, listener)
     references = prompt_references(secret_key(work.prompt_key), corpus.texts)
     return [

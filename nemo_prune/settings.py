@@ -13,6 +13,7 @@ from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "minimal")
+ABLATIONS = ("zero", "mean")
 SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
 DATA_RANGES = ("joint", "one")
@@ -231,6 +232,9 @@ class Plan:
             neurons, learned for all prompts at once. Then images are drawn, and what copies is searched again until
             nothing does: after ``greedy`` neurons are added, and if that is not enough gates learned. The union, which
             is the paper's, is left as it is.
+        ablation: what a pruned neuron still gives: ``zero``: nothing, as in the paper; ``mean``: its mean on ordinary
+            captions: its row is zeroed, and the bias behind the attention is shifted. (default: mean; zero with the
+            union, with key rows and with --scale)
         max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
             suppressed changes: the most costly neurons are spared until it is kept, and the record says what that
             gives up. (default: no limit)
@@ -252,6 +256,7 @@ class Plan:
     model: ModelOptions = field(default_factory=ModelOptions)
     merge: str | None = None
     search: str = "greedy"
+    ablation: str | None = None
     max_utility_loss: float | None = None
     preserve: float = 0.0
     calibration: Path | None = None
@@ -268,6 +273,11 @@ class Plan:
             object.__setattr__(self, "merge", "union" if self.include_unresolved else "minimal")
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
         _require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
+        holds = self.settings.projections == "value" and not self.scale
+        if self.ablation is None:
+            object.__setattr__(self, "ablation", "mean" if holds and self.merge != "union" else "zero")
+        _require(self.ablation in ABLATIONS, "ablation", self.ablation, " or ".join(ABLATIONS))
+        _require(holds or self.ablation == "zero", "ablation", self.ablation, "zero with key rows or --scale")
         limit = self.max_utility_loss
         _require(limit is None or 0 <= limit <= 1, "max_utility_loss", limit, "between 0 and 1")
         changes = isfinite(self.scale) and self.scale != 1

@@ -1,6 +1,7 @@
 """What differs between a base and a pruned model: every file, every tensor, every row."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,8 +9,9 @@ from typing import Literal
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import PREFIXES, full_name
 from nemo_prune.checkpoint.privacy import cleaned_config, cleaned_metadata
+from nemo_prune.checkpoint.rows import with_shift
 from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, read_tensors
-from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, stored_tensor
+from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, equal_bytes, stored_tensor
 from nemo_prune.checkpoint.twins import base_rows, files_with_rows
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, has_ending, is_licence_file
@@ -31,7 +33,8 @@ class Difference:
             changed, or ``unpruned rows`` of the base in it.
         tensor: its name, where a tensor differs.
         rows: the rows that differ.
-        expected: whether a mask accounts for it: masked rows alone, or a file that belongs to a release.
+        expected: whether a mask accounts for it: masked rows alone, a bias that it shifts, or a file that belongs to a
+            release.
         layer: the tensor's name in a diffusers folder, if a mask touches it in a single file.
     """
 
@@ -117,11 +120,22 @@ def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> 
         return
     if read_metadata(base) != read_metadata(out):
         yield Difference(name, "metadata", expected=True)
-    masked = mask.tensor_rows if mask and name.startswith("unet/") else {}
+    mask = mask if name.startswith("unet/") else None
     for tensor, stored in before.items():
-        rows = differing_rows(stored_tensor(base, stored), stored_tensor(out, after[tensor]))
-        if rows:
-            yield Difference(name, "rows", tensor, rows, expected=set(rows) <= set(masked.get(tensor, ())))
+        contents = stored_tensor(base, stored), stored_tensor(out, after[tensor])
+        if rows := differing_rows(*contents):
+            yield Difference(name, "rows", tensor, rows, expected=_is_masked(mask, tensor, rows, *contents))
+
+
+def _is_masked(
+    mask: NeuronMask | None, tensor: str, rows: Collection[int], before: TensorBytes, after: TensorBytes
+) -> bool:
+    """Whether a mask accounts for a difference: it prunes the rows, or its shift gives the very bias."""
+    if mask is None:
+        return False
+    if tensor in mask.shifts and len(mask.shifts[tensor]) == math.prod(before.shape):
+        return equal_bytes(with_shift(before, mask.shifts[tensor]), after)
+    return set(rows) <= set(mask.tensor_rows.get(tensor, ()))
 
 
 def _metadata_fits(base: Path, out: Path) -> bool:
@@ -154,7 +168,7 @@ def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | 
         elif read_metadata(base) != read_metadata(out):
             yield Difference(out.name, "metadata", expected=True)
     before, after = _tensors(base, variant), _tensors(out, variant)
-    masked, pruned = (masked_tensors(mask, after), mask.tensor_rows) if mask else ({}, {})
+    masked = masked_tensors(mask, after) if mask else {}
     for name in sorted(before.keys() | after.keys()):
         shown = after.get(name) or before[name]
         where = {"file": shown.file, "tensor": shown.name, "layer": masked.get(name) if out.is_file() else None}
@@ -166,8 +180,8 @@ def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | 
         elif _form(before[name].content) != _form(after[name].content):
             yield Difference(what="changed", **where)
         elif rows := differing_rows(before[name].content, after[name].content):
-            allowed = pruned.get(masked.get(name), ())
-            yield Difference(what="rows", rows=rows, expected=set(rows) <= set(allowed), **where)
+            expected = _is_masked(mask, masked.get(name, ""), rows, before[name].content, after[name].content)
+            yield Difference(what="rows", rows=rows, expected=expected, **where)
 
 
 def _tensors(path: Path, variant: str | None) -> dict[str, _Named]:

@@ -1,19 +1,20 @@
-"""Rows of the tensors of a safetensors file: whether they can be changed, and changing them in place."""
+"""Rows and biases of a safetensors file: whether they can be changed, and changing them in place."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nemo_prune.checkpoint.tensors import TensorBytes
+from nemo_prune.checkpoint.tensors import TensorBytes, stored_tensor
 from nemo_prune.errors import MaskError, ModelError
 from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor
-from nemo_prune.mask import NeuronMask, tensor_names
+from nemo_prune.mask import NeuronMask, shifted, tensor_names
 
 
 def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask) -> None:
-    """Refuse tensors whose rows do not fit a mask or can't be changed.
+    """Refuse tensors that do not fit a mask or can't be changed.
 
     Args:
         file: its name, for the messages.
@@ -37,6 +38,12 @@ def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask)
                     f"`{layer}` is stored as {tensor.dtype} in {file}; rows of quantised weights can't be zeroed "
                     "exactly. Use the float32, float16 or bfloat16 weights."
                 )
+    for name, shift in mask.shifts.items():
+        if name in tensors and (tensors[name].shape != tuple(shift.shape) or tensors[name].dtype not in FLOAT_DTYPES):
+            raise MaskError(
+                f"The mask shifts `{name}` of {len(shift)} values, {file} has {tensors[name].dtype} "
+                f"{list(tensors[name].shape)} there. Was the mask made for another model?"
+            )
 
 
 def with_scaled_rows(tensor: TensorBytes, rows: Sequence[int], scale: float) -> TensorBytes:
@@ -57,6 +64,33 @@ def with_scaled_rows(tensor: TensorBytes, rows: Sequence[int], scale: float) -> 
             yield bytes(content[start : start + size])
 
     return replace(tensor, blocks=blocks)
+
+
+def with_shift(tensor: TensorBytes, shift: Tensor) -> TensorBytes:
+    """A bias as it is when a mask's shift is added to it; it is read at once."""
+
+    def blocks(size: int) -> Iterator[bytes]:
+        content = bytearray(b"".join(tensor.blocks(size)))
+        values = shifted(torch.frombuffer(content, dtype=FLOAT_DTYPES[tensor.dtype]), shift)
+        yield values.view(torch.uint8).numpy().tobytes()
+
+    return replace(tensor, blocks=blocks)
+
+
+def shift_biases(path: Path, tensors: Mapping[str, StoredTensor], shifts: Mapping[str, Tensor]) -> None:
+    """Add shifts to biases in place.
+
+    Args:
+        path: the file.
+        tensors: where its tensors are.
+        shifts: name of a bias -> what is added to it [channels]; missing tensors are skipped.
+    """
+    with path.open("r+b") as file:
+        for name in shifts.keys() & tensors.keys():
+            bias = with_shift(stored_tensor(path, tensors[name]), shifts[name])
+            content = b"".join(bias.blocks(bias.length))
+            file.seek(tensors[name].start)
+            file.write(content)
 
 
 def scale_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]], scale: float) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
-from nemo_prune.checkpoint.rows import check_rows, scale_rows, with_scaled_rows
+from nemo_prune.checkpoint.rows import check_rows, scale_rows, shift_biases, with_scaled_rows, with_shift
 from nemo_prune.checkpoint.tensors import (
     FORMAT_ONLY,
     TensorBytes,
@@ -27,7 +27,7 @@ from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS, has_ending
 from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.safetensors_header import read_header
-from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning, tensor_names
+from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning, bias_behind, tensor_names
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
@@ -107,32 +107,33 @@ def masked_tensors(mask: NeuronMask, names: Collection[str]) -> dict[str, str]:
     Returns:
         Name in the file, of the plain weights or their average -> name in a diffusers folder.
     """
-    plain = layer_names(mask.tensor_rows, names)
+    plain = layer_names({**mask.tensor_rows, **mask.shifts}, names)
     copies = {ldm_name: name for name, ldm_name in plain.items()}
     copies |= {ema_name(ldm_name): name for name, ldm_name in plain.items()}
     return {copy: name for copy, name in copies.items() if copy in names}
 
 
 def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
-    """Zero or scale the masked rows of every copy in a .safetensors file, in place.
+    """Prune every copy of the masked tensors in a .safetensors file, in place.
 
     Returns:
         Rows changed, and how many of them are of moving averages.
 
     Raises:
-        MaskError: a masked layer is not in the file or has another number of rows.
+        MaskError: a masked tensor is not in the file or has another number of rows.
         ModelError: the file is damaged.
     """
-    stored, pruned = read_header(file), pruning.mask.tensor_rows
+    stored, pruned, shifts = read_header(file), pruning.mask.tensor_rows, pruning.mask.shifts
     copies = masked_tensors(pruning.mask, stored)
     for layer in pruning.mask.layers:
         weight = tensor_names(layer)[0]
-        if weight in pruned and weight not in copies.values():
+        if weight in pruned and not {weight, *shifts.keys() & {bias_behind(layer)}} <= set(copies.values()):
             raise MaskError(f"Mask layer `{layer}` is not in the single file. Is it another model's?")
     for copy, name in copies.items():
         check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, pruning.mask)
-    rows = {copy: pruned[name] for copy, name in copies.items()}
+    rows = {copy: pruned[name] for copy, name in copies.items() if name in pruned}
     averages = sum(len(indices) for copy, indices in rows.items() if copy.startswith(EMA_PREFIX))
+    shift_biases(file, stored, {copy: shifts[name] for copy, name in copies.items() if name in shifts})
     return scale_rows(file, stored, rows, pruning.scale), averages
 
 
@@ -183,9 +184,11 @@ def check_single_file(file: Path, files: CheckpointFiles, variant: str | None, p
     rows = pruning.mask.tensor_rows if pruning else {}
     masked = masked_tensors(pruning.mask, tensors) if pruning else {}
     for name, tensor in tensors.items():
-        expected = tensor.content
-        if rows.get(masked.get(name, "")):
-            expected = with_scaled_rows(expected, rows[masked[name]], pruning.scale)
+        expected, touched = tensor.content, masked.get(name, "")
+        if rows.get(touched):
+            expected = with_scaled_rows(expected, rows[touched], pruning.scale)
+        elif pruning and touched in pruning.mask.shifts:
+            expected = with_shift(expected, pruning.mask.shifts[touched])
         if name not in written or not equal_bytes(expected, written[name]):
             raise OutputError(
                 f"The single file was not written correctly: `{name}` is not what the pruned folder holds. Is the "

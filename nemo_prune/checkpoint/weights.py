@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.errors import ModelError
+from nemo_prune.files.safetensors_header import FLOAT_DTYPES, read_header
 
 _NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([\w.-]*)\.(safetensors|bin)", re.ASCII)
 _SHARD = re.compile(r"-\d+-of-\d+")
@@ -80,3 +83,10 @@ def refuse_missing_shards(component: str, files: Iterable[WeightsFile]) -> None:
                 f"The weights of the {component} are {int(total)} shards, and {len(absent)} of them are missing, the "
                 f"first is number {absent[0]}. Fetch the missing files."
             )
+
+
+def stored_dtypes(files: CheckpointFiles, component: str, variant: str | None) -> dict[str, torch.dtype]:
+    """Name -> dtype of the float tensors that a loader takes for a component. Raises as :func:`safetensors_of`."""
+    stored = [read_header(files.folder / path) for path in safetensors_of(files, component, variant)]
+    named = [(name, each.dtype) for header in stored for name, each in header.items()]
+    return {name: FLOAT_DTYPES[dtype] for name, dtype in named if dtype in FLOAT_DTYPES}

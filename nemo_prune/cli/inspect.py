@@ -32,7 +32,8 @@ def inspect(
         mask, facts = NeuronMask.load_with_facts(find_mask(name))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
     if as_json:
-        print_json({"rows": rows, "sizes": mask.sizes, "metadata": facts.to_json()})
+        shifts = {name: shift.tolist() for name, shift in mask.shifts.items()}
+        print_json({"rows": rows, "shifts": shifts, "sizes": mask.sizes, "metadata": facts.to_json()})
         return
     console = Console()
     needed = facts.prompts_per_neuron or {}
@@ -43,6 +44,8 @@ def inspect(
     console.print(table)
     base = facts.base or BaseFacts()
     told = [f"Base: {base.name or 'unknown'}, commit {base.commit or 'none'}"]
+    if mask.shifts:
+        told.append(f"The neurons keep their means: {len(mask.shifts)} biases behind these layers are shifted.")
     told += [f"{name}: {value}" for name, value in (facts.settings or {}).items()]
     for line in told:
         console.print(printable(line), markup=False)

@@ -9,6 +9,7 @@ import typer
 from nemo_prune.cli.console import tell
 from nemo_prune.errors import PromptError
 from nemo_prune.settings import (
+    ABLATIONS,
     DTYPES,
     MERGES,
     PRESETS,
@@ -33,6 +34,7 @@ MODEL, CAPTIONS, METHOD, MEASURING, RELEASE, HUB = (
 Preset = StrEnum("Preset", {name: name for name in PRESETS})
 Projections = StrEnum("Projections", {name: name for name in PROJECTIONS})
 Merge = StrEnum("Merge", {name: name for name in MERGES})
+Ablation = StrEnum("Ablation", {name: name for name in ABLATIONS})
 SearchName = StrEnum("SearchName", {name: name for name in SEARCHES})
 Dtype = StrEnum("Dtype", {name: name for name in DTYPES})
 SieveName = StrEnum("SieveName", {name: name for name in SIEVES})

@@ -1,13 +1,16 @@
 """A model that is loaded in this process."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from nemo_prune.compute.session import Chunk, Result, Session
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.memory import release_memory
+from nemo_prune.engine.results import ResultsHeader
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.errors import SettingsError
 from nemo_prune.models.source import ModelSource, load_pipeline, load_predicting
@@ -28,6 +31,7 @@ class LocalSession(Session):
         pipe: the model.
         predictor: predicts noise.
         scorer: scores prompts.
+        means: what suppressed neurons output, dotted module name -> [out_features]; None where that is 0.
     """
 
     def __init__(self, source: ModelSource, options: ModelOptions, settings: LocalizationSettings) -> None:
@@ -36,21 +40,37 @@ class LocalSession(Session):
         self.pipe = load_pipeline(source.folder, self.device, self.dtype, source.variant)
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
         self._reference = self._float32()
+        self.means: Mapping[str, Tensor] | None = None
         self.scorer = self.scorer_of(self.predictor)
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
 
-    def scorer_of(self, predictor: NoisePredictor, scale: float = 0.0) -> Scorer:
+    def scorer_of(self, predictor: NoisePredictor) -> Scorer:
         """A scorer whose close calls float32 decides.
 
         Args:
             predictor: of this session's model.
-            scale: what the outputs of suppressed neurons are multiplied by.
         """
         reference = None
         if self._reference is not None:
-            reference = NoisePredictor(self._reference, self.settings, self.options.batch_size, scale)
+            reference = NoisePredictor(self._reference, self.settings, self.options.batch_size, predictor.scale)
+            reference.means = predictor.means
         return Scorer(predictor, reference, self.options.margin_of_dtype)
+
+    def keep_means(self, means: Mapping[str, Tensor]) -> None:
+        """Let suppressed neurons output their means from now on, see :mod:`nemo_prune.engine.means`."""
+        self.means = self.predictor.means = means
+        self.scorer = self.scorer_of(self.predictor)
+
+    def predictor_at(self, scale: float) -> NoisePredictor:
+        """A predictor whose suppressed neurons are multiplied by a number, or give what this session's give."""
+        predictor = NoisePredictor(self.pipe, self.settings, self.predictor.batch_size, scale)
+        predictor.means = self.means
+        return predictor
+
+    def results_header(self, threshold: float) -> ResultsHeader:
+        """What localizations depend on."""
+        return replace(super().results_header(threshold), ablation="zero" if self.means is None else "mean")
 
     def _float32(self) -> StableDiffusionPipeline | None:
         """The same model in float32, without what draws: it decides what is too close for the lower precision."""

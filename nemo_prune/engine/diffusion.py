@@ -10,24 +10,34 @@ from torch import Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
 from nemo_prune.engine.memory import named_shortage, with_less_at_once
-from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.errors import MaskError
+from nemo_prune.mask import Neuron, NeuronMask, shifted
 from nemo_prune.settings import LocalizationSettings
 
 
 @contextmanager
-def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor], scale: float = 0.0) -> Iterator[None]:
-    """Make neurons output 0, or a multiple of what they would, while the context lasts.
+def suppress(
+    layers: Mapping[str, nn.Linear],
+    gates: Mapping[str, Tensor],
+    scale: float = 0.0,
+    means: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Make neurons output 0, their mean, or a multiple of what they would, while the context lasts.
 
     Args:
         layers: dotted module name -> projection.
         gates: dotted module name -> bool [batch or 1, out_features], True = suppressed. A batch of 1
             holds for every sample.
         scale: what the suppressed outputs are multiplied by.
+        means: dotted module name -> what suppressed neurons output instead of 0, [out_features].
     """
 
-    def hook(gate: Tensor):
+    def hook(name: str, gate: Tensor):
         if scale:
             return lambda module, inputs, output: torch.where(gate[:, None, :], output * scale, output)
+        if means is not None:
+            kept = means[name].to(gate.device, layers[name].weight.dtype)
+            return lambda module, inputs, output: torch.where(gate[:, None, :], kept, output)
         # Filling instead of multiplying gives +0 as a zeroed row does, and stops NaN as well.
         return lambda module, inputs, output: output.masked_fill(gate[:, None, :], 0.0)
 
@@ -36,7 +46,7 @@ def suppress(layers: Mapping[str, nn.Linear], gates: Mapping[str, Tensor], scale
         for name, gate in gates.items():
             if gate.any():
                 device = layers[name].weight.device
-                handles.append(layers[name].register_forward_hook(hook(gate.to(device))))
+                handles.append(layers[name].register_forward_hook(hook(name, gate.to(device))))
         yield
     finally:
         for handle in handles:
@@ -49,7 +59,7 @@ def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0
 
     Args:
         pipe: the unpruned model; it is given back untouched.
-        mask: neurons of value projections, key projections or both.
+        mask: neurons of value projections, key projections or both; its shifts are added to biases meanwhile.
         scale: what their outputs are multiplied by.
 
     Raises:
@@ -57,8 +67,31 @@ def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0
     """
     layers = find_text_projections(pipe.unet, "both")
     mask.check(layer_sizes(layers))
-    with suppress(layers, {name: pruned[None] for name, pruned in mask.layers.items()}, scale):
+    gates = {name: pruned[None] for name, pruned in mask.layers.items()}
+    with suppress(layers, gates, scale), shifted_biases(pipe.unet, mask):
         yield
+
+
+@contextmanager
+def shifted_biases(unet: UNet2DConditionModel, mask: NeuronMask) -> Iterator[None]:
+    """Add a mask's shifts to the biases of a live model while the context lasts, as a file has them.
+
+    Raises:
+        MaskError: the mask was made for a model with other layers.
+    """
+    parameters = dict(unet.named_parameters())
+    before: dict[str, Tensor] = {}
+    try:
+        for name, shift in mask.shifts.items():
+            if name not in parameters or parameters[name].shape != shift.shape:
+                raise MaskError(f"The mask shifts `{name}`, which the model has not in that size. Is it another's?")
+            bias = parameters[name]
+            before[name] = bias.data
+            bias.data = shifted(bias.data, shift)
+        yield
+    finally:
+        for name, values in before.items():
+            parameters[name].data = values
 
 
 @contextmanager
@@ -106,6 +139,7 @@ class NoisePredictor:
         timestep: the one that the settings name.
         device: of the U-Net.
         dtype: of its weights.
+        means: dotted module name -> what a suppressed neuron outputs, float32 [out_features]; None where that is 0.
         sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
         computed_passes: the same with those.
         calls: size of a batch -> how many went through the U-Net.
@@ -123,6 +157,7 @@ class NoisePredictor:
         self.scale = scale
         # The U-Net walks through all of its weights whenever it is asked for these.
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        self.means: Mapping[str, Tensor] | None = None
         self.batch_size = batch_size or settings.num_samples * (2 if self.device.type == "cpu" else 4)
         with named_shortage("the model and one sample"):
             self.layers = find_text_projections(pipe.unet, settings.projections)
@@ -261,7 +296,7 @@ class NoisePredictor:
         latents, prompt_embeds = (each.to(self.device) for each in (latents, prompt_embeds))
         filled = torch.arange(size, device=self.device).clamp_max(count - 1)
         gates = self._gates([*suppressed, *[suppressed[-1]] * (size - count)])
-        with suppress(self.layers, gates, self.scale), full_float32():
+        with suppress(self.layers, gates, self.scale, self.means), full_float32():
             output = unet(
                 latents[filled].to(self.dtype),
                 timestep,

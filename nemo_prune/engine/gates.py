@@ -17,21 +17,28 @@ _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 
 
 @contextmanager
-def scaled(layers: Mapping[str, nn.Linear], factors: Mapping[str, Tensor]) -> Iterator[None]:
+def scaled(
+    layers: Mapping[str, nn.Linear], factors: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Multiply the outputs of neurons while the context lasts; gradients flow into the factors.
 
     Args:
         layers: dotted module name -> projection.
         factors: dotted module name -> [batch or 1, out_features]; 1 leaves a neuron as it is, 0 suppresses it.
+        means: dotted module name -> what suppressed neurons output instead of 0, [out_features].
     """
+
+    def hook(factor: Tensor, mean: Tensor | None):
+        if mean is None:
+            return lambda module, inputs, output: output * factor[:, None, :].to(output.dtype)
+        return lambda module, inputs, output: torch.lerp(
+            mean.to(output).expand_as(output), output, factor[:, None, :].to(output.dtype).expand_as(output)
+        )
+
     handles = []
     try:
         for name, factor in factors.items():
-            handles.append(
-                layers[name].register_forward_hook(
-                    lambda module, inputs, output, factor=factor: output * factor[:, None, :].to(output.dtype)
-                )
-            )
+            handles.append(layers[name].register_forward_hook(hook(factor, means and means[name])))
         yield
     finally:
         for handle in handles:
@@ -60,7 +67,7 @@ def predict_gated(
     unet, count = predictor.pipe.unet, len(latents)
     if timesteps is None:
         timesteps = torch.full((count,), predictor.timestep)
-    with scaled(predictor.layers, split_by_layer(factors, predictor.sizes)):
+    with scaled(predictor.layers, split_by_layer(factors, predictor.sizes), predictor.means):
         output = unet(
             latents.to(predictor.device, predictor.dtype),
             timesteps.to(predictor.device),

@@ -31,12 +31,14 @@ class ResultsHeader:
         layers: dotted module name -> number of neurons, in the order of execution.
         threshold: tau.
         settings: the numbers of the method, as JSON values.
+        ablation: what suppressed neurons gave: ``zero``, or their ``mean``.
     """
 
     model: str | None
     layers: Mapping[str, int]
     threshold: float
     settings: Mapping[str, object]
+    ablation: str = "zero"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.errors import ModelError
-from nemo_prune.mask import NeuronMask, Pruning
+from nemo_prune.mask import Pruning
 from nemo_prune.settings import LocalizationSettings
 
 # What the rounding of float32 rows grows to on its way through the demo's U-Net is 2e-5 of the prediction.
@@ -27,13 +27,14 @@ class SuppressedPredictions:
         texts: captions.
         noise_preds: one per caption [samples, channels, height, width], float32, on the CPU.
         settings: the numbers that they were predicted with.
-        scale: what the outputs of the neurons were multiplied by.
+        is_rounded: whether the files agree with them within the dtype's rounding alone: rows are scaled, or biases
+            shifted below float32.
     """
 
     texts: tuple[str, ...]
     noise_preds: tuple[Tensor, ...]
     settings: LocalizationSettings
-    scale: float
+    is_rounded: bool
 
     @classmethod
     def of(
@@ -47,22 +48,26 @@ class SuppressedPredictions:
             pruning: the mask and its scale.
             texts: captions.
         """
-        predictor = NoisePredictor(pipe, settings, _BATCH_SIZE, pruning.scale)
-        return cls(tuple(texts), _predictions(predictor, texts, pruning.mask), settings, pruning.scale)
+        predictor = NoisePredictor(pipe, settings, _BATCH_SIZE)
+        with apply_mask(pipe, pruning.mask, pruning.scale):
+            noise_preds = _predictions(predictor, texts)
+        # A bias that is shifted in float32 and rounded is not what a rounded one is when it is shifted.
+        is_rounded = bool(pruning.scale) or (bool(pruning.mask.shifts) and predictor.dtype != torch.float32)
+        return cls(tuple(texts), noise_preds, settings, is_rounded)
 
 
 def check_pruned_equals_suppressed(expected: SuppressedPredictions, pruned_pipe: StableDiffusionPipeline) -> None:
     """Refuse an export whose prediction is not that of the suppressed model, to the last bit.
 
     Scaled rows are rounded in the file, and their outputs in the live model, so that these agree within
-    the dtype's rounding alone.
+    the dtype's rounding alone; shifted biases too, below float32.
 
     Raises:
         ModelError: they differ.
     """
     pruned = NoisePredictor(pruned_pipe, expected.settings, _BATCH_SIZE)
-    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if expected.scale else 0.0
-    found = _predictions(pruned, expected.texts, None)
+    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if expected.is_rounded else 0.0
+    found = _predictions(pruned, expected.texts)
     for suppressed, prediction in zip(expected.noise_preds, found, strict=True):
         # Written so that NaN does not pass for agreement.
         if not (prediction - suppressed).norm() / suppressed.norm() <= allowed:
@@ -72,6 +77,6 @@ def check_pruned_equals_suppressed(expected: SuppressedPredictions, pruned_pipe:
             )
 
 
-def _predictions(predictor: NoisePredictor, texts: Sequence[str], mask: NeuronMask | None) -> tuple[Tensor, ...]:
+def _predictions(predictor: NoisePredictor, texts: Sequence[str]) -> tuple[Tensor, ...]:
     latents = predictor.initial_latents(num_samples=_NUM_SAMPLES)
-    return tuple(predictor.predict_noise(latents, predictor.encode([text])[0], [mask])[0].cpu() for text in texts)
+    return tuple(predictor.predict_noise(latents, predictor.encode([text])[0])[0].cpu() for text in texts)

@@ -1,14 +1,15 @@
-"""Where two models differ: rows of the text projections, or something else."""
+"""Where two models differ: rows of the text projections and the biases behind them, or something else."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections
 from nemo_prune.errors import ModelError
-from nemo_prune.mask import NeuronMask
+from nemo_prune.mask import NeuronMask, bias_behind
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class ChangedRows:
     """What differs between two models.
 
     Attributes:
-        mask: rows of text projections that differ; True where they do.
+        mask: rows of text projections that differ; True where they do. Its shifts are what the biases behind these
+            layers differ by.
         others: whether any other weight of U-Net or text encoder differs.
     """
 
@@ -25,7 +27,7 @@ class ChangedRows:
 
     @property
     def are_a_mask(self) -> bool:
-        """Whether the candidate is the base with some rows changed and nothing else."""
+        """Whether the candidate is the base pruned by a mask and nothing else."""
         return self.mask.num_neurons > 0 and not self.others
 
 
@@ -46,9 +48,11 @@ def changed_rows(base: StableDiffusionPipeline, candidate: StableDiffusionPipeli
             "one architecture can be compared on the same seeds."
         )
     rows = {name: _rows_that_differ(layer, theirs[name]) for name, layer in ours.items()}
-    searched = {f"{name}.{part}" for name in rows for part in ("weight", "bias")}
+    behind = {bias_behind(name) for name, differ in rows.items() if differ.any()}
+    shifts = _shifts(base.unet, candidate.unet, behind)
+    searched = {f"{name}.{part}" for name in rows for part in ("weight", "bias")} | shifts.keys()
     return ChangedRows(
-        NeuronMask(rows),
+        NeuronMask(rows, shifts),
         _differ(base.unet, candidate.unet, searched) or _differ(base.text_encoder, candidate.text_encoder, set()),
     )
 
@@ -58,6 +62,13 @@ def _rows_that_differ(a: nn.Linear, b: nn.Linear) -> torch.BoolTensor:
     if a.bias is not None:
         differ |= (a.bias != b.bias.to(a.bias)).cpu()
     return differ
+
+
+def _shifts(a: nn.Module, b: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """What biases differ by, for those that do; a model without such a bias has no shift."""
+    before, after = dict(a.named_parameters()), dict(b.named_parameters())
+    shifts = {name: (after[name].cpu().float() - before[name].cpu().float()).detach() for name in names & before.keys()}
+    return {name: shift for name, shift in sorted(shifts.items()) if shift.any() and shift.isfinite().all()}
 
 
 def _differ(a: nn.Module, b: nn.Module, without: set[str]) -> bool:

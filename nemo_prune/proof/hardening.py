@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
-from nemo_prune.mask import Neuron, NeuronMask, Pruning
+from nemo_prune.mask import Neuron, NeuronMask, Pruning, shifted
 from nemo_prune.proof.attack import AttackSettings, attack
 from nemo_prune.proof.drawing import Drawing, draw, encode
 from nemo_prune.proof.passes import PassCounter
@@ -40,7 +40,7 @@ def pruned_copy(pipe: StableDiffusionPipeline, pruning: Pruning) -> StableDiffus
 
     Args:
         pipe: stays as it is.
-        pruning: which rows, and what they are multiplied by.
+        pruning: which rows, what they are multiplied by, and which biases are shifted.
     """
     unet = copy.deepcopy(pipe.unet)
     layers = find_text_projections(unet, "both")
@@ -48,6 +48,9 @@ def pruned_copy(pipe: StableDiffusionPipeline, pruning: Pruning) -> StableDiffus
     with torch.no_grad():
         for neuron in pruning.mask.neurons:
             layers[neuron.layer].weight[neuron.index] *= pruning.scale
+        for name, shift in pruning.mask.shifts.items():
+            bias = unet.get_parameter(name)
+            bias.copy_(shifted(bias, shift))
     other = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
@@ -115,7 +118,7 @@ def harden(
     neurons, found = set(mask.neurons), []
     drawing = Drawing("ddim", settings.drawing_steps, guidance_scale)
     for turn in range(rounds):
-        candidate = pruned_copy(pipe, Pruning(NeuronMask.from_neurons(neurons, sizes)))
+        candidate = pruned_copy(pipe, Pruning(_with(mask, neurons, sizes)))
         added: set[Neuron] = set()
         came_back = silenced = 0
         for place, (text, picture) in enumerate(targets):
@@ -130,7 +133,7 @@ def harden(
             ranked = [each for each in ranked_neurons(pipe, outcome.prompt_embeds, usual, projections)
                       if each not in neurons]  # fmt: skip
             needed = _fewest_that_silence(
-                pipe, outcome.prompt_embeds, picture, neurons, ranked, sizes, judge, drawing, seeds
+                pipe, outcome.prompt_embeds, picture, _with(mask, neurons, sizes), ranked, judge, drawing, seeds
             )
             silenced += needed is not None
             added |= set(needed or ())
@@ -141,20 +144,24 @@ def harden(
     return found
 
 
+def _with(mask: NeuronMask, neurons: Collection[Neuron], sizes: dict[str, int]) -> NeuronMask:
+    """A mask with further neurons, which are 0."""
+    return replace(NeuronMask.from_neurons([*mask.neurons, *neurons], sizes), shifts=mask.shifts)
+
+
 def _fewest_that_silence(
     pipe: StableDiffusionPipeline,
     prompt_embeds: Tensor,
     picture: Image.Image,
-    neurons: Collection[Neuron],
+    pruned: NeuronMask,
     ranked: Sequence[Neuron],
-    sizes: dict[str, int],
     judge: ReplicationJudge,
     drawing: Drawing,
     seeds: Sequence[int],
 ) -> Sequence[Neuron] | None:
     """The shortest beginning of the ranking, of doubled lengths, under which the embedding gives no copy."""
     for number in _SIZES:
-        mask = NeuronMask.from_neurons([*neurons, *ranked[:number]], sizes)
+        mask = _with(pruned, ranked[:number], pruned.sizes)
         images = draw(pruned_copy(pipe, Pruning(mask)), prompt_embeds, drawing, seeds)
         if max(judge.similarity_to(picture, images)) < judge.cut:
             return ranked[:number]

@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_prune.engine.activations import neuron_activations
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.layers import find_text_projections
+from nemo_prune.engine.means import attended_means, keeping_means
 from nemo_prune.mask import NeuronMask
 from nemo_prune.proof.changed_rows import ChangedRows
 from nemo_prune.proof.cost import matched_random_mask
@@ -24,6 +25,8 @@ from nemo_prune.settings import LocalizationSettings
 PRECISION, RANDOM = "another precision", "as many random neurons"
 _PLACES = (0.02, 0.25, 0.5, 0.75, 0.96)
 _SEEDS_PER_CAPTION = 2
+# Ordinary captions that the means of random neurons are taken on.
+_MEAN_CAPTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -223,11 +226,19 @@ class NoiseJudge:
 
 
 def random_rows(base: StableDiffusionPipeline, rows: ChangedRows, ordinary: Sequence[str], seed: int) -> NeuronMask:
-    """As many random rows as differ, in the same layers, as active on ordinary captions, and other ones."""
+    """As many random rows as differ, in the same layers, as active on ordinary captions, and other ones.
+
+    Where the candidate's keep their means, these keep theirs.
+    """
     layers = find_text_projections(base.unet, "both")
     embeds = torch.stack([encode(base, text) for text in ordinary[:64]])
     activation = {name: values.mean(dim=0) for name, values in neuron_activations(layers, embeds).items()}
-    return matched_random_mask(rows.mask, activation, seed)
+    random = matched_random_mask(rows.mask, activation, seed)
+    if not rows.mask.shifts:
+        return random
+    predictor = NoisePredictor(base, LocalizationSettings(projections="value"))
+    predictor.means = attended_means(predictor, ordinary[:_MEAN_CAPTIONS])
+    return keeping_means(random, predictor)
 
 
 def caption_images(

@@ -123,6 +123,12 @@ def _base(base: BaseFacts) -> str:
     return base.name[:1].upper() + base.name[1:]
 
 
+_KEPT = {
+    "zero": "",
+    "mean": " Of each neuron its mean on ordinary captions is kept: the biases behind these layers are shifted by it.",
+}
+
+
 def _changes(record: Record) -> str:
     mask = record.mask
     done = f"multiplied by {mask.scale:g}" if mask.scale else "set to zero"
@@ -132,8 +138,8 @@ def _changes(record: Record) -> str:
     )
     parts = [
         f"> **Notice: files of the base model were changed:** {changed}. They belong to **{mask.num_neurons} of "
-        f"{sum(mask.sizes.values())} neurons** of the layers through which the text enters. No other weight "
-        "differs from the base."
+        f"{sum(mask.sizes.values())} neurons** of the layers through which the text enters.{_KEPT[mask.ablation]} No "
+        "other weight differs from the base."
     ]
     if mask.forced_on_another_base:
         made_for = (mask.made_for and mask.made_for.name) or "an unknown base"

@@ -44,6 +44,7 @@ class MaskRecord:
         counts: layer -> pruned neurons.
         sizes: layer -> all neurons.
         scale: what their rows were multiplied by; 0 zeroed them.
+        ablation: what they still give: ``zero``, or their ``mean`` on ordinary captions, in the biases behind them.
         merge: how the prompts' neurons became one mask; None for a finished mask.
         preserve: how much the search favoured ordinary captions; None for a finished mask.
         search: how the neurons were searched; None for a finished mask.
@@ -57,6 +58,7 @@ class MaskRecord:
     counts: Mapping[str, int]
     sizes: Mapping[str, int]
     scale: float = 0.0
+    ablation: str = "zero"
     merge: str | None = None
     preserve: float | None = None
     search: str | None = None
@@ -68,7 +70,8 @@ class MaskRecord:
     @classmethod
     def of(cls, mask: "NeuronMask", **more: object) -> "MaskRecord":
         """The record of a mask, with the other attributes as given."""
-        return cls(mask.num_neurons, mask.counts, mask.sizes, **more)
+        ablation = "mean" if mask.shifts else "zero"
+        return cls(mask.num_neurons, mask.counts, mask.sizes, ablation=ablation, **more)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def _described(
 ) -> ExportReport:
     """What the export of a folder says of the single file that was made from it."""
     tensors, rows_of = folder_tensors(base, source.variant), pruning.mask.tensor_rows
-    rows = sum(len(rows_of[name]) for name in masked_tensors(pruning.mask, tensors).values())
+    rows = sum(len(rows_of.get(name, ())) for name in masked_tensors(pruning.mask, tensors).values())
     left_out = {} if source.single_file else _left_out(base, tensors.values())
     return replace(report, rows_changed={file.name: rows}, left_out={**report.left_out, **left_out}, base_sha256={})
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.means import POINTS
 from nemo_prune.progress import Stage
 from nemo_prune.settings import Plan
-from nemo_prune.stages.localize import WEIGHING_PROMPTS, weighs_neurons
+from nemo_prune.stages.localize import MEAN_PROMPTS, WEIGHING_PROMPTS, weighs_neurons
 from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
@@ -96,6 +97,7 @@ def passes_of_stages(
     seeds, verification = plan.settings.num_samples, plan.verification
     detection, calibration = num_prompts * seeds, num_ordinary * seeds
     weighing = WEIGHING_PROMPTS * _WEIGHING_PASSES if weighs_neurons(plan) else 0
+    weighing += MEAN_PROMPTS * POINTS if plan.ablation == "mean" else 0
     searching, merging = (num_prompts * _between(num_neurons, each[plan.merge]) for each in (_LOCALIZATION, _MERGING))
     cost = verification.cost_prompts * _COST_PASSES
     # Guidance takes two passes a step.

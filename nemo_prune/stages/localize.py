@@ -8,6 +8,7 @@ from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
+from nemo_prune.engine.means import attended_means
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
 from nemo_prune.progress import Listener, Stage
@@ -15,18 +16,25 @@ from nemo_prune.settings import Plan
 
 # Ordinary prompts that the neurons are weighed on.
 WEIGHING_PROMPTS = 8
+# Ordinary prompts that the neurons' means are taken on.
+MEAN_PROMPTS = 32
 
 
 def weigh_neurons(session: LocalSession, texts: Sequence[str], plan: Plan, listener: Listener) -> Preserve | None:
-    """What each neuron costs ordinary prompts; None where nobody minds.
+    """What ordinary prompts need of each neuron: its mean, where the plan keeps it, and what it costs them.
 
     Args:
-        session: the model.
+        session: the model; its suppressed neurons keep their means from now on.
         texts: ordinary prompts, of which a few are used.
         plan: says how much the search departs from the paper in favour of them.
         listener: hears the stage.
+
+    Returns:
+        The costs; None where nobody minds.
     """
     with listener.stage(Stage.WEIGH):
+        if plan.ablation == "mean" and texts:
+            session.keep_means(attended_means(session.predictor, texts[:MEAN_PROMPTS]))
         if not weighs_neurons(plan) or not texts:
             return None
         return Preserve(neuron_costs(session.predictor, texts[:WEIGHING_PROMPTS]), plan.preserve)

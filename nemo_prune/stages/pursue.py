@@ -6,7 +6,6 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from nemo_prune.engine.budget import CurvePoint, utility_curve, within
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
+from nemo_prune.engine.means import keeping_means
 from nemo_prune.engine.ordinary import walk_ordinary
 from nemo_prune.engine.pursuit import Copy, Pursuit, PursuitSettings, pursue
 from nemo_prune.engine.views import Seeds
@@ -68,7 +68,6 @@ def detect_corpus(localizer: Localizer, texts: Sequence[str]) -> list[PromptLoca
 
 
 def pursue_mask(
-    pipe: StableDiffusionPipeline,
     localizer: Localizer,
     examined: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
@@ -82,8 +81,7 @@ def pursue_mask(
     """A mask under which nothing copies: searched again for what comes back in images, or said what remains.
 
     Args:
-        pipe: the unpruned model.
-        localizer: the same with what is usual for it.
+        localizer: the unpruned model with what is usual for it.
         examined: the prompts.
         localizations: one per prompt.
         first: the mask of the paper's search, which is kept if nothing copies under it; None where there is none.
@@ -101,7 +99,7 @@ def pursue_mask(
     memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
     if not memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    looks = _CopyLooks(pipe, memorized, ordinary, training_images, plan.verification, work.looks)
+    looks = _CopyLooks(predictor, memorized, ordinary, training_images, plan.verification, work.looks)
     settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
@@ -200,14 +198,15 @@ class _CopyLooks:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline,
+        predictor: NoisePredictor,
         memorized: Sequence[Prompt],
         ordinary: Sequence[str],
         training_images: Mapping[str, Image.Image],
         verification: VerificationSettings,
         log_file: Path,
     ) -> None:
-        self._pipe, self._drawing, self._cut = pipe, Drawing.of(verification), verification.replication_cut
+        self._predictor, self._pipe = predictor, predictor.pipe
+        self._drawing, self._cut = Drawing.of(verification), verification.replication_cut
         first = verification.seed + _LOOP_SEED_STEP
         self._seeds, self._close_seeds = [first], range(first, first + _CLOSE_SEEDS)
         self._spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
@@ -244,7 +243,7 @@ class _CopyLooks:
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
         (sources, references), found = self._references, []
         texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
-        with apply_mask(self._pipe, mask):
+        with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
             similarities = self._similarity.compare(self._similarity.describe(images), references)

@@ -1,0 +1,105 @@
+"""Suppressed neurons that keep their mean: what ordinary captions need of them, and memorized ones do not.
+
+Attention weights sum to 1, so that a value neuron that is constant over the text adds a constant behind the attention.
+A suppressed neuron that outputs its mean on ordinary captions is therefore a zeroed row and a shift of the bias behind
+(mean ablation; as bias compensation in arXiv 2312.11983). Key neurons have no such form.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import predict_gated
+from nemo_prune.engine.memory import in_parts
+from nemo_prune.mask import NeuronMask, bias_behind
+
+# Points on the way of each caption from noise to image, and the seed of the ways.
+POINTS, _SEED = 8, 3001
+
+
+@torch.no_grad()
+def attended_means(predictor: NoisePredictor, texts: Sequence[str], at_once: int = 32) -> dict[str, Tensor]:
+    """What attention takes from each value neuron, the mean over places, captions and their ways from noise to image.
+
+    One sample pass a point.
+
+    Args:
+        predictor: the model; its value projections are searched.
+        texts: ordinary captions.
+        at_once: captions that go through the U-Net together.
+
+    Returns:
+        Dotted module name -> float32 [out_features], on the CPU.
+
+    Raises:
+        ModelError: the device's memory does not take a single sample.
+    """
+    scheduler = DDIMScheduler.from_config(predictor.pipe.scheduler.config, prediction_type="epsilon")
+    scheduler.set_timesteps(POINTS)
+    outputs, sums = _outputs(predictor), {}
+    first, open_gates = predictor.initial_latents(_SEED, len(texts)), torch.ones(1, sum(predictor.sizes.values()))
+
+    def walk(part: slice) -> dict[str, Tensor]:
+        taken = {name: torch.zeros(size, dtype=torch.float64) for name, size in predictor.sizes.items()}
+        handles = [output.register_forward_pre_hook(_adding_to(taken[name])) for name, output in outputs.items()]
+        try:
+            prompt_embeds, latents = predictor.encode(texts[part]), first[part].to(predictor.device)
+            for timestep in scheduler.timesteps:
+                timesteps = torch.full((len(latents),), int(timestep))
+                noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates.to(latents.device), timesteps)
+                latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+        finally:
+            for handle in handles:
+                handle.remove()
+        return taken
+
+    for taken in in_parts(walk, len(texts), at_once, "the model and one sample"):
+        for name, values in taken.items():
+            sums[name] = sums.get(name, 0) + values
+    return {name: (values / (len(texts) * POINTS)).float() for name, values in sums.items()}
+
+
+def keeping_means(
+    mask: NeuronMask, predictor: NoisePredictor, stored: Mapping[str, torch.dtype] | None = None
+) -> NeuronMask:
+    """A mask with the shifts that make of zeroed rows what the predictor's suppressed neurons output.
+
+    Args:
+        mask: value neurons.
+        predictor: the unpruned model, with its means; without them the mask is given back as it is.
+        stored: name of a bias -> dtype of it in the file. A shift is rounded so that the shifted bias is a number of
+            this dtype: then a file and a live model of higher precision have the same.
+    """
+    if predictor.means is None:
+        return mask
+    parameters = dict(predictor.pipe.unet.named_parameters())
+    weights = {name: output.weight.detach().cpu().double() for name, output in _outputs(predictor).items()}
+    shifts = {
+        bias_behind(name): weights[name][:, pruned] @ predictor.means[name][pruned].double()
+        for name, pruned in mask.layers.items()
+        if pruned.any()
+    }
+    for name, dtype in (stored or {}).items():
+        if name in shifts:
+            bias = parameters[name].detach().cpu().double()
+            shifts[name] = (bias + shifts[name]).to(dtype).double() - bias
+    return replace(mask, shifts={name: shift.float() for name, shift in shifts.items()})
+
+
+def _adding_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that adds up a module's input, the mean over places, over all samples; it leaves the input as it is."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        total.add_(inputs[0].double().mean(dim=1).sum(dim=0).cpu())
+
+    return hook
+
+
+def _outputs(predictor: NoisePredictor) -> dict[str, nn.Linear]:
+    """Dotted module name of a value projection -> the projection behind its attention."""
+    unet = predictor.pipe.unet
+    return {name: unet.get_submodule(bias_behind(name).removesuffix(".bias")) for name in predictor.layers}
