@@ -26,9 +26,10 @@ def main() -> None:
     if arguments.localization:
         _renew("figures.md", [_titled("Localization", given, localization_table) for given in arguments.localization])
     if arguments.merging:
-        figures = {
-            name: ways for file in arguments.merging for name, ways in json.loads(Path(file).read_text()).items()
-        }
+        figures: dict[str, dict] = {}
+        for file in arguments.merging:
+            for name, ways in json.loads(Path(file).read_text()).items():
+                figures.setdefault(Path(name).name, {}).update(ways)
         _renew("masks.md", [merging_table(figures)])
 
 

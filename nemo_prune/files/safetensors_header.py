@@ -74,6 +74,24 @@ def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str]) 
         shutil.copyfileobj(reader, writer, 1 << 20)
 
 
+def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put other metadata of the same length into a file, in place.
+
+    Raises:
+        ValueError: they are longer or shorter.
+        OSError: the file can't be written.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header.pop(_METADATA, None)
+        encoded = encode_header({_METADATA: dict(metadata), **header})
+        if len(encoded) != length:
+            raise ValueError(f"metadata of {path.name} take {len(encoded) - length:+} bytes")
+        file.seek(8)
+        file.write(encoded)
+
+
 def encode_header(header: Mapping[str, object]) -> bytes:
     """A header as it stands in a file, padded so that the data begin at a multiple of 8."""
     encoded = json.dumps(header, separators=(",", ":")).encode()

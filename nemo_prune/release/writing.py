@@ -7,7 +7,7 @@ tensor.
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +31,16 @@ from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout, has_ending
 from nemo_prune.files.pictures import save_layer_bars
-from nemo_prune.files.safetensors_header import copy_with_metadata, read_metadata
+from nemo_prune.files.safetensors_header import copy_with_metadata, read_metadata, replace_metadata
 from nemo_prune.files.staging import check_release_target, staged_folder, sync, writing
 from nemo_prune.mask import Pruning
 from nemo_prune.models.source import ModelSource
 from nemo_prune.models.validation import check_loads
 from nemo_prune.release.card import model_card
 from nemo_prune.release.record import Record
+
+# A sha256 takes its place in a header when it is known.
+_NOT_YET = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -145,15 +148,18 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease,
     report = replace(report, left_out={**source.left_out, **report.left_out}, notes=_notes(source, file is None))
     if file is None:
         return report
-    if source.single_file and has_ending(source.single_file, SAFETENSORS):
-        report = _patch_copy(source.single_file, pruning, file)
-    else:
-        with writing(file):
-            metadata = written_metadata(FORMAT_ONLY, source.digest, pruning)
-            write_single_file(source.files, source.variant, file, metadata)
-        patch_single_file(file, pruning)
-        report = _described(report, source, source.files, pruning, file)
+    # A file is hashed while another thing is done with it: that takes as long as to read and write it.
     with ThreadPoolExecutor(max_workers=1) as beside:
+        if source.single_file and has_ending(source.single_file, SAFETENSORS):
+            report = _patch_copy(source.single_file, pruning, file, beside)
+        else:
+            digest = beside.submit(lambda: source.digest)
+            with writing(file):
+                metadata = written_metadata(FORMAT_ONLY, _NOT_YET, pruning)
+                write_single_file(source.files, source.variant, file, metadata)
+            patch_single_file(file, pruning)
+            replace_metadata(file, written_metadata(FORMAT_ONLY, digest.result(), pruning))
+            report = _described(report, source, source.files, pruning, file)
         hashed = beside.submit(file_hash, file)
         check_single_file(file, source.files, source.variant, pruning)
         hashes = {file.name: hashed.result()}
@@ -190,11 +196,13 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f".{out.name}.{what}")
 
 
-def _patch_copy(base: Path, pruning: Pruning, out: Path) -> ExportReport:
-    base_hash = file_hash(base)
+def _patch_copy(base: Path, pruning: Pruning, out: Path, beside: Executor) -> ExportReport:
+    hashed = beside.submit(file_hash, base)
     kept, dropped = cleaned_metadata(read_metadata(base), tensors_changed=True)
-    copy_with_metadata(base, out, written_metadata(kept, base_hash, pruning))
+    copy_with_metadata(base, out, written_metadata(kept, _NOT_YET, pruning))
     rows, averages = patch_single_file(out, pruning)
+    base_hash = hashed.result()
+    replace_metadata(out, written_metadata(kept, base_hash, pruning))
     notes = ["The tensors are the base's, byte for byte, but for the rows that were changed."]
     if averages:
         notes.append(
