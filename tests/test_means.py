@@ -149,6 +149,7 @@ def test_diff_accounts_for_the_very_shift_and_for_no_other(model_folder, mask, t
         bias_behind(name) for name in mask.layers
     }
     assert all(each.expected for each in found)
+    assert {each.tensor for each in found if each.what == "shifted"} == mask.shifts.keys()
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     tensors[BIAS][0] += 1
     save_file(tensors, tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})

@@ -1,7 +1,6 @@
 """What differs between a base and a pruned model: every file, every tensor, every row."""
 
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +29,7 @@ class Difference:
     Attributes:
         file: relative to the folders, or the name of the single file.
         what: ``left out`` of the base's, ``added``, ``changed`` as a whole, ``rows`` of a tensor or ``metadata``
-            changed, or ``unpruned rows`` of the base in it.
+            changed, a bias ``shifted`` as the mask says, or ``unpruned rows`` of the base in it.
         tensor: its name, where a tensor differs.
         rows: the rows that differ.
         expected: whether a mask accounts for it: masked rows alone, a bias that it shifts, or a file that belongs to a
@@ -39,7 +38,7 @@ class Difference:
     """
 
     file: str
-    what: Literal["left out", "added", "changed", "rows", "metadata", "unpruned rows"]
+    what: Literal["left out", "added", "changed", "rows", "shifted", "metadata", "unpruned rows"]
     tensor: str | None = None
     rows: tuple[int, ...] = ()
     expected: bool = False
@@ -123,19 +122,30 @@ def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> 
     mask = mask if name.startswith("unet/") else None
     for tensor, stored in before.items():
         contents = stored_tensor(base, stored), stored_tensor(out, after[tensor])
-        if rows := differing_rows(*contents):
-            yield Difference(name, "rows", tensor, rows, expected=_is_masked(mask, tensor, rows, *contents))
+        if found := _changed(mask, tensor, *contents):
+            yield Difference(name, tensor=tensor, **found)
 
 
-def _is_masked(
-    mask: NeuronMask | None, tensor: str, rows: Collection[int], before: TensorBytes, after: TensorBytes
-) -> bool:
-    """Whether a mask accounts for a difference: it prunes the rows, or its shift gives the very bias."""
-    if mask is None:
-        return False
-    if tensor in mask.shifts and len(mask.shifts[tensor]) == math.prod(before.shape):
-        return equal_bytes(with_shift(before, mask.shifts[tensor]), after)
-    return set(rows) <= set(mask.tensor_rows.get(tensor, ()))
+def _changed(mask: NeuronMask | None, tensor: str, before: TensorBytes, after: TensorBytes) -> dict | None:
+    """How a tensor differs, and whether a mask accounts for it: it prunes the rows, or its shift gives the very bias.
+
+    Args:
+        mask: the mask, if there is one.
+        tensor: its name in a diffusers folder; empty where no mask touches it.
+        before: the base's.
+        after: the pruned model's.
+
+    Returns:
+        Attributes of a :class:`Difference`; None where both are the same.
+    """
+    rows = differing_rows(before, after)
+    if not rows:
+        return None
+    shift = mask.shifts.get(tensor) if mask else None
+    if shift is not None and before.shape == tuple(shift.shape) and equal_bytes(with_shift(before, shift), after):
+        return {"what": "shifted", "expected": True}
+    pruned = mask.tensor_rows.get(tensor, ()) if mask else ()
+    return {"what": "rows", "rows": rows, "expected": set(rows) <= set(pruned)}
 
 
 def _metadata_fits(base: Path, out: Path) -> bool:
@@ -179,9 +189,8 @@ def _diff_single(base: Path, out: Path, mask: NeuronMask | None, variant: str | 
             yield Difference(what="added", **where)
         elif _form(before[name].content) != _form(after[name].content):
             yield Difference(what="changed", **where)
-        elif rows := differing_rows(before[name].content, after[name].content):
-            expected = _is_masked(mask, masked.get(name, ""), rows, before[name].content, after[name].content)
-            yield Difference(what="rows", rows=rows, expected=expected, **where)
+        elif found := _changed(mask, masked.get(name, ""), before[name].content, after[name].content):
+            yield Difference(**found, **where)
 
 
 def _tensors(path: Path, variant: str | None) -> dict[str, _Named]:

@@ -23,7 +23,7 @@ def diff(
     variant: VariantOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List every file, tensor and row that differs; exit code 1 if anything but masked rows does.
+    """List every file, tensor and row that differs; exit code 1 if anything does that no mask accounts for.
 
     Both models may be folders or single files, in any pairing.
 
@@ -50,7 +50,7 @@ def diff(
             typer.echo(printable(f"{each.file}: {what}{layer}{rows}{mark}"))
         typer.echo(
             f"{len(unexpected)} differences that no mask accounts for." if unexpected
-            else "Nothing but masked rows differs, apart from the files that a release adds or leaves out."
+            else "Nothing but what the mask prunes differs, apart from the files that a release adds or leaves out."
         )  # fmt: skip
     raise typer.Exit(1 if unexpected else 0)
 
