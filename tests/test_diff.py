@@ -43,7 +43,9 @@ def diff(base, out, *options):
 def test_a_release_differs_in_the_masked_rows_alone(model_folder, out):
     result = diff(model_folder, out)
     assert result.exit_code == 0, result.output
-    assert f"{WEIGHTS}: {MID}.weight rows 1, 6\n" in result.stdout and "Nothing but what the mask prunes" in result.stdout
+    assert (
+        f"{WEIGHTS}: {MID}.weight rows 1, 6\n" in result.stdout and "Nothing but what the mask prunes" in result.stdout
+    )
     shown = json.loads(diff(model_folder, out, "--json").stdout)
     assert shown["unexpected"] == 0 and [each["file"] for each in shown["differences"]] == [
         "nemo_prune/mask.safetensors", WEIGHTS,

@@ -104,18 +104,17 @@ def test_a_fall_in_similarity_to_another_caption_is_divided_too(tiny):
 
 
 def test_as_few_neurons_are_added_as_images_need_and_none_for_a_caption_that_copies_no_more(tiny):
-    corpus = gather_corpus(tiny, ["a", "b"], ["c", "d"], Seeds.draw(tiny), 0.5)
     states, first, asked = walk_ordinary(tiny, ["e", "f"], 2, 7), all_neurons(tiny.sizes)[:2], []
+    needed = {"a": 13, "b": 5, "an ordinary one": 17}
 
     def looks(mask, prompts=None):
         asked.append(tuple(prompts))
-        needed = {"a": 13, "b": 5}
         return [Copy(prompt, "b", 1.0) for prompt in prompts if mask.num_neurons < needed[prompt]]
 
     copied = [Copy("a", "b", 1.0), Copy("b", "b", 1.0), Copy("an ordinary one", "a", 1.0)]
-    found = pursuit.complete_for(tiny, corpus, states, first, copied, looks)
-    assert found[:2] == first and len(found) == len(set(found)) == 13
-    assert asked.count(("b",)) == 1 and set(asked) == {("a",), ("b",)}
+    found = pursuit.complete_for(tiny, states, Seeds.draw(tiny), first, copied, looks)
+    assert found[:2] == first and len(found) == len(set(found)) == 17
+    assert asked.count(("b",)) == 1 and set(asked) == {(name,) for name in needed}
 
 
 @pytest.mark.parametrize(("resemblance", "added"), [(-0.2, 6), (0.1, 2)])

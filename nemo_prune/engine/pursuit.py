@@ -15,7 +15,7 @@ from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change, walk_ordinary
 from nemo_prune.engine.reopening import ReopeningSettings, reopen
 from nemo_prune.engine.settling import Jury, complete, costs_of_completing, first_enough, most_worth
-from nemo_prune.engine.views import Seeds
+from nemo_prune.engine.views import Seeds, observe
 from nemo_prune.errors import SettingsError
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
@@ -87,8 +87,7 @@ class Looks(Protocol):
 
         Args:
             mask: the neurons to prune.
-            prompts: memorized captions that are looked at closely, on further seeds; a look at all captions unless
-                given.
+            prompts: captions that are looked at closely, on further seeds; a look at all captions unless given.
         """
 
 
@@ -159,9 +158,9 @@ def pursue(
         copies: draws images under a mask and says what copied.
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
-        first: the mask of another search, which stands for the first round's. If nothing copies under it there is
-            nothing to pursue, and no round is made. Else it is completed for the captions that copied, as long as
-            those are others than it was completed for before; only then is another one searched.
+        first: the mask of another search. If nothing copies under it there is nothing to pursue, and no round is made.
+            Else it is completed for what copied, as long as that is other captions than it was completed for before;
+            only then is another one searched.
     """
     copied = () if first is None else copies(first)
     if first is not None and not copied:
@@ -169,37 +168,65 @@ def pursue(
     watched, walked = ordinary[: settings.watched], ordinary[settings.watched :][: settings.walked]
     states = walk_ordinary(predictor, walked or watched, settings.points, settings.seed)
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
-    strictness = dict.fromkeys(prompts, 0.0)
     rounds: list[Round] = []
-    came_back: set[str] = set()
-    completed_for: set[str] = set()
-    while True:
+    if first is not None:
+        rounds += completed_rounds(predictor, states, seeds, first, copied, copies, settings.rounds)
+    strictness = dict.fromkeys(prompts, 0.0)
+    while not rounds or (rounds[-1].copies and len(rounds) <= settings.rounds):
         passes_before = predictor.sample_passes
+        came_back = {name for copy in rounds[-1].copies for name in (copy.prompt, copy.source)} if rounds else set()
+        if came_back := sorted(came_back & set(prompts)):
+            strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}
+            last = rounds[-1].mask
+            seeds += seeds_that_show(predictor, came_back, watched, last, threshold, settings, len(rounds))
         corpus = gather_corpus(predictor, prompts, watched, seeds, threshold, strictness)
-        if first is not None and not rounds:
-            mask = first
-        else:
-            if first is not None and came_back - completed_for:
-                completed_for |= came_back
-                neurons = complete_for(predictor, corpus, states, mask.neurons, rounds[-1].copies, copies)
-            else:
-                neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
-            mask = NeuronMask.from_neurons(neurons, predictor.sizes)
-            copied = copies(mask)
+        neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
+        mask = NeuronMask.from_neurons(neurons, predictor.sizes)
         passes = predictor.sample_passes - passes_before
-        rounds.append(_look_at(predictor, corpus, states, mask, copied, passes))
-        came_back = {name for copy in rounds[-1].copies for name in (copy.prompt, copy.source)} & set(prompts)
-        if not came_back or len(rounds) > settings.rounds:
-            return Pursuit(tuple(rounds))
-        for prompt in came_back:
-            strictness[prompt] += settings.strictness
-        seeds = seeds + seeds_that_show(predictor, sorted(came_back), watched, mask, threshold, settings, len(rounds))
+        rounds.append(_look_at(predictor, corpus, states, mask, copies(mask), passes))
+    return Pursuit(tuple(rounds))
+
+
+def completed_rounds(
+    predictor: NoisePredictor,
+    states: OrdinaryStates,
+    seeds: Seeds,
+    first: NeuronMask,
+    copied: Sequence[Copy],
+    looks: Looks,
+    most: int,
+) -> list[Round]:
+    """A mask that is completed until nothing copies, or nothing but what it was completed for already.
+
+    Images decide; what is gone by its noise predictions is not asked.
+
+    Args:
+        predictor: the model.
+        states: points on ordinary captions' ways.
+        seeds: on which it is asked what neurons do.
+        first: the mask.
+        copied: what copied under it.
+        looks: draws images under a mask and says what copied.
+        most: how often it is completed at most.
+    """
+    mask, done, passes_before = first, set(), predictor.sample_passes
+    rounds: list[Round] = []
+    while True:
+        change = mean_change(predictor, states, mask.neurons)
+        rounds.append(Round(mask, change, (), (), tuple(copied), predictor.sample_passes - passes_before))
+        passes_before, copying = predictor.sample_passes, {copy.prompt for copy in copied}
+        if copying <= done or len(rounds) > most:
+            return rounds
+        done |= copying
+        neurons = complete_for(predictor, states, seeds, mask.neurons, copied, looks)
+        mask = NeuronMask.from_neurons(neurons, predictor.sizes)
+        copied = looks(mask)
 
 
 def complete_for(
     predictor: NoisePredictor,
-    corpus: Corpus,
     states: OrdinaryStates,
+    seeds: Seeds,
     neurons: Sequence[Neuron],
     copied: Sequence[Copy],
     looks: Looks,
@@ -208,25 +235,24 @@ def complete_for(
 
     Args:
         predictor: the model.
-        corpus: what captions are judged against.
         states: points on ordinary captions' ways.
+        seeds: on which it is asked what neurons do.
         neurons: of the mask, which all stay.
-        copied: what copied under it.
+        copied: what copied under it: memorized captions, and ordinary ones that call a picture up.
         looks: draws images under a mask and says what copied.
     """
     suppressed, cost = list(neurons), costs_of_completing(predictor, states)
-    places = {prompt: place for place, prompt in enumerate(corpus.memorized.prompts)}
+    names = list(dict.fromkeys(name for copy in copied for name in (copy.prompt, copy.source)))
+    views = observe(predictor, names, seeds)
     for copy in copied:
-        if copy.prompt not in places:
-            continue
 
         def are_enough(more: Sequence[Neuron], copy: Copy = copy, suppressed: Sequence[Neuron] = suppressed) -> bool:
             return not looks(NeuronMask.from_neurons([*suppressed, *more], predictor.sizes), [copy.prompt])
 
         if are_enough(()):
             continue
-        position, source = places[copy.prompt], places[copy.source]
-        waiting = most_worth(predictor, corpus.memorized, position, source, suppressed, cost)
+        position, source = names.index(copy.prompt), names.index(copy.source)
+        waiting = most_worth(predictor, views, position, source, suppressed, cost)
         suppressed = [*suppressed, *first_enough(waiting, are_enough)]
     return suppressed
 

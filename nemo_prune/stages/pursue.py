@@ -6,6 +6,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.copies import StructuralSimilarity
 from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
-from nemo_prune.proof.images import as_compared
+from nemo_prune.proof.images import as_compared, copy_similarities
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
@@ -190,7 +191,7 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
 class _CopyLooks:
     """Draws images under a mask and says what copies: a training image, or the base's own where none is known.
 
-    By the yardstick of the evidence, which takes more for copies than the one of the images before and after.
+    By either yardstick: that of the evidence, and that of the images before and after.
 
     One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
     copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
@@ -219,6 +220,7 @@ class _CopyLooks:
             "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
             "drawing": to_json(self._drawing),
             "cut": self._cut,
+            "yardsticks": "either",
             "seeds": list(self._close_seeds),
         }
         self._log = LineLog(log_file, depends_on)
@@ -235,18 +237,19 @@ class _CopyLooks:
         return self._seen[look]
 
     @cached_property
-    def _references(self) -> tuple[list[str], Tensor]:
-        """Captions and what is compared of their training images, or of the unpruned model's where none is known."""
+    def _references(self) -> tuple[list[str], list[Image.Image], Tensor]:
+        """Captions, their training images or else the unpruned model's, and what is compared of these."""
         pictures = self._known or {text: images[0] for text, images in self._draw(self._spread, self._seeds).items()}
-        return list(pictures), self._similarity.describe(list(pictures.values()))
+        return list(pictures), list(pictures.values()), self._similarity.describe(list(pictures.values()))
 
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
-        (sources, references), found = self._references, []
+        (sources, pictures, described), found = self._references, []
         texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
         with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
-            similarities = self._similarity.compare(self._similarity.describe(images), references)
+            by_structure = self._similarity.compare(self._similarity.describe(images), described)
+            similarities = torch.maximum(by_structure, copy_similarities(images, pictures))
             share = float((similarities.amax(dim=1) >= self._cut).float().mean())
             if share:
                 found.append(Copy(text, sources[int(similarities.amax(dim=0).argmax())], share))
