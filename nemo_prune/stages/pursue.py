@@ -33,9 +33,7 @@ from nemo_prune.settings import Plan, VerificationSettings
 # Seeds of what the final proof must not have seen.
 _JUDGE_SEED, _LOOP_SEED_STEP = 4001, 1000
 # Images of a caption that copied, when a mask is completed for it.
-_CLOSE_SEEDS = 4
-# By how much they must stay below the cut: other seeds come out a little higher.
-_ROOM = 0.05
+_CLOSE_SEEDS = 8
 # Images of every caption under a mask that is not the first.
 _SEEDS_AGAIN = 2
 FRESH_SEEDS, WATCHED = 5, 16
@@ -226,7 +224,7 @@ class _CopyLooks:
             "shown": text_hash(self._shown),
             "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
             "drawing": to_json(self._drawing),
-            "cut": [self._cut, _ROOM],
+            "cut": self._cut,
             "yardsticks": "either",
             "seeds": [len(self._seeds), len(self._seeds_again), *self._close_seeds],
         }
@@ -252,16 +250,15 @@ class _CopyLooks:
 
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
         (sources, pictures, described), found = self._references, []
-        texts, cut = self._shown, self._cut
-        seeds = self._seeds if mask.digest == self._first_mask else self._seeds_again
+        texts, seeds = self._shown, self._seeds if mask.digest == self._first_mask else self._seeds_again
         if prompts is not None:
-            texts, cut, seeds = prompts, self._cut - _ROOM, self._close_seeds
+            texts, seeds = prompts, self._close_seeds
         with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
             by_structure = self._similarity.compare(self._similarity.describe(images), described)
             similarities = torch.maximum(by_structure, copy_similarities(images, pictures))
-            share = float((similarities.amax(dim=1) >= cut).float().mean())
+            share = float((similarities.amax(dim=1) >= self._cut).float().mean())
             if share:
                 found.append(Copy(text, sources[int(similarities.amax(dim=0).argmax())], share))
         return found
