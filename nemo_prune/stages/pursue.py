@@ -33,9 +33,7 @@ from nemo_prune.settings import Plan, VerificationSettings
 # Seeds of what the final proof must not have seen.
 _JUDGE_SEED, _LOOP_SEED_STEP = 4001, 1000
 # Images of a caption that copied, when a mask is completed for it.
-_CLOSE_SEEDS = 8
-# Images of every caption under a mask that is not the first.
-_SEEDS_AGAIN = 2
+_CLOSE_SEEDS = 4
 FRESH_SEEDS, WATCHED = 5, 16
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
@@ -195,9 +193,8 @@ class _CopyLooks:
 
     By either yardstick: that of the evidence, and that of the images before and after.
 
-    One image of each caption is enough to see that a mask leaves copies. Where it does, two are drawn of each under the
-    masks that follow, and some more of captions that copied. How many copies a mask leaves is measured at the end, on
-    other latents. What was seen is kept in a log.
+    One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
+    copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
     """
 
     def __init__(
@@ -212,9 +209,7 @@ class _CopyLooks:
         self._predictor, self._pipe = predictor, predictor.pipe
         self._drawing, self._cut = Drawing.of(verification), verification.replication_cut
         first = verification.seed + _LOOP_SEED_STEP
-        self._seeds, self._close_seeds = range(first, first + 1), range(first, first + _CLOSE_SEEDS)
-        self._seeds_again = range(first, first + _SEEDS_AGAIN)
-        self._first_mask: str | None = None
+        self._seeds, self._close_seeds = [first], range(first, first + _CLOSE_SEEDS)
         self._spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
         self._shown = [*self._spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
@@ -226,7 +221,7 @@ class _CopyLooks:
             "drawing": to_json(self._drawing),
             "cut": self._cut,
             "yardsticks": "either",
-            "seeds": [len(self._seeds), len(self._seeds_again), *self._close_seeds],
+            "seeds": list(self._close_seeds),
         }
         self._log = LineLog(log_file, depends_on)
         self._seen = {
@@ -236,7 +231,6 @@ class _CopyLooks:
 
     def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
         look = mask.digest, tuple(prompts or ())
-        self._first_mask = self._first_mask or mask.digest
         if look not in self._seen:
             self._seen[look] = self._copies(mask, prompts)
             self._log.append({"mask": look[0], "prompts": look[1], "copies": to_json(self._seen[look])})
@@ -250,9 +244,7 @@ class _CopyLooks:
 
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
         (sources, pictures, described), found = self._references, []
-        texts, seeds = self._shown, self._seeds if mask.digest == self._first_mask else self._seeds_again
-        if prompts is not None:
-            texts, seeds = prompts, self._close_seeds
+        texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
         with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
