@@ -21,12 +21,14 @@ from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import closed_gates, predict_gated
 from nemo_prune.engine.means import attended_means, keeping_means
 from nemo_prune.errors import MaskError, ModelError, OutputError, SettingsError
+from nemo_prune.facts import MaskFacts
 from nemo_prune.mask import Neuron, NeuronMask, Pruning, bias_behind
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
 from nemo_prune.proof.changed_rows import changed_rows
 from nemo_prune.proof.hardening import pruned_copy
 from nemo_prune.proof.utility import random_rows
+from nemo_prune.release.mask_card import mask_card
 from nemo_prune.settings import LocalizationSettings, Plan
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -115,6 +117,11 @@ def test_what_is_exported_predicts_what_was_suppressed_to_the_last_bit(tmp_path,
     zeroed = SuppressedPredictions.of(pipe, SETTINGS, Pruning(NeuronMask(mask.layers)), ["a cat"])
     with pytest.raises(ModelError, match="do not predict"):
         check_pruned_equals_suppressed(zeroed, pruned)
+
+
+def test_the_card_of_a_mask_says_that_means_are_kept(mask):
+    cards = [mask_card(each, MaskFacts(), "me/mask") for each in (mask, NeuronMask(mask.layers))]
+    assert ["keeps its mean" in card for card in cards] == [True, False]
 
 
 def test_a_mask_file_keeps_the_shifts_and_a_damaged_one_is_refused(mask, tmp_path):

@@ -40,8 +40,8 @@ def attended_means(predictor: NoisePredictor, texts: Sequence[str], at_once: int
     """
     scheduler = DDIMScheduler.from_config(predictor.pipe.scheduler.config, prediction_type="epsilon")
     scheduler.set_timesteps(POINTS)
-    outputs, sums = _outputs(predictor), {}
-    first, open_gates = predictor.initial_latents(_SEED, len(texts)), torch.ones(1, sum(predictor.sizes.values()))
+    outputs, first = _outputs(predictor), predictor.initial_latents(_SEED, len(texts))
+    open_gates = torch.ones(1, sum(predictor.sizes.values()), device=predictor.device)
 
     def walk(part: slice) -> dict[str, Tensor]:
         taken = {name: torch.zeros(size, dtype=torch.float64) for name, size in predictor.sizes.items()}
@@ -50,17 +50,15 @@ def attended_means(predictor: NoisePredictor, texts: Sequence[str], at_once: int
             prompt_embeds, latents = predictor.encode(texts[part]), first[part].to(predictor.device)
             for timestep in scheduler.timesteps:
                 timesteps = torch.full((len(latents),), int(timestep))
-                noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates.to(latents.device), timesteps)
+                noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates, timesteps)
                 latents = scheduler.step(noise_pred, timestep, latents).prev_sample
         finally:
             for handle in handles:
                 handle.remove()
         return taken
 
-    for taken in in_parts(walk, len(texts), at_once, "the model and one sample"):
-        for name, values in taken.items():
-            sums[name] = sums.get(name, 0) + values
-    return {name: (values / (len(texts) * POINTS)).float() for name, values in sums.items()}
+    parts = in_parts(walk, len(texts), at_once, "the model and one sample")
+    return {name: (sum(part[name] for part in parts) / (len(texts) * POINTS)).float() for name in outputs}
 
 
 def keeping_means(
@@ -94,7 +92,7 @@ def _adding_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]
     """A hook that adds up a module's input, the mean over places, over all samples; it leaves the input as it is."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        total.add_(inputs[0].double().mean(dim=1).sum(dim=0).cpu())
+        total.add_(inputs[0].float().mean(dim=1).sum(dim=0).cpu())
 
     return hook
 

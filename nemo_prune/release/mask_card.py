@@ -52,4 +52,9 @@ def mask_card(mask: NeuronMask, facts: MaskFacts, repo_id: str) -> str:
         "## Neurons",
         table(("layer", "pruned", "of"), [*counts, ("all", mask.num_neurons, sum(mask.sizes.values()))]),
     ]
+    if mask.shifts:
+        parts.append(
+            "Each keeps its mean on ordinary captions: the mask also says by how much the biases behind these layers "
+            "are shifted."
+        )
     return "\n\n".join(parts) + "\n"
