@@ -1,6 +1,7 @@
 """README, docs, --help, examples and code agree where it can be checked."""
 
 import doctest
+import functools
 import re
 import runpy
 import sys
@@ -98,11 +99,13 @@ def test_the_readme_and_the_packages_docstring_have_the_same_example():
 
 @pytest.mark.slow
 def test_the_example_in_the_packages_docstring_does_what_it_says(tmp_path, monkeypatch):
-    """With fewer ordinary captions to calibrate on."""
+    """With fewer ordinary captions to calibrate on, and fewer images in fewer steps."""
     monkeypatch.chdir(tmp_path)
     ordinary = nemo_prune.ordinary_captions("demo")
     few = replace(ordinary, texts=ordinary.texts[:MIN_CALIBRATION_PROMPTS])
     monkeypatch.setattr(nemo_prune, "ordinary_captions", lambda model: few)
+    quick = functools.partial(nemo_prune.VerificationSettings, num_inference_steps=5, ordinary_images=1)
+    monkeypatch.setattr(nemo_prune, "VerificationSettings", quick)
     found = doctest.testmod(nemo_prune)
     assert found.attempted and not found.failed
 

@@ -27,7 +27,7 @@ from nemo_prune.stages.verify import gather_evidence
 pytestmark = pytest.mark.slow
 
 SETTINGS = EvidenceSettings(
-    budget=3000,
+    budget=1500,
     parts=("replication", "attack"),
     drawing=Drawing("ddim", 20, DEMO.guidance_scale),
     most_rounds=1,
