@@ -274,8 +274,7 @@ class Comparison:
     def measure(self, way: Way) -> dict:
         """Every row of the table for one way."""
         neurons = way.mask.neurons if way.mask is not None else ()
-        scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale)
-        scaled.means = self.predictor.means
+        scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale, means=self.predictor.means)
         with replaced_weights(self.predictor, way.weights or {}):
             verdicts = judge(scaled, self.corpus, neurons)
             ordinary = judge_ordinary(scaled, self.corpus, neurons)

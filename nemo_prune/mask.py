@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -141,6 +141,11 @@ class NeuronMask:
             for tensor in tensor_names(layer)
             if pruned.any()
         }
+
+    @property
+    def touched(self) -> KeysView[str]:
+        """Names of the stored tensors that pruning changes: those with pruned rows, then shifted biases."""
+        return {**self.tensor_rows, **self.shifts}.keys()
 
     @property
     def digest(self) -> str:

@@ -53,7 +53,7 @@ def export_files(files: CheckpointFiles, pruning: Pruning, out: Path, hashed: bo
         for path in files.kept:
             target, name = out / path, path.as_posix()
             target.parent.mkdir(parents=True, exist_ok=True)
-            is_pruned = bool((rows.keys() | shifts.keys()) & headers.get(path, {}).keys())
+            is_pruned = not pruning.mask.touched.isdisjoint(headers.get(path, {}))
             before[name], gone = copy_published(files.folder, path, target, is_pruned, hashed)
             if gone:
                 dropped[name] = gone

@@ -25,7 +25,7 @@ def tensor_digests(base: CheckpointFiles, mask: NeuronMask) -> Digests:
     Returns:
         Tensor name -> ``DTYPE:sha256`` of its bytes as stored and as cast to float16 and bfloat16, sorted.
     """
-    touched = mask.tensor_rows.keys() | mask.shifts.keys()
+    touched = mask.touched
     digests: dict[str, set[str]] = {}
     for path in base.unet_weights:
         for name, stored in read_header(base.folder / path).items():

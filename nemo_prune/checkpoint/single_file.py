@@ -107,7 +107,7 @@ def masked_tensors(mask: NeuronMask, names: Collection[str]) -> dict[str, str]:
     Returns:
         Name in the file, of the plain weights or their average -> name in a diffusers folder.
     """
-    plain = layer_names({**mask.tensor_rows, **mask.shifts}, names)
+    plain = layer_names(mask.touched, names)
     copies = {ldm_name: name for name, ldm_name in plain.items()}
     copies |= {ema_name(ldm_name): name for name, ldm_name in plain.items()}
     return {copy: name for copy, name in copies.items() if copy in names}
@@ -126,8 +126,8 @@ def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
     stored, pruned, shifts = read_header(file), pruning.mask.tensor_rows, pruning.mask.shifts
     copies = masked_tensors(pruning.mask, stored)
     for layer in pruning.mask.layers:
-        weight = tensor_names(layer)[0]
-        if weight in pruned and not {weight, *shifts.keys() & {bias_behind(layer)}} <= set(copies.values()):
+        needed = pruning.mask.touched & {tensor_names(layer)[0], bias_behind(layer)}
+        if not needed <= set(copies.values()):
             raise MaskError(f"Mask layer `{layer}` is not in the single file. Is it another model's?")
     for copy, name in copies.items():
         check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, pruning.mask)

@@ -31,7 +31,6 @@ class LocalSession(Session):
         pipe: the model.
         predictor: predicts noise.
         scorer: scores prompts.
-        means: what suppressed neurons output, dotted module name -> [out_features]; None where that is 0.
     """
 
     def __init__(self, source: ModelSource, options: ModelOptions, settings: LocalizationSettings) -> None:
@@ -40,7 +39,6 @@ class LocalSession(Session):
         self.pipe = load_pipeline(source.folder, self.device, self.dtype, source.variant)
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
         self._reference = self._float32()
-        self.means: Mapping[str, Tensor] | None = None
         self.scorer = self.scorer_of(self.predictor)
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
@@ -53,24 +51,22 @@ class LocalSession(Session):
         """
         reference = None
         if self._reference is not None:
-            reference = NoisePredictor(self._reference, self.settings, self.options.batch_size, predictor.scale)
-            reference.means = predictor.means
+            batch_size = self.options.batch_size
+            reference = NoisePredictor(self._reference, self.settings, batch_size, predictor.scale, predictor.means)
         return Scorer(predictor, reference, self.options.margin_of_dtype)
 
     def keep_means(self, means: Mapping[str, Tensor]) -> None:
         """Let suppressed neurons output their means from now on, see :mod:`nemo_prune.engine.means`."""
-        self.means = self.predictor.means = means
+        self.predictor.means = means
         self.scorer = self.scorer_of(self.predictor)
 
     def predictor_at(self, scale: float) -> NoisePredictor:
         """A predictor whose suppressed neurons are multiplied by a number, or give what this session's give."""
-        predictor = NoisePredictor(self.pipe, self.settings, self.predictor.batch_size, scale)
-        predictor.means = self.means
-        return predictor
+        return NoisePredictor(self.pipe, self.settings, self.predictor.batch_size, scale, self.predictor.means)
 
     def results_header(self, threshold: float) -> ResultsHeader:
         """What localizations depend on."""
-        return replace(super().results_header(threshold), ablation="zero" if self.means is None else "mean")
+        return replace(super().results_header(threshold), ablation="zero" if self.predictor.means is None else "mean")
 
     def _float32(self) -> StableDiffusionPipeline | None:
         """The same model in float32, without what draws: it decides what is too close for the lower precision."""

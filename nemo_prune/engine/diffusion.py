@@ -131,6 +131,7 @@ class NoisePredictor:
             processor's vectors, as those of published models do. Halved where memory is short.
             By default those of two prompts, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
+        means: dotted module name -> what suppressed neurons output instead of 0, [out_features].
 
     Attributes:
         layers: dotted module name -> projection that is searched, in the order of execution.
@@ -139,7 +140,6 @@ class NoisePredictor:
         timestep: the one that the settings name.
         device: of the U-Net.
         dtype: of its weights.
-        means: dotted module name -> what a suppressed neuron outputs, float32 [out_features]; None where that is 0.
         sample_passes: latents that went through the U-Net so far, without those that fill up a batch.
         computed_passes: the same with those.
         calls: size of a batch -> how many went through the U-Net.
@@ -151,13 +151,14 @@ class NoisePredictor:
         settings: LocalizationSettings,
         batch_size: int | None = None,
         scale: float = 0.0,
+        means: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.pipe = pipe
         self.settings = settings
         self.scale = scale
+        self.means = means
         # The U-Net walks through all of its weights whenever it is asked for these.
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
-        self.means: Mapping[str, Tensor] | None = None
         self.batch_size = batch_size or settings.num_samples * (2 if self.device.type == "cpu" else 4)
         with named_shortage("the model and one sample"):
             self.layers = find_text_projections(pipe.unet, settings.projections)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.gates import predict_gated
 from nemo_prune.engine.memory import in_parts
+from nemo_prune.engine.ordinary import points_of_ways
 from nemo_prune.mask import NeuronMask, bias_behind
 
 # Points on the way of each caption from noise to image, and the seed of the ways.
@@ -33,32 +32,27 @@ def attended_means(predictor: NoisePredictor, texts: Sequence[str], at_once: int
         at_once: captions that go through the U-Net together.
 
     Returns:
-        Dotted module name -> float32 [out_features], on the CPU.
+        Dotted module name -> float32 [out_features], on the model's device.
 
     Raises:
         ModelError: the device's memory does not take a single sample.
     """
-    scheduler = DDIMScheduler.from_config(predictor.pipe.scheduler.config, prediction_type="epsilon")
-    scheduler.set_timesteps(POINTS)
     outputs, first = _outputs(predictor), predictor.initial_latents(_SEED, len(texts))
-    open_gates = torch.ones(1, sum(predictor.sizes.values()), device=predictor.device)
 
     def walk(part: slice) -> dict[str, Tensor]:
         taken = {name: torch.zeros(size, dtype=torch.float64) for name, size in predictor.sizes.items()}
         handles = [output.register_forward_pre_hook(_adding_to(taken[name])) for name, output in outputs.items()]
         try:
-            prompt_embeds, latents = predictor.encode(texts[part]), first[part].to(predictor.device)
-            for timestep in scheduler.timesteps:
-                timesteps = torch.full((len(latents),), int(timestep))
-                noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates, timesteps)
-                latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+            for _ in points_of_ways(predictor, predictor.encode(texts[part]), first[part], POINTS):
+                pass
         finally:
             for handle in handles:
                 handle.remove()
         return taken
 
     parts = in_parts(walk, len(texts), at_once, "the model and one sample")
-    return {name: (sum(part[name] for part in parts) / (len(texts) * POINTS)).float() for name in outputs}
+    means = {name: sum(part[name] for part in parts) / (len(texts) * POINTS) for name in outputs}
+    return {name: values.float().to(predictor.device) for name, values in means.items()}
 
 
 def keeping_means(
@@ -77,7 +71,7 @@ def keeping_means(
     parameters = dict(predictor.pipe.unet.named_parameters())
     weights = {name: output.weight.detach().cpu().double() for name, output in _outputs(predictor).items()}
     shifts = {
-        bias_behind(name): weights[name][:, pruned] @ predictor.means[name][pruned].double()
+        bias_behind(name): weights[name][:, pruned] @ predictor.means[name].cpu()[pruned].double()
         for name, pruned in mask.layers.items()
         if pruned.any()
     }

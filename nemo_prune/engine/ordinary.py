@@ -1,6 +1,6 @@
 """What a mask changes for ordinary captions, all along the way from noise to image."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,30 +50,49 @@ def walk_ordinary(
         seed: of the initial latents, one a caption.
         at_once: captions that go through the U-Net together.
     """
-    # What the model predicts was made noise of already.
-    scheduler = DDIMScheduler.from_config(predictor.pipe.scheduler.config, prediction_type="epsilon")
-    scheduler.set_timesteps(num_points)
-    device, width = predictor.device, sum(predictor.sizes.values())
-    open_gates = torch.ones(1, width, device=device)
-    everything = predictor.initial_latents(seed, len(prompts)).to(device)
+    shut = torch.zeros(1, sum(predictor.sizes.values()), device=predictor.device)
+    first = predictor.initial_latents(seed, len(prompts))
 
     def walk(part: slice) -> list[tuple[Tensor, ...]]:
-        prompt_embeds, latents, found = predictor.encode(prompts[part]), everything[part], []
-        for timestep in scheduler.timesteps:
-            timesteps = torch.full((len(latents),), int(timestep))
-            noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates, timesteps)
-            emptied = predict_gated(predictor, latents, prompt_embeds, 0 * open_gates, timesteps)
+        prompt_embeds, found = predictor.encode(prompts[part]), []
+        for latents, timesteps, noise_pred in points_of_ways(predictor, prompt_embeds, first[part], num_points):
+            emptied = predict_gated(predictor, latents, prompt_embeds, shut, timesteps)
             found.append((prompt_embeds, latents, timesteps, noise_pred, (emptied - noise_pred).flatten(1).norm(dim=1)))
-            latents = scheduler.step(noise_pred, timestep, latents).prev_sample
         return found
 
     points = chain.from_iterable(in_parts(walk, len(prompts), at_once, "the model and one sample"))
     prompt_embeds, latents, timesteps, noise_pred, norms = (torch.cat(column) for column in zip(*points, strict=True))
     span = torch.empty_like(norms)
-    for timestep in scheduler.timesteps:
-        there = (timesteps == timestep).to(device)
+    for timestep in timesteps.unique():
+        there = (timesteps == timestep).to(norms.device)
         span[there] = norms[there].square().mean().sqrt()
     return OrdinaryStates(prompt_embeds, latents, timesteps, noise_pred, span)
+
+
+def points_of_ways(
+    predictor: NoisePredictor, prompt_embeds: Tensor, latents: Tensor, num_points: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Walk captions from noise to image by DDIM without guidance, nothing suppressed, one sample pass a point.
+
+    Args:
+        predictor: the model.
+        prompt_embeds: text embeddings [batch, positions, width].
+        latents: initial latents [batch, channels, height, width].
+        num_points: DDIM steps.
+
+    Yields:
+        Latents, timesteps [batch] and the noise that is predicted there, from the noisiest.
+    """
+    # What the model predicts was made noise of already.
+    scheduler = DDIMScheduler.from_config(predictor.pipe.scheduler.config, prediction_type="epsilon")
+    scheduler.set_timesteps(num_points)
+    latents = latents.to(predictor.device)
+    open_gates = torch.ones(1, sum(predictor.sizes.values()), device=predictor.device)
+    for timestep in scheduler.timesteps:
+        timesteps = torch.full((len(latents),), int(timestep))
+        noise_pred = predict_gated(predictor, latents, prompt_embeds, open_gates, timesteps)
+        yield latents, timesteps, noise_pred
+        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
 
 
 def share_of_everything(noise_pred: Tensor, states: OrdinaryStates, chosen: Tensor | slice) -> Tensor:

@@ -174,8 +174,7 @@ def pursue(
     strictness = dict.fromkeys(prompts, 0.0)
     while not rounds or (rounds[-1].copies and len(rounds) <= settings.rounds):
         passes_before = predictor.sample_passes
-        came_back = {name for copy in rounds[-1].copies for name in (copy.prompt, copy.source)} if rounds else set()
-        if came_back := sorted(came_back & set(prompts)):
+        if came_back := sorted(set(_named(rounds[-1].copies if rounds else ())) & set(prompts)):
             strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}
             last = rounds[-1].mask
             seeds += seeds_that_show(predictor, came_back, watched, last, threshold, settings, len(rounds))
@@ -242,7 +241,7 @@ def complete_for(
         looks: draws images under a mask and says what copied.
     """
     suppressed, cost = list(neurons), costs_of_completing(predictor, states)
-    names = list(dict.fromkeys(name for copy in copied for name in (copy.prompt, copy.source)))
+    names = _named(copied)
     views = observe(predictor, names, seeds)
     for copy in copied:
 
@@ -314,6 +313,11 @@ def seeds_that_show(
         margins = [min(each.margins.values()) for each in judge(predictor, corpus, mask.neurons)]
         found[timestep] = (min(margins), seeds)
     return min(found.values(), key=lambda each: each[0])[1]
+
+
+def _named(copies: Sequence[Copy]) -> list[str]:
+    """The captions that copy, and those whose pictures they copy, each once."""
+    return list(dict.fromkeys(name for copy in copies for name in (copy.prompt, copy.source)))
 
 
 def _beyond_reach(corpus: Corpus, margin: float) -> set[str]:

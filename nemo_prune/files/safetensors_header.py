@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -66,10 +67,7 @@ def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str]) 
     """
     read_header(source)
     with source.open("rb") as reader, target.open("wb") as writer:
-        (length,) = struct.unpack("<Q", reader.read(8))
-        header = json.loads(reader.read(length))
-        header.pop(_METADATA, None)
-        encoded = encode_header({_METADATA: dict(metadata), **header})
+        encoded = _header_with(reader, metadata)
         writer.write(struct.pack("<Q", len(encoded)) + encoded)
         shutil.copyfileobj(reader, writer, 1 << 20)
 
@@ -82,14 +80,19 @@ def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         OSError: the file can't be written.
     """
     with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header.pop(_METADATA, None)
-        encoded = encode_header({_METADATA: dict(metadata), **header})
-        if len(encoded) != length:
-            raise ValueError(f"metadata of {path.name} take {len(encoded) - length:+} bytes")
+        encoded = _header_with(file, metadata)
+        if more := 8 + len(encoded) - file.tell():
+            raise ValueError(f"metadata of {path.name} take {more:+} bytes")
         file.seek(8)
         file.write(encoded)
+
+
+def _header_with(file: BinaryIO, metadata: Mapping[str, str]) -> bytes:
+    """The header of a file, which is read up to its data, with other metadata."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    header.pop(_METADATA, None)
+    return encode_header({_METADATA: dict(metadata), **header})
 
 
 def encode_header(header: Mapping[str, object]) -> bytes:

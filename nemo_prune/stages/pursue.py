@@ -26,7 +26,7 @@ from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.copies import StructuralSimilarity
 from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
-from nemo_prune.proof.images import as_compared, copy_similarities
+from nemo_prune.proof.images import as_compared, nearest_copies
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
@@ -248,11 +248,13 @@ class _CopyLooks:
         with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
-            by_structure = self._similarity.compare(self._similarity.describe(images), described)
-            similarities = torch.maximum(by_structure, copy_similarities(images, pictures))
-            share = float((similarities.amax(dim=1) >= self._cut).float().mean())
+            by_structure = self._similarity.compare(self._similarity.describe(images), described).max(dim=1)
+            values, nearest = nearest_copies(images, pictures)
+            nearest = torch.where(values > by_structure.values, nearest, by_structure.indices)
+            values = torch.maximum(values, by_structure.values)
+            share = float((values >= self._cut).float().mean())
             if share:
-                found.append(Copy(text, sources[int(similarities.amax(dim=0).argmax())], share))
+                found.append(Copy(text, sources[int(nearest[values.argmax()])], share))
         return found
 
     def _draw(self, texts: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Image.Image]]:
