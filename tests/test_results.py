@@ -1,6 +1,7 @@
 """Result files, ours and those of the released code, and the commands that make and merge them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +45,14 @@ def test_files_of_one_model_merge_and_those_of_another_do_not(tmp_path):
     assert union_mask(merged.localizations, HEADER.layers, include_unresolved=True).num_neurons == 2
     with pytest.raises(PromptError, match="different models"):
         merge_results([tmp_path / "a.jsonl", tmp_path / "c.jsonl"])
+
+
+def test_what_was_searched_with_means_is_not_merged_into_a_mask_of_zeros(tmp_path):
+    ResultsFile(tmp_path / "zeros.jsonl", HEADER).append(FOUND)
+    ResultsFile(tmp_path / "means.jsonl", replace(HEADER, ablation="mean")).append(FOUND)
+    for paths in (["means.jsonl"], ["zeros.jsonl", "means.jsonl"]):
+        with pytest.raises(PromptError, match=r"means\.jsonl .*--ablation zero"):
+            merge_results([tmp_path / name for name in paths])
 
 
 def test_tables_of_the_released_code_are_read_with_the_layers_of_sd_v1_4(tmp_path):

@@ -122,9 +122,16 @@ def merge_results(paths: Sequence[Path]) -> Results:
     """Read result files of one model as one; if several have the same prompt, the last counts.
 
     Raises:
-        PromptError: a file can't be read, or the files are of different models, thresholds or settings.
+        PromptError: a file can't be read, was searched with means, which a merged mask does not keep, or the files are
+            of different models, thresholds or settings.
     """
     results = [read_results(path) for path in paths]
+    for path, each in zip(paths, results, strict=True):
+        if each.header.ablation != "zero":
+            raise PromptError(
+                f"{path} is of a run whose pruned neurons keep their means, and a merged mask does not keep them. Give "
+                "results of `nemo-prune localize`, or of `nemo-prune run --ablation zero`."
+            )
     first = results[0].header
     for path, each in zip(paths[1:], results[1:], strict=True):
         for name in ("model", "layers", "threshold", "settings"):
