@@ -2,7 +2,7 @@
 
     python examples/quickstart.py pruned/
 
-All names come from `nemo_prune` itself. It takes about half a minute of one CPU core.
+All names come from `nemo_prune` itself. It takes about 40 seconds of one CPU core.
 """
 
 import sys
