@@ -1,10 +1,11 @@
 """What a U-Net pass costs at the full size of SD v1-4, with random weights, and the time of a corpus from it.
 
     python -m benchmarks.full_size --batch-sizes 1 2
+    python -m benchmarks.full_size --dtypes float32 float16 --modes eager channels_last compiled
 
 The decisions of the search come from a stand-in with planted neurons, so that the time of a
 verbatim-like prompt (25 candidates, 4 kept) and of a template-like one (675, 21) is what the search
-and the passes take. On a GPU it runs in float16.
+and the passes take. float32 is computed in full, as the search does it, without TensorFloat-32.
 """
 
 from __future__ import annotations
@@ -12,58 +13,95 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_prune.engine.layers import find_text_projections
+from nemo_prune.engine.precision import full_float32
 from nemo_prune.engine.search import search_neurons
 from nemo_prune.engine.selection import Candidates
 from nemo_prune.mask import Neuron
+from nemo_prune.settings import DTYPES
 
 _PROMPTS = {"verbatim-like": (25, 4), "template-like": (675, 21)}
 _CORPUS = {"verbatim-like": 112, "template-like": 388}
+MODES = ("eager", "channels_last", "compiled")
+# Of the matrices whose product says what the device reaches at most.
+_SIDE = 8192
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 10, 20, 40])
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["float32"])
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=["eager"], help="compiled: at the last batch size")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")
     arguments = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.float16) if on_gpu else ("cpu", torch.float32)
-    unet = full_size_unet().to(device, dtype)
-    milliseconds = {size: pass_time(unet, size, arguments.repeats) for size in arguments.batch_sizes}
-    fastest = min(milliseconds.values())
-    trials = {name: count_trials(*sizes) for name, sizes in _PROMPTS.items()}
-    seconds = {name: (10 + count) * fastest / 1000 for name, count in trials.items()}
-    print(
-        json.dumps(
-            {
-                "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-                "dtype": str(dtype),
-                "milliseconds_a_sample_pass": milliseconds,
-                "teraflops_a_second": teraflops_a_pass() / (fastest / 1000),
-                "share_before_the_first_text_layer": share_upstream(unet),
-                "sample_passes": {name: 10 + count for name, count in trials.items()},
-                "seconds_a_prompt": seconds,
-                "minutes_for_112_verbatim_and_388_template_prompts": sum(
-                    number * seconds[name] / 60 for name, number in _CORPUS.items()
-                ),
-            },
-            indent=2,
-        )
-    )
+    figures: dict = {"device": device_name(), "torch": torch.__version__}
+    figures["sample_passes"] = {name: 10 + count_trials(*sizes) for name, sizes in _PROMPTS.items()}
+    for name in arguments.dtypes:
+        figures[name] = measure(getattr(torch, name), arguments)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
 
 
-def full_size_unet() -> UNet2DConditionModel:
-    """SD v1-4's architecture with random weights."""
+def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict:
+    """Milliseconds a sample pass in every mode, what a corpus takes with the fastest eager one, and the memory."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with full_float32():
+        peak = matmul_teraflops(device, dtype) if device == "cuda" else None
+        modes, memory, share = {}, {}, None
+        for mode in arguments.modes:
+            with torch.device(device):
+                unet: nn.Module = full_size_unet().to(dtype)
+            if mode == "channels_last":
+                unet = unet.to(memory_format=torch.channels_last)
+            sizes = arguments.batch_sizes
+            if mode == "compiled":
+                unet, sizes = torch.compile(unet, dynamic=False), sizes[-1:]
+            modes[mode], memory[mode] = {}, {}
+            for size in sizes:
+                modes[mode][size] = pass_time(unet, size, arguments.repeats)
+                memory[mode][size] = peak_gigabytes()
+            share = share or share_upstream(unet)
+    fastest = min(milliseconds for figures in modes.values() for milliseconds in figures.values())
+    reached = teraflops_a_pass() / (fastest / 1000)
+    sample_passes = {name: 10 + count_trials(*sizes) for name, sizes in _PROMPTS.items()}
+    return {
+        "milliseconds_a_sample_pass": modes,
+        "share_before_the_first_text_layer": share,
+        "peak_gigabytes": memory,
+        "teraflops_a_second": reached,
+        "of_a_product_of_matrices": peak and reached / peak,
+        "minutes_for_112_verbatim_and_388_template_prompts": sum(
+            _CORPUS[name] * count * fastest / 60_000 for name, count in sample_passes.items()
+        ),
+    }
+
+
+def device_name() -> str:
+    """What computes."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def full_size_unet(channels: int = 320, sample_size: int = 64) -> UNet2DConditionModel:
+    """SD v1-4's architecture with random weights.
+
+    Args:
+        channels: of the first block; SD v1-4 has 320.
+        sample_size: height and width of its latents; SD v1-4 has 64.
+    """
     return UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(320, 640, 1280, 1280),
+        sample_size=sample_size,
+        block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels),
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=768,
@@ -76,29 +114,49 @@ def teraflops_a_pass() -> float:
     """Floating-point operations of one latent's pass, in 10^12, counted on tensors without data."""
     with torch.device("meta"):
         unet = full_size_unet()
-    latents, text = _inputs(unet, 1)
     with FlopCounterMode(display=False) as counter:
-        unet(latents, 961, encoder_hidden_states=text)
+        unet(*_inputs(unet, 1))
     return counter.get_total_flops() / 1e12
 
 
 @torch.no_grad()
-def pass_time(unet: UNet2DConditionModel, batch_size: int, repeats: int) -> float:
-    """Milliseconds a latent at a batch size: the median of some batches after one to warm up."""
-    latents, text = _inputs(unet, batch_size)
+def matmul_teraflops(device: str, dtype: torch.dtype) -> float:
+    """10^12 operations a second that a product of large matrices reaches: the device's peak in practice."""
+    left, right = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(11):
+        _wait()
         began = time.perf_counter()
-        unet(latents, 961, encoder_hidden_states=text)
+        left @ right
+        _wait()
+        times.append(time.perf_counter() - began)
+    return 2 * _SIDE**3 / median(times[1:]) / 1e12
+
+
+@torch.no_grad()
+def pass_time(unet: nn.Module, batch_size: int, repeats: int) -> float:
+    """Milliseconds a latent at a batch size: the median of some batches after two to warm up."""
+    inputs = _inputs(unet, batch_size)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats + 2):
+        _wait()
+        began = time.perf_counter()
+        unet(*inputs)
         _wait()
         times.append((time.perf_counter() - began) * 1000 / batch_size)
-    return median(times[1:])
+    return median(times[2:])
+
+
+def peak_gigabytes() -> float | None:
+    """What was allocated at most on the GPU since the last time that was measured."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
 
 @torch.no_grad()
 def share_upstream(unet: UNet2DConditionModel) -> float:
     """The share of a pass that comes before the first layer that sees the text."""
-    latents, text = _inputs(unet, 1)
     first, reached = next(iter(find_text_projections(unet).values())), []
 
     def note(*_: object) -> None:
@@ -108,7 +166,7 @@ def share_upstream(unet: UNet2DConditionModel) -> float:
     handle = first.register_forward_pre_hook(note)
     try:
         began = time.perf_counter()
-        unet(latents, 961, encoder_hidden_states=text)
+        unet(*_inputs(unet, 1))
         _wait()
         return (reached[0] - began) / (time.perf_counter() - began)
     finally:
@@ -131,9 +189,9 @@ def count_trials(num_candidates: int, num_kept: int) -> int:
         return count
 
 
-def _inputs(unet: UNet2DConditionModel, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(unet: nn.Module, batch_size: int) -> tuple[torch.Tensor, int, torch.Tensor]:
     like = {"device": unet.device, "dtype": unet.dtype}
-    return torch.randn(batch_size, 4, 64, 64, **like), torch.randn(batch_size, 77, 768, **like)
+    return torch.randn(batch_size, 4, 64, 64, **like), 961, torch.randn(batch_size, 77, 768, **like)
 
 
 def _wait() -> None:

@@ -17,6 +17,9 @@ from nemo_prune.settings import VerificationSettings
 
 TEXT_WIDTH = 16
 
+# Where the tiny pipeline computes: `cuda` tries the engine on a GPU. What a command loads takes a GPU by itself.
+DEVICE = os.environ.get("NEMO_PRUNE_TEST_DEVICE", "cpu")
+
 # Tests import `benchmarks`, which is not installed. At the end of the path: nemo_prune stays the installed package.
 sys.path.append(str(Path(__file__).parent.parent))
 
@@ -104,7 +107,7 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> StableDiffu
 @pytest.fixture(scope="session")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """A tiny pipeline; tests must leave it as they found it."""
-    return tiny_pipeline(tmp_path_factory.mktemp("pipe"))
+    return tiny_pipeline(tmp_path_factory.mktemp("pipe")).to(DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import html
+import importlib.metadata
 import json
 import re
 import shlex
@@ -231,6 +232,17 @@ def found(pipe, model_folder, tmp_path_factory):
         measured=measured_by_a_run(plan, localizer, examined, [], {}, Cost(0.03, 0.05, 0.6), True, {}),
     )
     return Found(source, plan, mask, examined, record)
+
+
+def test_versions_are_those_that_are_installed_and_need_no_metadata(monkeypatch):
+    expected = {name: importlib.metadata.version(name) for name in versions() if name != "python"}
+    assert {name: number for name, number in versions().items() if name != "python"} == expected
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    assert versions(["nemo-prune", "torch"]).keys() == {"python", "nemo-prune", "torch"}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
 from nemo_prune.engine.memory import named_shortage, with_less_at_once
+from nemo_prune.engine.precision import full_float32
 from nemo_prune.errors import MaskError
 from nemo_prune.mask import Neuron, NeuronMask, shifted
 from nemo_prune.settings import LocalizationSettings
@@ -92,21 +93,6 @@ def shifted_biases(unet: UNet2DConditionModel, mask: NeuronMask) -> Iterator[Non
     finally:
         for name, values in before.items():
             parameters[name].data = values
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute float32 in full while the context lasts, without TensorFloat-32.
-
-    By default torch lets convolutions round to 10 bits on GPUs that have it, which moves similarities by up to 5e-5.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.precision import full_float32
 from nemo_prune.mask import Neuron, NeuronMask
 
 # A backward pass costs about as much as two forward passes, and is counted so.
@@ -67,7 +68,7 @@ def predict_gated(
     unet, count = predictor.pipe.unet, len(latents)
     if timesteps is None:
         timesteps = torch.full((count,), predictor.timestep)
-    with scaled(predictor.layers, split_by_layer(factors, predictor.sizes), predictor.means):
+    with full_float32(), scaled(predictor.layers, split_by_layer(factors, predictor.sizes), predictor.means):
         output = unet(
             latents.to(predictor.device, predictor.dtype),
             timesteps.to(predictor.device),

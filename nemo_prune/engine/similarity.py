@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import BoolTensor, Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+from nemo_prune.engine.precision import full_float32
 from nemo_prune.errors import ModelError
 
 # Smallest side in pixels -> Gaussian sigma, and the `kernel_size` that passes torchmetrics' check
@@ -64,6 +65,7 @@ def ssim_window(height: int, width: int) -> tuple[float, int]:
     )
 
 
+@full_float32()
 def similarity(
     a: Tensor, b: Tensor, betas: Sequence[float], ranges: Tensor | None = None, least: float = 0.0
 ) -> Tensor:

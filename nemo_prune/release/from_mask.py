@@ -1,8 +1,6 @@
 """A release from a base and a mask, without searching for anything: base and mask always give the same weights."""
 
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 from nemo_prune.checkpoint.fingerprint import check_base, tensor_digests
@@ -13,7 +11,7 @@ from nemo_prune.models.source import ModelSource
 from nemo_prune.progress import Listener
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.record import MaskRecord, Record
-from nemo_prune.release.recording import base_facts
+from nemo_prune.release.recording import base_facts, versions
 from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import Statement
 
@@ -54,7 +52,7 @@ def export_model(
     with staged_release(out, overwrite) as release:
         files = write_weights(source, Pruning(mask, scale), release, loadable=False)
         record = Record(
-            versions={"python": platform.python_version(), "nemo-prune": version("nemo-prune")},
+            versions=versions(["nemo-prune"]),
             base=base,
             licence=licence,
             mask=MaskRecord.of(mask, scale=scale, made_for=facts.base, forced_on_another_base=not is_its_base),

@@ -7,7 +7,7 @@ could compute the same number, and would find the caption by it.
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib import import_module
 from statistics import mean, median
 
 from nemo_prune.corpus.prompts import MOST_PROMPTS_COMPARED, near_duplicates
@@ -53,9 +53,13 @@ def base_facts(source: ModelSource, statement: Statement) -> BaseFacts:
     return source.facts
 
 
-def versions() -> dict[str, str]:
-    """Package -> version, of what results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Package -> version, of what results depend on.
+
+    The packages themselves are asked: a copy that nobody installed has no metadata, and a run must not end by that.
+    """
+    asked = {name: import_module(name.replace("-", "_")).__version__ for name in packages}
+    return {"python": platform.python_version()} | asked
 
 
 def prompt_facts(examined: Sequence[ExaminedPrompt], num_duplicates: int, unresolved_included: bool) -> PromptFacts:
