@@ -39,7 +39,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 10, 20, 40])
-    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["float32"])
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES[1:], default=["float32"])
     parser.add_argument("--modes", nargs="*", choices=MODES, default=["eager"], help="compiled: at the last batch size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")

@@ -38,7 +38,7 @@ from nemo_prune.settings import DTYPES, LocalizationSettings, ModelOptions, Plan
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--prompts", type=int, default=8, help="captions to examine")
     parser.add_argument("--calibration-prompts", type=int, default=50)
     parser.add_argument("--evidence-budget", type=int, default=VerificationSettings.evidence_budget)

@@ -29,6 +29,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from nemo_prune.compute.local import CLOSE_CALLS_AT_ONCE
 from nemo_prune.engine.activations import ActivationStatistics
 from nemo_prune.engine.localize import PromptLocalization
 from nemo_prune.engine.released_code import RELEASED_CODE_THRESHOLD, SD_V1_LAYERS, read_table
@@ -36,13 +37,14 @@ from nemo_prune.engine.scorer import Rechecks, ScoredPrompt
 from nemo_prune.engine.similarity import MemorizationScore
 from nemo_prune.engine.trials import Trial, Why
 from nemo_prune.mask import Neuron
-from nemo_prune.settings import LocalizationSettings
+from nemo_prune.settings import LocalizationSettings, ModelOptions
 
 HUB_PROMPTS = 3
 ERROR = 0.001
 VIOLATIONS = (0.04, 0.16)
 MOST_OF_EVERYTHING = 0.1
 FEW_NEURONS = 5
+_MARGIN = ModelOptions(dtype="float16").margin_of_dtype
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ class SimulatedScorer:
         predictor: counts the passes.
         passes: what they were needed for -> how many.
         seconds: that the simulation itself took, which are none of the program's.
+        float32_passes: what half precision would have to ask again, computed: samples whose similarity is nearer to
+            the threshold than its margin, and each such prompt's seeds with nothing suppressed.
     """
 
     rechecks = Rechecks()
@@ -193,6 +197,8 @@ class SimulatedScorer:
         self.predictor = SimulatedPredictor(batch_size)
         self.passes: Counter[Why] = Counter()
         self.seconds = 0.0
+        self.float32_passes = 0
+        self._asked_exactly: set[str] = set()
         self._prompts = {each.text: each for each in corpus}
 
     @property
@@ -263,8 +269,18 @@ class SimulatedScorer:
         self.predictor.count(len(asked))
         self.passes.update(trial.why for _, trial in asked)
         answers = [self._prompts[scored.prompt].similarity(trial.neurons, trial.seed) for scored, trial in asked]
+        self._ask_again(asked, answers)
         self.seconds += time.perf_counter() - began
         return answers
+
+    def _ask_again(self, asked: Sequence[tuple[ScoredPrompt, Trial]], answers: Sequence[float]) -> None:
+        """Count what float32 would decide, in batches that are filled up."""
+        pairs = zip(asked, answers, strict=True)
+        near = [scored.prompt for (scored, trial), each in pairs if abs(each - trial.threshold) < _MARGIN]
+        news = set(near) - self._asked_exactly
+        self._asked_exactly |= news
+        for samples in [self.predictor.settings.num_samples] * len(news) + [len(near)]:
+            self.float32_passes += -(-samples // CLOSE_CALLS_AT_ONCE) * CLOSE_CALLS_AT_ONCE
 
 
 def _fraction(text: str, seed: int, neurons: frozenset[Neuron]) -> float:

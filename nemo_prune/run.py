@@ -89,6 +89,7 @@ def prune_model(
     with timed.stage(Stage.LOAD):
         training_images = TrainingImageFiles(corpus.prompts)
         session = LocalSession(source, plan.model, plan.settings)
+        plan = replace(plan, model=session.options)
         work = _open_work(session, corpus, ordinary, plan)
         _tell_a_long_run(session, corpus, ordinary, plan, work, timed)
     localizer = _calibrated(session, ordinary, plan, work, timed)
@@ -264,7 +265,7 @@ def _identity(
         "prompts": text_hash(corpus.texts),
         "calibration prompts": text_hash(ordinary.texts),
         "settings": to_json(plan.settings),
-        "dtype": plan.model.dtype,
+        "dtype": session.options.dtype,
         "merge": merge,
         "search": plan.search if isinstance(plan, Plan) else "greedy",
         "preserve": preserve,

@@ -17,7 +17,7 @@ ABLATIONS = ("zero", "mean")
 SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
 DATA_RANGES = ("joint", "one")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 SIEVES = ("norm", "anisotropy")
 SCREENED_SUFFIXES = (".parquet", ".jsonl")
 
@@ -132,22 +132,33 @@ class ModelOptions:
 
     Attributes:
         device: torch device; ``auto`` takes a GPU if there is one.
-        dtype: precision of the weights.
+        dtype: precision of the weights; ``auto``: float16 on an NVIDIA GPU, which is several times as fast there, else
+            float32. Below float32, close calls are decided in float32, and the files keep their own precision.
         batch_size: latents that go through the U-Net at once. (default: those of two prompts, on a GPU of four)
         margin: below float32: within this distance of the threshold, float32 decides again. (default: float16 0.002,
             bfloat16 0.01)
     """
 
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str = "auto"
     batch_size: int | None = None
     margin: float | None = None
 
     def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
         in_range = self.batch_size is None or self.batch_size >= 1
         _require(in_range, "batch_size", self.batch_size, "at least 1")
         in_range = self.margin is None or 0 <= self.margin < 1
         _require(in_range, "margin", self.margin, "at least 0 and below 1")
+
+    def on(self, device: str) -> "ModelOptions":
+        """The same options on a device that was found: nothing is left open.
+
+        Args:
+            device: torch device.
+        """
+        suits = "float16" if device.split(":")[0] == "cuda" else "float32"
+        return replace(self, device=device, dtype=suits if self.dtype == "auto" else self.dtype)
 
     @property
     def margin_of_dtype(self) -> float:
@@ -155,7 +166,7 @@ class ModelOptions:
         return _MARGINS[self.dtype] if self.margin is None else self.margin
 
 
-# Several times the largest difference of a similarity that was measured, see benchmarks/RESULTS.md.
+# Several times what similarities above .2 were seen to move, see benchmarks/RESULTS.md.
 _MARGINS = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1e-2}
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_prune.compute.local import choose_device, choose_dtype
+import torch
+
+from nemo_prune.compute.local import choose_device
 from nemo_prune.corpus.prompts import Corpus
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
 from nemo_prune.engine.localize import PromptLocalization
@@ -116,8 +118,11 @@ def verify_models(
     _refuse_a_release(folder, candidate)
     WorkFolder(folder, {"base": base.digest, "candidate": candidate.digest}, overwrite)
     with listener.stage(Stage.LOAD):
-        device, dtype = choose_device(options.device), choose_dtype(options.dtype)
-        pipes = [load_pipeline(each.folder, device, dtype, each.variant) for each in (base, candidate)]
+        options = options.on(choose_device(options.device))
+        pipes = [
+            load_pipeline(each.folder, options.device, getattr(torch, options.dtype), each.variant)
+            for each in (base, candidate)
+        ]
         training = known_training_images(corpus.prompts)
     for text, reason in training.not_available.items():
         listener.say(f"The training image of {text!r} is not available: {reason}.")
@@ -130,7 +135,7 @@ def verify_models(
         layer_sizes=layer_sizes(find_text_projections(pipes[0].unet, "both")),
         prompts=known.prompt_neurons({prompt.text: prompt.kind for prompt in corpus.prompts}),
         threshold=known.threshold,
-        settings={"device": device, "dtype": options.dtype},
+        settings={"device": options.device, "dtype": options.dtype},
         versions=versions(),
         max_replication=limits.max_replication,
         max_utility_loss=limits.max_utility_loss,

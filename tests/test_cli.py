@@ -407,7 +407,7 @@ def test_bad_arguments_are_named_errors(arguments, changes, words):
         ("preset", "fast", ["released-code", "paper"]),
         ("projections", "query", ["value", "key", "both"]),
         ("merge", "sum", ["union", "minimal"]),
-        ("dtype", "int4", ["float32", "float16", "bfloat16"]),
+        ("dtype", "int4", ["auto", "float32", "float16", "bfloat16"]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_a_usage_error_that_lists_the_others(arguments, option, typed, choices):

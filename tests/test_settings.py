@@ -1,8 +1,15 @@
 import pytest
 
-from nemo_prune.compute.local import choose_dtype
 from nemo_prune.errors import SettingsError
-from nemo_prune.settings import PRESETS, LocalizationSettings, Plan, SieveSettings
+from nemo_prune.settings import PRESETS, LocalizationSettings, ModelOptions, Plan, SieveSettings
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cuda", "float16"), ("cuda:1", "float16"), ("cpu", "float32"), ("mps", "float32")]
+)
+def test_a_gpu_computes_in_half_precision_unless_told_otherwise(device, dtype):
+    assert ModelOptions().on(device) == ModelOptions(device, dtype)
+    assert ModelOptions(dtype="bfloat16").on(device) == ModelOptions(device, "bfloat16")
 
 
 def test_released_code_is_the_default_and_paper_predicts_at_the_first_timestep():
@@ -43,4 +50,4 @@ def test_a_choice_that_does_not_exist_lists_the_others():
     with pytest.raises(SettingsError, match=r"merge.*union or minimal"):
         Plan("out", merge="sum")
     with pytest.raises(SettingsError, match=r"int4.*float16"):
-        choose_dtype("int4")
+        ModelOptions(dtype="int4")

@@ -16,6 +16,9 @@ from nemo_prune.errors import SettingsError
 from nemo_prune.models.source import ModelSource, load_pipeline, load_predicting
 from nemo_prune.settings import LocalizationSettings, ModelOptions
 
+# What float32 decides comes in ones and twos, and in float32 a batch of four fills a GPU.
+CLOSE_CALLS_AT_ONCE = 4
+
 
 class LocalSession(Session):
     """A model that is loaded in this process.
@@ -34,8 +37,8 @@ class LocalSession(Session):
     """
 
     def __init__(self, source: ModelSource, options: ModelOptions, settings: LocalizationSettings) -> None:
-        self.source, self.options, self.settings = source, options, settings
-        self.device, self.dtype = choose_device(options.device), choose_dtype(options.dtype)
+        self.source, self.options, self.settings = source, options.on(choose_device(options.device)), settings
+        self.device, self.dtype = self.options.device, getattr(torch, self.options.dtype)
         self.pipe = load_pipeline(source.folder, self.device, self.dtype, source.variant)
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
         self._reference = self._float32()
@@ -51,8 +54,8 @@ class LocalSession(Session):
         """
         reference = None
         if self._reference is not None:
-            batch_size = self.options.batch_size
-            reference = NoisePredictor(self._reference, self.settings, batch_size, predictor.scale, predictor.means)
+            size = min(CLOSE_CALLS_AT_ONCE, predictor.batch_size)
+            reference = NoisePredictor(self._reference, self.settings, size, predictor.scale, predictor.means)
         return Scorer(predictor, reference, self.options.margin_of_dtype)
 
     def keep_means(self, means: Mapping[str, Tensor]) -> None:
@@ -110,14 +113,3 @@ def choose_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """The dtype of a name.
-
-    Raises:
-        SettingsError: it is not one for weights.
-    """
-    if name not in ("float32", "float16", "bfloat16"):
-        raise SettingsError(f"`{name}` is not a dtype for the weights. Use float32, float16 or bfloat16.")
-    return getattr(torch, name)

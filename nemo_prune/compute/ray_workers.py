@@ -10,7 +10,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from typing import Any
@@ -115,7 +115,7 @@ class RaySession(Session):
         num_workers: int | None = None,
     ) -> None:
         self._resource, device = resource_for(options.device)
-        self.source, self.options, self.settings = source, replace(options, device=device), settings
+        self.source, self.options, self.settings = source, options.on(device), settings
         self._ray = import_ray()
         self._owns_connection = not self._ray.is_initialized()
         self.workers_lost, self._failed_starts, self.most_deaths = 0, 0, 3

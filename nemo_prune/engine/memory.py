@@ -113,6 +113,6 @@ def named_shortage(what: str) -> Iterator[None]:
 def memory_error(what: str) -> ModelError:
     """The error for memory that is short even for the least."""
     return ModelError(
-        f"The device's memory is too short for {what}. Close other programs that use it, halve the model's with "
-        "--dtype float16, or use another --device, such as cpu. The same command goes on from what was found."
+        f"The device's memory is too short for {what}. Close other programs that use it, try another --dtype, or use "
+        "another --device, such as cpu. The same command goes on from what was found."
     )

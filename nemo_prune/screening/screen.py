@@ -165,7 +165,7 @@ def _open_work(
         "calibration prompts": text_hash(ordinary),
         "settings": to_json(session.settings),
         "sieve": to_json(sieve),
-        "dtype": options.model.dtype,
+        "dtype": session.options.dtype,
     }
     return WorkFolder(options.work, identity, options.overwrite)
 
