@@ -132,8 +132,8 @@ class ModelOptions:
 
     Attributes:
         device: torch device; ``auto`` takes a GPU if there is one.
-        dtype: precision of the weights; ``auto``: float16 on an NVIDIA GPU, which is several times as fast there, else
-            float32. Below float32, close calls are decided in float32, and the files keep their own precision.
+        dtype: precision of the weights in memory; ``auto``: float16 on an NVIDIA GPU, else float32. Below float32,
+            float32 decides close calls. What is written keeps the precision of the files.
         batch_size: latents that go through the U-Net at once. (default: those of two prompts, on a GPU of four)
         margin: below float32: within this distance of the threshold, float32 decides again. (default: float16 0.002,
             bfloat16 0.01)

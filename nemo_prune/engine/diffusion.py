@@ -114,8 +114,8 @@ class NoisePredictor:
         settings: number of samples, seed, schedule and timestep.
         batch_size: latents that go through the U-Net at once, always as many: the last digits of a
             prediction depend on it, but on nothing else in the batch, as long as a sample's tensors fill the
-            processor's vectors, as those of published models do. Halved where memory is short.
-            By default those of two prompts, on a GPU of four.
+            processor's vectors, as those of published models do; in half precision on a GPU on the place in the
+            batch, too. Halved where memory is short. By default those of two prompts, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
         means: dotted module name -> what suppressed neurons output instead of 0, [out_features].
 
