@@ -20,6 +20,9 @@ class Elsewhere(torch.Tensor):
         kwargs = kwargs or {}
         if func == torch.Tensor.device.__get__:
             return DEVICE
+        if func == torch.Tensor.grad.__get__:
+            # torch wraps everything but this.
+            return _there(super().__torch_function__(func, types, args, kwargs))
         if func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.item):
             return func(_plain(args[0]), *args[1:], **kwargs)
         if func is torch.Tensor.to:
@@ -77,10 +80,11 @@ def _moved(args, kwargs):
 
 def _refuse_mixture(func, values):
     """Raise where tensors of both places meet; indices alone may be the processor's."""
-    if getattr(func, "__name__", "") == "__getitem__":
-        (tensor, index), _ = values
+    if getattr(func, "__name__", "") in ("__getitem__", "__setitem__"):
+        (tensor, index, *assigned), _ = values
         is_there = isinstance(tensor, Elsewhere)
-        values = (tensor, [each for each in tree_flatten(index)[0] if not is_there or isinstance(each, Elsewhere)])
+        indices = [each for each in tree_flatten(index)[0] if not is_there or isinstance(each, Elsewhere)]
+        values = (tensor, indices, assigned)
     with torch._C.DisableTorchFunctionSubclass():
         tensors = [each for each in tree_flatten(values)[0] if isinstance(each, torch.Tensor) and each.dim()]
     if any(isinstance(each, Elsewhere) for each in tensors) and any(type(each) is torch.Tensor for each in tensors):

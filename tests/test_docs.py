@@ -60,7 +60,9 @@ def test_the_page_has_every_option_and_argument_of_a_command_with_its_help(name)
 
 def test_the_page_names_the_choices_that_a_help_text_leaves_out_and_the_defaults():
     page = command_reference()
-    assert "keeps the precision of the files. One of `auto`, `float32`, `float16`, `bfloat16`. (default: auto) |" in page
+    assert (
+        "keeps the precision of the files. One of `auto`, `float32`, `float16`, `bfloat16`. (default: auto) |" in page
+    )
     assert "(default: 1) |" in page
 
 

@@ -8,9 +8,13 @@ import torch
 from elsewhere import DEVICE, Elsewhere, OnTheDevice, pipeline_elsewhere
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gates import all_neurons
+from nemo_prune.engine.learned import LearningSettings
 from nemo_prune.engine.localize import Localizer, localize_prompts
+from nemo_prune.engine.means import attended_means
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.preserve import neuron_costs
+from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import Neuron, NeuronMask, Pruning
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
@@ -65,6 +69,31 @@ def test_localization_merge_and_proof_find_what_they_find_on_the_processor(pipe,
         found[name] = (mask.neurons, scores, union)
     assert found["here"] == found["there"]
     assert found["here"][2][0][1]
+
+
+@pytest.mark.slow
+def test_a_mask_is_completed_and_learned_as_on_the_processor(pipe, there, on_the_device):
+    settings = PursuitSettings(
+        more_seeds=2, watched=1, walked=1, points=2, rounds=2, probed=(), probe_seeds=2,
+        learning=LearningSettings(steps=2, captions=1, seeds=2, ordinary=2),
+    )  # fmt: skip
+    found = []
+    for each in (pipe, there):
+        predictor = NoisePredictor(each, SETTINGS)
+        predictor.means = attended_means(predictor, TEXTS)
+        first = NeuronMask.from_neurons(all_neurons(predictor.sizes)[:1], predictor.sizes)
+
+        looks = []
+
+        def copies(mask, prompts=None, looks=looks):
+            # Looked at closely it takes five neurons; at the second look at all it copies again: gates are learned.
+            looks += [mask] * (prompts is None)
+            copies = mask.num_neurons < 5 if prompts else len(looks) <= 2
+            return [Copy(TEXTS[0], TEXTS[0], 1.0)] if copies else []
+
+        rounds = pursue(predictor, TEXTS[:1], ["c", "d"], 0.5, settings, copies, first=first).rounds
+        found.append([each.mask.digest for each in rounds])
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_half_precision_and_its_reference_agree_on_the_device(there, calibration, on_the_device):

@@ -31,9 +31,9 @@ def scaled(
 
     def hook(factor: Tensor, mean: Tensor | None):
         if mean is None:
-            return lambda module, inputs, output: output * factor[:, None, :].to(output.dtype)
+            return lambda module, inputs, output: output * factor[:, None, :].to(output)
         return lambda module, inputs, output: torch.lerp(
-            mean.to(output).expand_as(output), output, factor[:, None, :].to(output.dtype).expand_as(output)
+            mean.to(output).expand_as(output), output, factor[:, None, :].to(output).expand_as(output)
         )
 
     handles = []

@@ -277,7 +277,7 @@ class GateLearner:
         corpus, number, limits = self.corpus, self.settings.seeds, self._limits
         views = corpus.memorized
         rows, columns = captions.repeat_interleave(number), seeds.flatten()
-        latents, timesteps = views.seeds.latents[columns], views.seeds.timesteps[columns]
+        latents, timesteps = views.seeds.latents[columns].to(self.values.device), views.seeds.timesteps[columns]
         drawn = self._gates(len(rows), generator)
         noise_pred = predict_gated(self.predictor, latents, views.prompt_embeds[rows], 1 - drawn, timesteps)
         differences = soft_noise_difference(noise_pred, latents)
