@@ -91,7 +91,7 @@ def measure(base: Path, folder: Path, arguments: argparse.Namespace) -> dict:
 
 
 def threshold_between(source: ModelSource, model: ModelOptions, text: str) -> float:
-    """A tau that a caption's seeds pass, and with everything suppressed do not."""
+    """A tau that a caption's seeds pass, and with everything suppressed do not, if there is one."""
     session = LocalSession(source, model, LocalizationSettings())
     scorer = session.scorer
     (scored,) = scorer.score_prompts([text])
@@ -99,7 +99,7 @@ def threshold_between(source: ModelSource, model: ModelOptions, text: str) -> fl
     neurons = full_mask(session.sizes).neurons
     below = max(scorer.suppressed_similarities(scored, range(len(scored.latents)), neurons))
     session.free()
-    return round((above + below) / 2, 4)
+    return round((above + min(above, below)) / 2 - 1e-3, 4)
 
 
 def write_random_model(folder: Path, channels: int, sample_size: int) -> None:
