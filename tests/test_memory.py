@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from nemo_prune.compute.local import LocalSession
 from nemo_prune.corpus.prompts import read_corpus
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.memory import is_out_of_memory, with_less_at_once
@@ -138,21 +139,31 @@ def test_weights_that_do_not_fit_are_a_named_error(model_folder, monkeypatch):
 def test_the_unpruned_model_is_gone_when_the_pruned_one_is_loaded(run, monkeypatch):
     import nemo_prune.run as module
 
-    loaded, original = [], module.load_pipeline
-    session_class = module.LocalSession
+    loaded, session_class = [], module.LocalSession
 
     class Noted(session_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             loaded.append(self.pipe)
 
-    def load(*args, **kwargs):
-        assert all(p.device.type == "meta" for pipe in loaded for p in pipe.unet.parameters())
-        return original(*args, **kwargs)
+    def once_it_is_gone(original):
+        def load(*args, **kwargs):
+            assert all(p.device.type == "meta" for pipe in loaded for p in pipe.unet.parameters())
+            return original(*args, **kwargs)
+
+        return load
 
     monkeypatch.setattr(module, "LocalSession", Noted)
-    monkeypatch.setattr(module, "load_pipeline", load)
+    for name in ("load_pipeline", "load_predicting"):
+        monkeypatch.setattr(module, name, once_it_is_gone(getattr(module, name)))
     assert run().num_neurons and len(loaded) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_proof_to_the_bit_has_the_model_in_float32(model_folder, dtype):
+    session = LocalSession(resolve_model(str(model_folder)), ModelOptions("cpu", dtype), LocalizationSettings())
+    assert session.float32.unet.dtype == torch.float32 and (session.float32 is session.pipe) == (dtype == "float32")
+    assert session.pipe.unet.dtype == getattr(torch, dtype)
 
 
 def test_latents_are_drawn_once_for_all_prompts(pipe):

@@ -77,6 +77,11 @@ class LocalSession(Session):
             return None
         return load_predicting(self.source.folder, self.device, torch.float32, self.source.variant)
 
+    @property
+    def float32(self) -> StableDiffusionPipeline:
+        """The model in float32, whatever it is searched in; it need not be able to draw."""
+        return self.pipe if self._reference is None else self._reference
+
     def free(self) -> None:
         """Give the weights' memory back; nothing can be predicted any more."""
         for pipe in (self.pipe, self._reference):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -12,8 +11,9 @@ from nemo_prune.errors import ModelError
 from nemo_prune.mask import Pruning
 from nemo_prune.settings import LocalizationSettings
 
-# What the rounding of float32 rows grows to on its way through the demo's U-Net is 2e-5 of the prediction.
-_ROUNDING = 1e-4
+# The most by which scaled rows are rounded where the file holds float16; the prediction, most of which is not theirs,
+# moves by less: by 2e-5 on the demo, whose file holds float32.
+_ROUNDING = 1e-3
 # The last digits depend on the batch. One that memory can't halve is the same before and after.
 _BATCH_SIZE = 1
 _NUM_SAMPLES = 2
@@ -27,8 +27,7 @@ class SuppressedPredictions:
         texts: captions.
         noise_preds: one per caption [samples, channels, height, width], float32, on the CPU.
         settings: the numbers that they were predicted with.
-        is_rounded: whether the files agree with them within the dtype's rounding alone: rows are scaled, or biases
-            shifted below float32.
+        is_rounded: whether the files agree with them within rounding alone: rows are scaled.
     """
 
     texts: tuple[str, ...]
@@ -43,7 +42,8 @@ class SuppressedPredictions:
         """Predict with the unpruned model, which need not be there any more when the pruned one is loaded.
 
         Args:
-            pipe: the unpruned model.
+            pipe: the unpruned model in float32: a bias that is shifted there and rounded afterwards is not what a
+                rounded one is when it is shifted.
             settings: the numbers of the method.
             pruning: the mask and its scale.
             texts: captions.
@@ -51,22 +51,23 @@ class SuppressedPredictions:
         predictor = NoisePredictor(pipe, settings, _BATCH_SIZE)
         with apply_mask(pipe, pruning.mask, pruning.scale):
             noise_preds = _predictions(predictor, texts)
-        # A bias that is shifted in float32 and rounded is not what a rounded one is when it is shifted.
-        is_rounded = bool(pruning.scale) or (bool(pruning.mask.shifts) and predictor.dtype != torch.float32)
-        return cls(tuple(texts), noise_preds, settings, is_rounded)
+        return cls(tuple(texts), noise_preds, settings, is_rounded=bool(pruning.scale))
 
 
 def check_pruned_equals_suppressed(expected: SuppressedPredictions, pruned_pipe: StableDiffusionPipeline) -> None:
     """Refuse an export whose prediction is not that of the suppressed model, to the last bit.
 
-    Scaled rows are rounded in the file, and their outputs in the live model, so that these agree within
-    the dtype's rounding alone; shifted biases too, below float32.
+    Scaled rows are rounded in the file, and their outputs in the live model, so that these agree within rounding alone.
+
+    Args:
+        expected: what the suppressed model predicts.
+        pruned_pipe: the exported model, in float32.
 
     Raises:
         ModelError: they differ.
     """
     pruned = NoisePredictor(pruned_pipe, expected.settings, _BATCH_SIZE)
-    allowed = max(_ROUNDING, torch.finfo(pruned_pipe.unet.dtype).eps) if expected.is_rounded else 0.0
+    allowed = _ROUNDING if expected.is_rounded else 0.0
     found = _predictions(pruned, expected.texts)
     for suppressed, prediction in zip(expected.noise_preds, found, strict=True):
         # Written so that NaN does not pass for agreement.
