@@ -69,6 +69,8 @@ def kill_often(options: Sequence[str], num_kills: int, seed: int, folder: Path, 
         again += passes_of(out) - passes
         shutil.rmtree(out)
         shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
+        told = f"{sum(places.values())} kills, {finished} results, {equal} equal, {again} passes again"
+        print(told, file=sys.stderr, flush=True)
     return {
         "kills": dict(places),
         "finished": finished,
