@@ -24,11 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.full_size import full_size_unet
+from benchmarks.full_size import full_size_text_encoder, full_size_unet, full_size_vae
 from nemo_prune.checkpoint.diff import diff_folders
 from nemo_prune.checkpoint.export import export_checkpoint
 from nemo_prune.checkpoint.folder import INDEX_FILE
@@ -107,18 +105,7 @@ def measure_single_file(folder: Path) -> dict:
 def write_whole_base(base: Path) -> None:
     """A pipeline of SD v1-4's size with random weights in float16, but for tokenizer and scheduler, the demo's."""
     with torch.device("meta"):
-        parts = {
-            "unet": full_size_unet(),
-            "vae": AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-            ),
-            "text_encoder": CLIPTextModel(
-                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-            ),
-        }
+        parts = {"unet": full_size_unet(), "vae": full_size_vae(), "text_encoder": full_size_text_encoder()}
     for name, part in parts.items():
         (part.config.save_pretrained if name == "text_encoder" else part.save_config)(base / name)
         tensors = {key: torch.randn(each.shape).half() for key, each in part.state_dict().items()}

@@ -91,7 +91,7 @@ def measure(corpus: Sequence[SimulatedPrompt], merge: str, batch_size: int) -> d
         ),
         "sample_passes_computed": computed,
         "sample_passes_counted": counted,
-        "float32_passes_computed": scorer.float32_passes,
+        "float32_passes_computed": scorer.reference.computed_passes,
         "share_counted": round(counted / computed, 3),
         "calls": sum(scorer.predictor.calls.values()),
         "mean_batch": round(counted / sum(scorer.predictor.calls.values()), 1),

@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from nemo_prune.engine.layers import find_text_projections
 from nemo_prune.engine.precision import full_float32
@@ -45,16 +46,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures, written as they come")
     arguments = parser.parse_args()
     figures: dict = {"device": device_name(), "torch": torch.__version__}
-    figures["sample_passes"] = {name: 10 + count_trials(*sizes) for name, sizes in _PROMPTS.items()}
+    sample_passes = {name: 10 + count_trials(*sizes) for name, sizes in _PROMPTS.items()}
+    figures["sample_passes"] = sample_passes
     for name in arguments.dtypes:
-        figures[name] = measure(getattr(torch, name), arguments)
+        figures[name] = measure(getattr(torch, name), sample_passes, arguments)
         if arguments.out:
             arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 
-def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict:
-    """Milliseconds a sample pass in every mode, what a corpus takes with the fastest eager one, and the memory."""
+def measure(dtype: torch.dtype, sample_passes: dict[str, int], arguments: argparse.Namespace) -> dict:
+    """Milliseconds a sample pass in every mode, what a corpus takes with the fastest one, and the memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with full_float32():
         peak = matmul_teraflops(device, dtype) if device == "cuda" else None
@@ -74,7 +76,6 @@ def measure(dtype: torch.dtype, arguments: argparse.Namespace) -> dict:
             share = share or share_upstream(unet)
     fastest = min(milliseconds for figures in modes.values() for milliseconds in figures.values())
     reached = teraflops_a_pass() / (fastest / 1000)
-    sample_passes = {name: 10 + count_trials(*sizes) for name, sizes in _PROMPTS.items()}
     return {
         "milliseconds_a_sample_pass": modes,
         "share_before_the_first_text_layer": share,
@@ -109,6 +110,26 @@ def full_size_unet(channels: int = 320, sample_size: int = 64) -> UNet2DConditio
     ).eval()
 
 
+def full_size_vae() -> AutoencoderKL:
+    """SD v1-4's autoencoder with random weights."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+
+
+def full_size_text_encoder(**tokens: int) -> CLIPTextModel:
+    """SD v1-4's text encoder with random weights.
+
+    Args:
+        tokens: numbers of the special tokens, where they are not CLIP's.
+    """
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return CLIPTextModel(CLIPTextConfig(**sizes, **tokens))
+
+
 @torch.no_grad()
 def teraflops_a_pass() -> float:
     """Floating-point operations of one latent's pass, in 10^12, counted on tensors without data."""
@@ -137,8 +158,7 @@ def matmul_teraflops(device: str, dtype: torch.dtype) -> float:
 def pass_time(unet: nn.Module, batch_size: int, repeats: int) -> float:
     """Milliseconds a latent at a batch size: the median of some batches after two to warm up."""
     inputs = _inputs(unet, batch_size)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     times = []
     for _ in range(repeats + 2):
         _wait()
@@ -149,8 +169,14 @@ def pass_time(unet: nn.Module, batch_size: int, repeats: int) -> float:
     return median(times[2:])
 
 
+def forget_peak() -> None:
+    """Measure anew what is allocated at most on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_gigabytes() -> float | None:
-    """What was allocated at most on the GPU since the last time that was measured."""
+    """What was allocated at most on the GPU since :func:`forget_peak`; None where there is none."""
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
 

@@ -19,10 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
-from benchmarks.full_size import device_name, full_size_unet
+from benchmarks.full_size import (
+    device_name,
+    forget_peak,
+    full_size_text_encoder,
+    full_size_unet,
+    full_size_vae,
+    peak_gigabytes,
+)
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.corpus.prompts import Corpus, Prompt, read_prompts
 from nemo_prune.engine.layers import find_text_projections
@@ -110,17 +117,10 @@ def write_random_model(folder: Path, channels: int, sample_size: int) -> None:
     for projection in find_text_projections(unet).values():
         projection.weight.data.mul_(100)
     tokenizer = CLIPTokenizer.from_pretrained(demo_folder() / "tokenizer", model_max_length=77)
-    text_config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     scheduler = DDIMScheduler.from_pretrained(demo_folder() / "scheduler", prediction_type="sample")
     StableDiffusionPipeline(
-        vae, CLIPTextModel(text_config), tokenizer, unet, scheduler,
+        full_size_vae(), full_size_text_encoder(**tokens), tokenizer, unet, scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
 
@@ -141,17 +141,13 @@ class Watched(Listener):
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[Advance]:
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak()
         began = time.perf_counter()
         with super().stage(stage) as advance:
             yield advance
         figures = self.stages.setdefault(stage.key, {"seconds": 0.0, "peak_gigabytes": 0.0})
         figures["seconds"] = round(figures["seconds"] + time.perf_counter() - began, 1)
-        if on_gpu:
-            peak = torch.cuda.max_memory_allocated() / 1e9
-            figures["peak_gigabytes"] = round(max(figures["peak_gigabytes"], peak), 2)
+        figures["peak_gigabytes"] = round(max(figures["peak_gigabytes"], peak_gigabytes() or 0.0), 2)
         if self._out:
             self._out.write_text(json.dumps(self.stages, indent=2) + "\n")
 

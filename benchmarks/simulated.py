@@ -187,8 +187,8 @@ class SimulatedScorer:
         predictor: counts the passes.
         passes: what they were needed for -> how many.
         seconds: that the simulation itself took, which are none of the program's.
-        float32_passes: what half precision would have to ask again, computed: samples whose similarity is nearer to
-            the threshold than its margin, and each such prompt's seeds with nothing suppressed.
+        reference: counts what half precision would have to ask again: samples whose similarity is nearer to the
+            threshold than its margin, and each such prompt's seeds with nothing suppressed.
     """
 
     rechecks = Rechecks()
@@ -197,7 +197,7 @@ class SimulatedScorer:
         self.predictor = SimulatedPredictor(batch_size)
         self.passes: Counter[Why] = Counter()
         self.seconds = 0.0
-        self.float32_passes = 0
+        self.reference = SimulatedPredictor(CLOSE_CALLS_AT_ONCE)
         self._asked_exactly: set[str] = set()
         self._prompts = {each.text: each for each in corpus}
 
@@ -274,13 +274,13 @@ class SimulatedScorer:
         return answers
 
     def _ask_again(self, asked: Sequence[tuple[ScoredPrompt, Trial]], answers: Sequence[float]) -> None:
-        """Count what float32 would decide, in batches that are filled up."""
+        """Count what float32 would decide."""
         pairs = zip(asked, answers, strict=True)
         near = [scored.prompt for (scored, trial), each in pairs if abs(each - trial.threshold) < _MARGIN]
         news = set(near) - self._asked_exactly
         self._asked_exactly |= news
-        for samples in [self.predictor.settings.num_samples] * len(news) + [len(near)]:
-            self.float32_passes += -(-samples // CLOSE_CALLS_AT_ONCE) * CLOSE_CALLS_AT_ONCE
+        for samples in [self.reference.settings.num_samples] * len(news) + [len(near)]:
+            self.reference.count(samples)
 
 
 def _fraction(text: str, seed: int, neurons: frozenset[Neuron]) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from nemo_prune.checkpoint.fingerprint import tensor_digests
@@ -28,7 +27,7 @@ from nemo_prune.files.staging import check_new_file
 from nemo_prune.files.work import LineLog, WorkFolder, claim_work_folder
 from nemo_prune.mask import NeuronMask, Pruning
 from nemo_prune.models.known import OrdinaryCaptions
-from nemo_prune.models.source import ModelSource, load_pipeline, load_predicting
+from nemo_prune.models.source import ModelSource, load_pipeline
 from nemo_prune.progress import Listener, Stage, Timed
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
 from nemo_prune.proof.evidence import Evidence, published_facts
@@ -133,10 +132,8 @@ def prune_model(
     with staged_release(plan.out, plan.overwrite) as release:
         with timed.stage(Stage.EXPORT):
             files = write_weights(source, pruning, release)
-            exact = load_predicting(release.folder, session.device, torch.float32, source.variant)
-            check_pruned_equals_suppressed(suppressed, exact)
-            del exact
             pruned = load_pipeline(release.folder, session.device, session.dtype, source.variant)
+            check_pruned_equals_suppressed(suppressed, session.in_float32(pruned, release.folder))
         proof.draw_after(pruned, timed)
         examined = proof.added_to(examined)
         evidence = gather_for_a_run(session, pruned, examined, ordinary, proof, plan.verification, work.evidence, timed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -32,6 +33,7 @@ class LocalSession(Session):
         device: torch device of the model.
         dtype: of its weights.
         pipe: the model.
+        float32: the model in float32, which is ``pipe`` if that is; it need not be able to draw.
         predictor: predicts noise.
         scorer: scores prompts.
     """
@@ -41,7 +43,7 @@ class LocalSession(Session):
         self.device, self.dtype = self.options.device, getattr(torch, self.options.dtype)
         self.pipe = load_pipeline(source.folder, self.device, self.dtype, source.variant)
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
-        self._reference = self._float32()
+        self.float32 = self.in_float32(self.pipe, source.folder)
         self.scorer = self.scorer_of(self.predictor)
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
@@ -53,9 +55,9 @@ class LocalSession(Session):
             predictor: of this session's model.
         """
         reference = None
-        if self._reference is not None:
+        if self.float32 is not self.pipe:
             size = min(CLOSE_CALLS_AT_ONCE, predictor.batch_size)
-            reference = NoisePredictor(self._reference, self.settings, size, predictor.scale, predictor.means)
+            reference = NoisePredictor(self.float32, self.settings, size, predictor.scale, predictor.means)
         return Scorer(predictor, reference, self.options.margin_of_dtype)
 
     def keep_means(self, means: Mapping[str, Tensor]) -> None:
@@ -71,24 +73,23 @@ class LocalSession(Session):
         """What localizations depend on."""
         return replace(super().results_header(threshold), ablation="zero" if self.predictor.means is None else "mean")
 
-    def _float32(self) -> StableDiffusionPipeline | None:
-        """The same model in float32, without what draws: it decides what is too close for the lower precision."""
-        if self.dtype == torch.float32:
-            return None
-        return load_predicting(self.source.folder, self.device, torch.float32, self.source.variant)
+    def in_float32(self, pipe: StableDiffusionPipeline, folder: Path) -> StableDiffusionPipeline:
+        """A model in float32 too: it decides what is too close for the lower precision, and proves to the bit.
 
-    @property
-    def float32(self) -> StableDiffusionPipeline:
-        """The model in float32, whatever it is searched in; it need not be able to draw."""
-        return self.pipe if self._reference is None else self._reference
+        Args:
+            pipe: the model in this session's precision; it is given back if that is float32.
+            folder: its files; what is loaded from them does not draw.
+        """
+        if self.dtype == torch.float32:
+            return pipe
+        return load_predicting(folder, self.device, torch.float32, self.source.variant)
 
     def free(self) -> None:
         """Give the weights' memory back; nothing can be predicted any more."""
-        for pipe in (self.pipe, self._reference):
-            if pipe is not None:
-                for part in (pipe.unet, pipe.text_encoder, pipe.vae):
-                    if part is not None:
-                        part.to("meta")
+        for pipe in (self.pipe, self.float32):
+            for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+                if part is not None:
+                    part.to("meta")
         release_memory()
 
     def map(
