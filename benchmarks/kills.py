@@ -37,17 +37,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--latest", type=float, help="seconds after each start; as long as an undisturbed one takes")
     parser.add_argument("--command", choices=["run", "export"], default="run")
     parser.add_argument("--folder", type=Path, help="where the releases find room")
     parser.add_argument("options", nargs="*", default=["--model", "demo", "--limit", "3"], help="of the command")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        figures = kill_often(arguments.options, arguments.kills, arguments.seed, Path(name), arguments.command)
+        figures = kill_often(
+            arguments.options, arguments.kills, arguments.seed, Path(name), arguments.command, arguments.latest
+        )
     print(json.dumps(figures, indent=2))
 
 
-def kill_often(options: Sequence[str], num_kills: int, seed: int, folder: Path, command: str) -> dict:
+def kill_often(
+    options: Sequence[str], num_kills: int, seed: int, folder: Path, command: str, latest: float | None = None
+) -> dict:
     """Kill a command until there were enough kills, each time until it finishes; every result is compared.
+
+    Args:
+        options: of the command, without --out.
+        num_kills: how many.
+        seed: of the moments.
+        folder: where the results find room.
+        command: `run` or `export`.
+        latest: the latest moment of a kill, in seconds after a start: the less, the more often one result's processes
+            are killed. None is as long as the undisturbed one takes.
 
     Returns:
         Kills per place where they hit, finished runs, and how many of them equal the undisturbed one.
@@ -63,7 +77,7 @@ def kill_often(options: Sequence[str], num_kills: int, seed: int, folder: Path, 
     while sum(places.values()) < num_kills:
         out = folder / f"killed_{finished}"
         left = num_kills - sum(places.values())
-        places.update(kill_until_done(options, out, moments, seconds, left, command))
+        places.update(kill_until_done(options, out, moments, latest or seconds, left, command))
         finished += 1
         equal += compared(out) == expected
         again += passes_of(out) - passes

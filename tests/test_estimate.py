@@ -18,7 +18,7 @@ from nemo_prune.progress import Stage
 from nemo_prune.settings import LocalizationSettings, Plan, VerificationSettings
 from nemo_prune.stages.estimate import TimeEstimate, duration, estimate_run, passes_of_stages
 
-PLAN = Plan(out=Path("out"), settings=LocalizationSettings(num_samples=4))
+PLAN = Plan(out=Path("out"), settings=LocalizationSettings(num_samples=4)).fitted_to(guidance_scale=7.0)
 
 
 def test_a_pass_is_measured_and_every_stage_is_in_it(pipe):

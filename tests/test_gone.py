@@ -8,6 +8,7 @@ import torch
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, verdict
+from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.views import Seeds, Views, measure
 from nemo_prune.settings import LocalizationSettings
 
@@ -126,6 +127,20 @@ def test_everything_suppressed_is_never_worse_than_itself(pipe):
     assert all(each.margins["resembles a memorized caption"] >= 0 for each in judge(predictor, corpus, everything))
     assert all(each.is_gone for each in judge_ordinary(predictor, corpus, everything))
     assert all(not each.is_silent for each in judge(predictor, corpus, ()))
+
+
+def test_what_the_detection_predicted_is_not_predicted_again(pipe):
+    scorer = Scorer(NoisePredictor(pipe, LocalizationSettings(num_samples=3)))
+    predictor, prompts, ordinary = scorer.predictor, ["a", "b"], ["c", "d"]
+    detected = scorer.score_prompts(prompts)
+    seeds, passes = Seeds.draw(predictor) + Seeds.draw(predictor, 7, 2), []
+    found = []
+    for given in ((), detected):
+        before = predictor.sample_passes
+        found.append(gather_corpus(predictor, prompts, ordinary, seeds, 0.5, detected=given))
+        passes.append(predictor.sample_passes - before)
+    assert passes == [2 * 4 * 5, 2 * 4 * 5 - 2 * 3]
+    torch.testing.assert_close(found[1].memorized.differences, found[0].memorized.differences)
 
 
 def test_tau_of_another_timestep_comes_from_ordinary_captions(pipe):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
+from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.similarity import memorization_scores
 from nemo_prune.engine.views import Measures, Seeds, Views, measure, measure_under, observe
 from nemo_prune.files.work import LineLog
@@ -180,6 +181,7 @@ def gather_corpus(
     threshold: float,
     strictness: Mapping[str, float] | None = None,
     log: LineLog | None = None,
+    detected: Sequence[ScoredPrompt] = (),
 ) -> Corpus:
     """Predict what masks are judged against: two sample passes a caption and seed.
 
@@ -191,9 +193,12 @@ def gather_corpus(
         threshold: tau at the predictor's own timestep.
         strictness: memorized caption -> how far under its limits it must stay; 0 unless given.
         log: where measures are kept as they come.
+        detected: the memorized captions as they were scored on the first of the seeds: that is not predicted again.
     """
     everything, betas = all_neurons(predictor.sizes), predictor.settings.ssim_betas
-    memorized, usual = observe(predictor, prompts, seeds), observe(predictor, ordinary, seeds)
+    known = torch.stack([each.noise_differences for each in detected]) if detected else None
+    memorized = observe(predictor, prompts, seeds, known=known)
+    usual = observe(predictor, ordinary, seeds)
     thresholds = torch.full((len(seeds),), threshold)
     for timestep in set(seeds.timesteps.tolist()) - {predictor.timestep}:
         there = seeds.timesteps == timestep

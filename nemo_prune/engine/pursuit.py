@@ -248,7 +248,8 @@ def complete_for(
         def are_enough(more: Sequence[Neuron], copy: Copy = copy, suppressed: Sequence[Neuron] = suppressed) -> bool:
             return not looks(NeuronMask.from_neurons([*suppressed, *more], predictor.sizes), [copy.prompt])
 
-        if are_enough(()):
+        # Under the mask itself it copied.
+        if len(suppressed) > len(neurons) and are_enough(()):
             continue
         position, source = names.index(copy.prompt), names.index(copy.source)
         waiting = most_worth(predictor, views, position, source, suppressed, cost)

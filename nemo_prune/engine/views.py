@@ -52,6 +52,9 @@ class Seeds:
     def __add__(self, other: "Seeds") -> "Seeds":
         return Seeds(torch.cat([self.latents, other.latents]), torch.cat([self.timesteps, other.timesteps]))
 
+    def __getitem__(self, part: slice) -> "Seeds":
+        return Seeds(self.latents[part], self.timesteps[part])
+
     @classmethod
     def of(cls, latents: Tensor, timestep: int) -> "Seeds":
         """Latents that share a timestep."""
@@ -87,7 +90,13 @@ class Measures:
     agreement: Tensor
 
 
-def observe(predictor: NoisePredictor, prompts: Sequence[str], seeds: Seeds, neurons: Collection[Neuron] = ()) -> Views:
+def observe(
+    predictor: NoisePredictor,
+    prompts: Sequence[str],
+    seeds: Seeds,
+    neurons: Collection[Neuron] = (),
+    known: Tensor | None = None,
+) -> Views:
     """Predict captions' noise differences on the same seeds; one sample pass a caption and seed.
 
     Args:
@@ -95,9 +104,15 @@ def observe(predictor: NoisePredictor, prompts: Sequence[str], seeds: Seeds, neu
         prompts: texts.
         seeds: initial latents and timesteps.
         neurons: what is suppressed.
+        known: the noise differences on the first of the seeds, [P, known seeds, channels, height, width]; they take no
+            pass.
     """
     prompt_embeds = predictor.encode(prompts)
-    return Views(tuple(prompts), prompt_embeds, seeds, differences_of(predictor, prompt_embeds, seeds, neurons))
+    unknown = seeds[0 if known is None else known.shape[1] :]
+    found = differences_of(predictor, prompt_embeds, unknown, neurons)
+    if known is not None:
+        found = torch.cat([known.to(found), found], dim=1)
+    return Views(tuple(prompts), prompt_embeds, seeds, found)
 
 
 def differences_of(

@@ -23,13 +23,18 @@ def noise_change(
     Returns:
         Name -> relative change, the mean over prompts and latents; 0 is no change.
     """
+    for mask in masks.values():
+        mask.check(predictor.sizes)
     latents = predictor.initial_latents(num_samples=num_samples)
-    changes = []
-    for prompt_embeds in predictor.encode(texts):
-        noise_pred = predictor.predict_noise(latents, prompt_embeds, [None, *masks.values()]).flatten(2)
-        changes.append((noise_pred[1:] - noise_pred[:1]).norm(dim=-1) / noise_pred[0].norm(dim=-1))
-    means = torch.stack(changes).mean(dim=(0, 2))
-    return dict(zip(masks, means.tolist(), strict=True))
+    suppressed = [(), *(mask.neurons for mask in masks.values())]
+    noise_pred = predictor.predict_each(
+        latents.repeat(len(texts) * len(suppressed), 1, 1, 1),
+        predictor.encode(texts).repeat_interleave(len(suppressed) * num_samples, dim=0),
+        [neurons for _ in texts for neurons in suppressed for _ in range(num_samples)],
+    )
+    noise_pred = noise_pred.flatten(1).unflatten(0, (len(texts), len(suppressed), num_samples))
+    changes = (noise_pred[:, 1:] - noise_pred[:, :1]).norm(dim=-1) / noise_pred[:, :1].norm(dim=-1)
+    return dict(zip(masks, changes.mean(dim=(0, 2)).tolist(), strict=True))
 
 
 def matched_random_mask(mask: NeuronMask, activation: Mapping[str, Tensor], seed: int) -> NeuronMask:

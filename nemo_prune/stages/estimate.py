@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.means import POINTS
 from nemo_prune.progress import Stage
+from nemo_prune.proof.drawing import Drawing
 from nemo_prune.settings import Plan
 from nemo_prune.stages.localize import MEAN_PROMPTS, WEIGHING_PROMPTS, weighs_neurons
-from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED
+from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED, look_drawing
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
 # on a model of SD v1-4's memorized prompts (benchmarks/full_run.py). In between they are taken to follow a power.
@@ -100,15 +101,15 @@ def passes_of_stages(
     weighing += MEAN_PROMPTS * POINTS if plan.ablation == "mean" else 0
     searching, merging = (num_prompts * _between(num_neurons, each[plan.merge]) for each in (_LOCALIZATION, _MERGING))
     cost = verification.cost_prompts * _COST_PASSES
-    # Guidance takes two passes a step.
-    an_image = verification.num_inference_steps * 2
+    an_image, a_look = Drawing.of(verification).passes, look_drawing(verification).passes
     shown = min(num_prompts, verification.max_prompts)
     ordinary = verification.ordinary_images * verification.images_per_prompt * an_image
     memorized = shown * verification.images_per_prompt * an_image
     # An image of each caption under the mask, and what it is compared with where no training image is known.
-    looks = 0 if plan.merge == "union" else (2 * shown + verification.ordinary_images) * an_image
+    looks = 0 if plan.merge == "union" else (2 * shown + verification.ordinary_images) * a_look
     learning = 0 if plan.search == "greedy" else LEARNING_PASSES
-    judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED)
+    # With nothing, everything and the mask suppressed; what the detection predicted is known.
+    judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED) - detection
     return {
         Stage.CALIBRATE: (calibration, calibration),
         Stage.WEIGH: (weighing, weighing),

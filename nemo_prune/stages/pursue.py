@@ -146,9 +146,11 @@ class Bar:
         """The captions on the seeds of the detection and on fresh ones."""
         predictor = self.localizer.scorer.predictor
         seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, FRESH_SEEDS)
+        detected = [each.scored for each in self.localizer.detect(self.memorized)]
         return gather_corpus(
-            predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold, log=self.log
-        )
+            predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold, log=self.log,
+            detected=detected,
+        )  # fmt: skip
 
 
 def spare_ordinary(
@@ -188,6 +190,15 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
         return Judged(tuple(memorized), tuple(judge_ordinary(scaled, bar.corpus, mask.neurons, bar.log)))
 
 
+def look_drawing(verification: VerificationSettings) -> Drawing:
+    """How an image is drawn that is looked at for copies while a mask is searched.
+
+    Half of the steps of the images that are shown are enough: whether an image copies is decided early.
+    """
+    shown = Drawing.of(verification)
+    return replace(shown, num_inference_steps=max(1, shown.num_inference_steps // 2))
+
+
 class _CopyLooks:
     """Draws images under a mask and says what copies: a training image, or the base's own where none is known.
 
@@ -207,7 +218,7 @@ class _CopyLooks:
         log_file: Path,
     ) -> None:
         self._predictor, self._pipe = predictor, predictor.pipe
-        self._drawing, self._cut = Drawing.of(verification), verification.replication_cut
+        self._drawing, self._cut = look_drawing(verification), verification.replication_cut
         first = verification.seed + _LOOP_SEED_STEP
         self._seeds, self._close_seeds = [first], range(first, first + _CLOSE_SEEDS)
         self._spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
