@@ -2,10 +2,11 @@
 
     python -m benchmarks.merging --model demo --out merging.json
 
-One column per way: the paper's union; each prompt on top of those before it; the union without what no prompt needs,
-and the same with ordinary captions preserved; candidates ranked by gradient; gates opened from everything suppressed
-on; learned gates; as many random neurons; rows scaled along and the closed form, two yardsticks; everything. Give
---model once for each model; the table has all of them. Images take most of the time.
+One column per way: the paper's union; each prompt on top of those before it; the union without what no prompt needs;
+the same completed until no image copies, as a run does it; the same with ordinary captions preserved; candidates ranked
+by gradient; gates opened from everything suppressed on; learned gates; as many random neurons; rows scaled along and
+the closed form, two yardsticks; everything. Give --model once for each model; the table has all of them.
+Images take most of the time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -40,7 +42,7 @@ from nemo_prune.engine.means import attended_means, keeping_means
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
-from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
+from nemo_prune.engine.pursuit import PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.silence import Silence
 from nemo_prune.engine.views import Seeds
@@ -49,12 +51,13 @@ from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, de
 from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
-from nemo_prune.proof.images import copy_similarities, draw_images, image_similarities
+from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
 from nemo_prune.stages.localize import MEAN_PROMPTS, WEIGHING_PROMPTS
+from nemo_prune.stages.pursue import CopyLooks
 
 WAYS = (
-    "unpruned", "union", "incremental", "minimal", "preserve 1", "ranked", "gradient", "learned", "random",
+    "unpruned", "union", "incremental", "minimal", "default", "preserve 1", "ranked", "gradient", "learned", "random",
     "scaled rows", "closed form", "everything",
 )  # fmt: skip
 # The demo without its terms: harder ground, beside the benchmarks and outside the wheel.
@@ -178,6 +181,9 @@ class Comparison:
             mask = settle_mask(replace(self.localizer, preserve=preserve), found).mask
             passes, seconds = passes + self.predictor.sample_passes - before, seconds + time.perf_counter() - began
             return Way(mask, sample_passes=passes, seconds=seconds)
+        if name == "default":
+            first = self.found.get("minimal") or self.find("minimal")
+            return self.pursued("learned", first)
         if name == "preserve 1":
             preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 1.0)
             localizer = replace(self.localizer, preserve=preserve)
@@ -230,19 +236,19 @@ class Comparison:
         found = list(localize_by_gradient(self.scorer, self.prompts, self.calibration.threshold, cost.values))
         return settle_mask(self.localizer, found).mask
 
-    def pursued(self, search: str) -> Way:
-        """The search for what is gone, with the loop over images."""
-        settings = PursuitSettings(search=search)
-        result = pursue(
-            self.predictor,
-            self.prompts,
-            self.ordinary,
-            self.calibration.threshold,
-            settings,
-            self.copies if self.arguments.images else lambda mask, prompts=None: (),
-        )
-        passes = sum(each.sample_passes for each in result.rounds)
-        return Way(result.best.mask, sample_passes=passes, rounds=len(result.rounds))
+    def pursued(self, search: str, first: Way | None = None) -> Way:
+        """The search for what is gone, with the loop over images; from a mask on, if one is given."""
+        settings, mask = PursuitSettings(search=search), first and first.mask
+        with TemporaryDirectory() as folder:
+            looks = CopyLooks(
+                self.predictor, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
+            )
+            result = pursue(
+                self.predictor, self.prompts, self.ordinary, self.calibration.threshold, settings,
+                looks if self.arguments.images else lambda mask, prompts=None: (), first=mask,
+            )  # fmt: skip
+        passes = (first.sample_passes if first else 0) + sum(each.sample_passes for each in result.rounds)
+        return Way(result.best.mask if result.rounds else mask, sample_passes=passes, rounds=len(result.rounds))
 
     def scaled_rows(self) -> dict[str, Tensor]:
         """Rows scaled from -.5 to 1 instead of zeroed: gates that are learned and never rounded."""
@@ -257,19 +263,6 @@ class Comparison:
             learner.take_step()
         factors = split_by_layer(1 - learner.closings, self.predictor.sizes)
         return {name: factors[name][:, None] * layer.weight.detach() for name, layer in self.predictor.layers.items()}
-
-    def copies(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
-        """What the loop looks at: images of memorized captions, on other latents than the table's."""
-        found, known = [], list(self.training)
-        with apply_mask(self.pipe, keeping_means(mask, self.predictor)):
-            for prompt in self.prompts if prompts is None else prompts:
-                images = draw_images(self.pipe, prompt, replace(self.drawing, seed=11))
-                similarities = copy_similarities(images, [self.training[each] for each in known])
-                near = similarities.amax(dim=1) >= self.drawing.replication_cut
-                if bool(near.any()):
-                    source = known[int(similarities.amax(dim=0).argmax())]
-                    found.append(Copy(prompt, source, float(near.float().mean())))
-        return found
 
     def measure(self, way: Way) -> dict:
         """Every row of the table for one way."""
@@ -315,7 +308,7 @@ class Comparison:
 
     def images(self, way: Way) -> dict:
         """Copies of any training image on memorized and ordinary captions, and what ordinary images lose."""
-        training, cut = list(self.training.values()), self.drawing.replication_cut
+        likeness, cut = Likeness([as_compared(each) for each in self.training.values()]), self.drawing.replication_cut
         shown = self.test[: self.arguments.ordinary_images]
         after = {}
         with self.applied(way):
@@ -324,7 +317,7 @@ class Comparison:
         if not self.before:
             self.before = after
         copied = {
-            prompt: float((copy_similarities(images, training).amax(dim=1) >= cut).float().mean())
+            prompt: float((likeness.nearest([as_compared(each) for each in images])[0] >= cut).float().mean())
             for prompt, images in after.items()
         }
         same = [1 - float(image_similarities(self.before[each], after[each]).diagonal().mean()) for each in shown]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from nemo_prune.engine.diffusion import draw_latents
-from nemo_prune.proof.copies import correlation, pixels
+from nemo_prune.proof.copies import StructuralSimilarity, correlation, pixels
 from nemo_prune.proof.drawing import draw_from
 from nemo_prune.settings import VerificationSettings
 
@@ -68,6 +68,26 @@ def nearest_copies(images: Sequence[Image.Image], training_images: Sequence[Imag
         nearer = similarities > highest[rows]
         highest[rows[nearer]], nearest[rows[nearer]] = similarities[nearer], candidates[rows[nearer]]
     return highest, nearest
+
+
+class Likeness:
+    """How much images look like any of some pictures, by either yardstick: that of images before and after a pruning,
+    :func:`nearest_copies`, and that of the evidence, :class:`~nemo_prune.proof.copies.StructuralSimilarity`.
+
+    Args:
+        pictures: training images, or others that are not to be copied.
+    """
+
+    def __init__(self, pictures: Sequence[Image.Image]) -> None:
+        self._pictures, self._similarity = pictures, StructuralSimilarity()
+        self._described = self._similarity.describe(pictures)
+
+    def nearest(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """The higher of both similarities to the nearest picture, and which one that is, both [images]."""
+        by_structure = self._similarity.compare(self._similarity.describe(images), self._described).max(dim=1)
+        values, nearest = nearest_copies(images, self._pictures)
+        is_nearer = values > by_structure.values
+        return torch.maximum(values, by_structure.values), torch.where(is_nearer, nearest, by_structure.indices)
 
 
 def seed_agreement(images: Sequence[Image.Image]) -> float:

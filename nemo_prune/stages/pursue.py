@@ -6,9 +6,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
@@ -24,9 +22,8 @@ from nemo_prune.files.json_values import to_json
 from nemo_prune.files.work import LineLog, WorkFolder
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
-from nemo_prune.proof.copies import StructuralSimilarity
 from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
-from nemo_prune.proof.images import as_compared, nearest_copies
+from nemo_prune.proof.images import Likeness, as_compared
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
 
@@ -100,7 +97,7 @@ def pursue_mask(
     memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
     if not memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    looks = _CopyLooks(predictor, memorized, ordinary, training_images, plan.verification, work.looks)
+    looks = CopyLooks(predictor, memorized, ordinary, training_images, plan.verification, work.looks)
     settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
@@ -199,13 +196,21 @@ def look_drawing(verification: VerificationSettings) -> Drawing:
     return replace(shown, num_inference_steps=max(1, shown.num_inference_steps // 2))
 
 
-class _CopyLooks:
+class CopyLooks:
     """Draws images under a mask and says what copies: a training image, or the base's own where none is known.
 
     By either yardstick: that of the evidence, and that of the images before and after.
 
     One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
     copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
+
+    Args:
+        predictor: the model.
+        memorized: captions that the model memorizes.
+        ordinary: captions that it does not; some are looked at.
+        training_images: caption -> its training image, where one is known.
+        verification: how images are drawn, and how many captions are looked at.
+        log_file: where is kept what was seen.
     """
 
     def __init__(
@@ -225,7 +230,6 @@ class _CopyLooks:
         self._shown = [*self._spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
         self._known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
-        self._similarity = StructuralSimilarity(self._cut)
         depends_on = {
             "shown": text_hash(self._shown),
             "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
@@ -248,21 +252,18 @@ class _CopyLooks:
         return self._seen[look]
 
     @cached_property
-    def _references(self) -> tuple[list[str], list[Image.Image], Tensor]:
-        """Captions, their training images or else the unpruned model's, and what is compared of these."""
+    def _references(self) -> tuple[list[str], Likeness]:
+        """Captions, and the likeness to their training images or else the unpruned model's."""
         pictures = self._known or {text: images[0] for text, images in self._draw(self._spread, self._seeds).items()}
-        return list(pictures), list(pictures.values()), self._similarity.describe(list(pictures.values()))
+        return list(pictures), Likeness(list(pictures.values()))
 
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
-        (sources, pictures, described), found = self._references, []
+        (sources, likeness), found = self._references, []
         texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
         with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
-            by_structure = self._similarity.compare(self._similarity.describe(images), described).max(dim=1)
-            values, nearest = nearest_copies(images, pictures)
-            nearest = torch.where(values > by_structure.values, nearest, by_structure.indices)
-            values = torch.maximum(values, by_structure.values)
+            values, nearest = likeness.nearest(images)
             share = float((values >= self._cut).float().mean())
             if share:
                 found.append(Copy(text, sources[int(nearest[values.argmax()])], share))
