@@ -97,7 +97,7 @@ def prune_model(
         timed.say(warning)
     mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
     memorized = [each.prompt for each in localizations if each.is_memorized]
-    bar = Bar(localizer, memorized, ordinary.texts, work.judged)
+    bar = Bar(localizer, memorized, ordinary.texts, work)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
     mask = keeping_means(mask, session.predictor, stored_dtypes(source.files, "unet", source.variant))
     spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
@@ -109,8 +109,9 @@ def prune_model(
     judged = judge_mask(bar, scaled, mask, timed)
     examined = with_verdicts(examined, judged.memorized)
     cost = measure_cost(
-        session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration
-    )
+        session.predictor, scaled, ordinary.texts[: plan.verification.cost_prompts], pruning, localizer.calibration,
+        work.cost,
+    )  # fmt: skip
     record = Record(
         versions=versions(),
         base=base,
@@ -293,7 +294,7 @@ def _calibrated(
     if ordinary.published and plan.calibration is None:
         listener.say(f"The calibration is {calibration.origin}.")
     threshold = plan.settings.threshold or calibration.threshold
-    preserve = weigh_neurons(session, ordinary.texts, plan, listener)
+    preserve = weigh_neurons(session, ordinary.texts, plan, work, listener)
     memo = Memo(work.detected, LineLog(work.answers, {"threshold": threshold}))
     # A union is the paper's: there its very sets are wanted.
     exactly = plan.merge == "union"

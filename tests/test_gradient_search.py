@@ -11,12 +11,13 @@ from nemo_prune.engine import pursuit, settling
 from nemo_prune.engine.attribution import Attribution, benefits, costs
 from nemo_prune.engine.budget import utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
+from nemo_prune.engine.completing import Copy, complete_for
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
-from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
+from nemo_prune.engine.pursuit import PursuitSettings, pursue
 from nemo_prune.engine.reopening import ReopeningSettings
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.settling import Jury, rank_neurons
@@ -112,7 +113,7 @@ def test_as_few_neurons_are_added_as_images_need_and_none_for_a_caption_that_cop
         return [Copy(prompt, "b", 1.0) for prompt in prompts if mask.num_neurons < needed[prompt]]
 
     copied = [Copy("a", "b", 1.0), Copy("b", "b", 1.0), Copy("an ordinary one", "a", 1.0)]
-    found = pursuit.complete_for(tiny, states, Seeds.draw(tiny), first, copied, looks)
+    found = complete_for(tiny, states, Seeds.draw(tiny), first, copied, looks)
     assert found[:2] == first and len(found) == len(set(found)) == 17
     assert asked.count(("b",)) == 1 and set(asked) == {(name,) for name in needed}
 
@@ -213,6 +214,31 @@ def test_a_mask_is_completed_as_long_as_other_captions_come_back(tiny):
     result = pursue(tiny, ["a", "b"], ["c", "d"], 0.5, settings, copies, first=first)
     assert [each.mask.num_neurons for each in result.rounds] == [1, 5, 9] and result.best is result.rounds[2]
     assert set(result.rounds[1].mask.neurons) < set(result.best.mask.neurons)
+
+
+def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):
+    settings, file, asked = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2), tmp_path / "rounds.jsonl", []
+    first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
+
+    def copies(mask, prompts=None):
+        asked.append(prompts)
+        copying = {"a": mask.num_neurons < 5, "b": 5 <= mask.num_neurons < 9}
+        return [Copy(text, text, 1.0) for text in prompts or copying if copying[text]]
+
+    def pursued():
+        return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, settings, copies, first=first, rounds_file=file)
+
+    def facts(found):
+        return [(each.mask.neurons, each.change, each.copies, each.sample_passes) for each in found.rounds]
+
+    whole = facts(pursued())
+    passes, _ = tiny.sample_passes, asked.clear()
+    assert facts(pursued()) == whole and tiny.sample_passes == passes and asked == [None]
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + len(whole) == 4
+    file.write_text("".join(lines[:-1]))
+    assert [neurons for neurons, *_ in facts(pursued())] == [neurons for neurons, *_ in whole]
+    assert file.read_text().startswith("".join(lines[:-1])) and tiny.sample_passes > passes
 
 
 @pytest.mark.slow

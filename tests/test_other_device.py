@@ -7,6 +7,7 @@ import torch
 
 from elsewhere import DEVICE, Elsewhere, OnTheDevice, pipeline_elsewhere
 from nemo_prune.engine.calibration import calibrate
+from nemo_prune.engine.completing import Copy
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.learned import LearningSettings
@@ -14,7 +15,7 @@ from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.means import attended_means
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.preserve import neuron_costs
-from nemo_prune.engine.pursuit import Copy, PursuitSettings, pursue
+from nemo_prune.engine.pursuit import PursuitSettings, pursue
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.mask import Neuron, NeuronMask, Pruning
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nemo_prune.compute.local import LocalSession
+from nemo_prune.files.kept_tensors import kept_tensors
 from nemo_prune.files.work import LineLog
 from nemo_prune.models.source import resolve_model
 from nemo_prune.settings import LocalizationSettings, ModelOptions
@@ -23,6 +24,21 @@ def test_a_log_keeps_its_lines_drops_a_torn_one_and_begins_anew_for_something_el
     assert list(LineLog(path, {"of": "this"})) == []
     path.write_bytes(b'{"of": "th')
     assert list(LineLog(path, {"of": "this"})) == []
+
+
+def test_tensors_are_computed_once_and_again_where_their_file_is_damaged(tmp_path):
+    file, made = tmp_path / "kept.safetensors", []
+
+    def make():
+        made.append(1)
+        return {"a": torch.arange(3.0)[:2], "b": torch.tensor([len(made)])}
+
+    first = kept_tensors(file, make)
+    assert first["a"].tolist() == [0, 1] and len(made) == 1
+    assert kept_tensors(file, make)["b"].tolist() == [1] and len(made) == 1
+    file.write_bytes(file.read_bytes()[:-5])
+    assert kept_tensors(file, make)["b"].tolist() == [2] and kept_tensors(file, make)["b"].tolist() == [2]
+    assert kept_tensors(None, make)["b"].tolist() == [3]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.similarity import memorization_scores
-from nemo_prune.engine.views import Measures, Seeds, Views, measure, measure_under, observe
+from nemo_prune.engine.views import Measures, Seeds, Views, differences_of, measure, measure_under
+from nemo_prune.files.kept_tensors import kept_tensors
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
 
@@ -182,6 +184,7 @@ def gather_corpus(
     strictness: Mapping[str, float] | None = None,
     log: LineLog | None = None,
     detected: Sequence[ScoredPrompt] = (),
+    views_file: Path | None = None,
 ) -> Corpus:
     """Predict what masks are judged against: two sample passes a caption and seed.
 
@@ -194,11 +197,10 @@ def gather_corpus(
         strictness: memorized caption -> how far under its limits it must stay; 0 unless given.
         log: where measures are kept as they come.
         detected: the memorized captions as they were scored on the first of the seeds: that is not predicted again.
+        views_file: where is kept what is predicted with nothing suppressed.
     """
     everything, betas = all_neurons(predictor.sizes), predictor.settings.ssim_betas
-    known = torch.stack([each.noise_differences for each in detected]) if detected else None
-    memorized = observe(predictor, prompts, seeds, known=known)
-    usual = observe(predictor, ordinary, seeds)
+    memorized, usual = _unsuppressed(predictor, prompts, ordinary, seeds, detected, views_file)
     thresholds = torch.full((len(seeds),), threshold)
     for timestep in set(seeds.timesteps.tolist()) - {predictor.timestep}:
         there = seeds.timesteps == timestep
@@ -214,6 +216,34 @@ def gather_corpus(
         timestep=predictor.timestep,
         strictness=torch.tensor([(strictness or {}).get(prompt, 0.0) for prompt in prompts]),
         betas=betas,
+    )
+
+
+def _unsuppressed(
+    predictor: NoisePredictor,
+    prompts: Sequence[str],
+    ordinary: Sequence[str],
+    seeds: Seeds,
+    detected: Sequence[ScoredPrompt],
+    file: Path | None,
+) -> tuple[Views, Views]:
+    """Memorized and ordinary captions with nothing suppressed; what is known of them takes no pass."""
+    known = [each.noise_differences for each in detected]
+    fresh = seeds[len(known[0]) :] if known else seeds
+    embeds = [predictor.encode(each) for each in (prompts, ordinary)]
+
+    def predict() -> dict[str, Tensor]:
+        return {
+            name: differences_of(predictor, each, wanted)
+            for name, each, wanted in zip(("memorized", "ordinary"), embeds, (fresh, seeds), strict=True)
+        }
+
+    kept = {name: each.to(predictor.device) for name, each in kept_tensors(file, predict).items()}
+    if known:
+        kept["memorized"] = torch.cat([torch.stack(known).to(predictor.device), kept["memorized"]], dim=1)
+    return (
+        Views(tuple(prompts), embeds[0], seeds, kept["memorized"]),
+        Views(tuple(ordinary), embeds[1], seeds, kept["ordinary"]),
     )
 
 

@@ -5,18 +5,21 @@ Looking at images is not done here: a function draws them and says what copied.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Protocol
 
+from nemo_prune.engine.completing import Copy, Looks, Round, completed_rounds, named
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
-from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary, judged_by
+from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, judged_by
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change, walk_ordinary
 from nemo_prune.engine.reopening import ReopeningSettings, reopen
-from nemo_prune.engine.settling import Jury, complete, costs_of_completing, first_enough, most_worth
-from nemo_prune.engine.views import Seeds, observe
+from nemo_prune.engine.settling import Jury, complete
+from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
+from nemo_prune.files.json_values import to_json
+from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
@@ -65,54 +68,6 @@ class PursuitSettings:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Images of a caption that copy a training image under a mask.
-
-    Attributes:
-        prompt: the caption, memorized or ordinary.
-        source: the memorized caption whose training image it is.
-        share: of its images.
-    """
-
-    prompt: str
-    source: str
-    share: float
-
-
-class Looks(Protocol):
-    """Draws images under a mask and says what copied."""
-
-    def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> Sequence[Copy]:
-        """What copied.
-
-        Args:
-            mask: the neurons to prune.
-            prompts: captions that are looked at closely, on further seeds; a look at all captions unless given.
-        """
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a round ended with.
-
-    Attributes:
-        mask: the neurons to prune.
-        change: on ordinary captions, as a share of what everything suppressed changes.
-        not_gone: memorized captions that are not gone, by their noise predictions, under the limits of this round.
-        called_up: ordinary captions that resemble a memorized one more than before.
-        copies: what copied in images.
-        sample_passes: latents that went through the U-Net, a backward counted as two, without those of images.
-    """
-
-    mask: NeuronMask
-    change: float
-    not_gone: tuple[Verdict, ...]
-    called_up: tuple[Verdict, ...]
-    copies: tuple[Copy, ...]
-    sample_passes: int
-
-
-@dataclass(frozen=True)
 class Pursuit:
     """The masks that a corpus was pursued with, one a round.
 
@@ -144,6 +99,7 @@ def pursue(
     advance: Advance = ignored,
     checkpoint: Path | None = None,
     first: NeuronMask | None = None,
+    rounds_file: Path | None = None,
 ) -> Pursuit:
     """Find a mask under which memorized captions are gone and ordinary ones change as little as may be.
 
@@ -161,100 +117,31 @@ def pursue(
         first: the mask of another search. If nothing copies under it there is nothing to pursue, and no round is made.
             Else it is completed for what copied, as long as that is other captions than it was completed for before;
             only then is another one searched.
+        rounds_file: where the rounds are kept in which it is completed.
     """
     copied = () if first is None else copies(first)
     if first is not None and not copied:
         return Pursuit(())
     watched, walked = ordinary[: settings.watched], ordinary[settings.watched :][: settings.walked]
-    states = walk_ordinary(predictor, walked or watched, settings.points, settings.seed)
+    states = cache(lambda: walk_ordinary(predictor, walked or watched, settings.points, settings.seed))
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
     rounds: list[Round] = []
     if first is not None:
-        rounds += completed_rounds(predictor, states, seeds, first, copied, copies, settings.rounds)
+        log = rounds_file and LineLog(rounds_file, {"first": first.digest, "copied": to_json(copied)})
+        rounds += completed_rounds(predictor, states, seeds, first, copied, copies, settings.rounds, log)
     strictness = dict.fromkeys(prompts, 0.0)
     while not rounds or (rounds[-1].copies and len(rounds) <= settings.rounds):
         passes_before = predictor.sample_passes
-        if came_back := sorted(set(_named(rounds[-1].copies if rounds else ())) & set(prompts)):
+        if came_back := sorted(set(named(rounds[-1].copies if rounds else ())) & set(prompts)):
             strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}
             last = rounds[-1].mask
             seeds += seeds_that_show(predictor, came_back, watched, last, threshold, settings, len(rounds))
         corpus = gather_corpus(predictor, prompts, watched, seeds, threshold, strictness)
-        neurons = search_mask(predictor, corpus, states, settings, advance, checkpoint)
+        neurons = search_mask(predictor, corpus, states(), settings, advance, checkpoint)
         mask = NeuronMask.from_neurons(neurons, predictor.sizes)
         passes = predictor.sample_passes - passes_before
-        rounds.append(_look_at(predictor, corpus, states, mask, copies(mask), passes))
+        rounds.append(_look_at(predictor, corpus, states(), mask, copies(mask), passes))
     return Pursuit(tuple(rounds))
-
-
-def completed_rounds(
-    predictor: NoisePredictor,
-    states: OrdinaryStates,
-    seeds: Seeds,
-    first: NeuronMask,
-    copied: Sequence[Copy],
-    looks: Looks,
-    most: int,
-) -> list[Round]:
-    """A mask that is completed until nothing copies, or nothing but what it was completed for already.
-
-    Images decide; what is gone by its noise predictions is not asked.
-
-    Args:
-        predictor: the model.
-        states: points on ordinary captions' ways.
-        seeds: on which it is asked what neurons do.
-        first: the mask.
-        copied: what copied under it.
-        looks: draws images under a mask and says what copied.
-        most: how often it is completed at most.
-    """
-    mask, done, passes_before = first, set(), predictor.sample_passes
-    rounds: list[Round] = []
-    while True:
-        change = mean_change(predictor, states, mask.neurons)
-        rounds.append(Round(mask, change, (), (), tuple(copied), predictor.sample_passes - passes_before))
-        passes_before, copying = predictor.sample_passes, {copy.prompt for copy in copied}
-        if copying <= done or len(rounds) > most:
-            return rounds
-        done |= copying
-        neurons = complete_for(predictor, states, seeds, mask.neurons, copied, looks)
-        mask = NeuronMask.from_neurons(neurons, predictor.sizes)
-        copied = looks(mask)
-
-
-def complete_for(
-    predictor: NoisePredictor,
-    states: OrdinaryStates,
-    seeds: Seeds,
-    neurons: Sequence[Neuron],
-    copied: Sequence[Copy],
-    looks: Looks,
-) -> list[Neuron]:
-    """A mask with further neurons under which captions copy no more; their images decide, looked at closely.
-
-    Args:
-        predictor: the model.
-        states: points on ordinary captions' ways.
-        seeds: on which it is asked what neurons do.
-        neurons: of the mask, which all stay.
-        copied: what copied under it: memorized captions, and ordinary ones that call a picture up.
-        looks: draws images under a mask and says what copied.
-    """
-    suppressed, cost = list(neurons), costs_of_completing(predictor, states)
-    names = _named(copied)
-    views = observe(predictor, names, seeds)
-    for copy in copied:
-
-        def are_enough(more: Sequence[Neuron], copy: Copy = copy, suppressed: Sequence[Neuron] = suppressed) -> bool:
-            return not looks(NeuronMask.from_neurons([*suppressed, *more], predictor.sizes), [copy.prompt])
-
-        # Under the mask itself it copied.
-        if len(suppressed) > len(neurons) and are_enough(()):
-            continue
-        position, source = names.index(copy.prompt), names.index(copy.source)
-        waiting = most_worth(predictor, views, position, source, suppressed, cost)
-        suppressed = [*suppressed, *first_enough(waiting, are_enough)]
-    return suppressed
 
 
 def search_mask(
@@ -314,11 +201,6 @@ def seeds_that_show(
         margins = [min(each.margins.values()) for each in judge(predictor, corpus, mask.neurons)]
         found[timestep] = (min(margins), seeds)
     return min(found.values(), key=lambda each: each[0])[1]
-
-
-def _named(copies: Sequence[Copy]) -> list[str]:
-    """The captions that copy, and those whose pictures they copy, each once."""
-    return list(dict.fromkeys(name for copy in copies for name in (copy.prompt, copy.source)))
 
 
 def _beyond_reach(corpus: Corpus, margin: float) -> set[str]:

@@ -90,13 +90,7 @@ class Measures:
     agreement: Tensor
 
 
-def observe(
-    predictor: NoisePredictor,
-    prompts: Sequence[str],
-    seeds: Seeds,
-    neurons: Collection[Neuron] = (),
-    known: Tensor | None = None,
-) -> Views:
+def observe(predictor: NoisePredictor, prompts: Sequence[str], seeds: Seeds, neurons: Collection[Neuron] = ()) -> Views:
     """Predict captions' noise differences on the same seeds; one sample pass a caption and seed.
 
     Args:
@@ -104,15 +98,9 @@ def observe(
         prompts: texts.
         seeds: initial latents and timesteps.
         neurons: what is suppressed.
-        known: the noise differences on the first of the seeds, [P, known seeds, channels, height, width]; they take no
-            pass.
     """
     prompt_embeds = predictor.encode(prompts)
-    unknown = seeds[0 if known is None else known.shape[1] :]
-    found = differences_of(predictor, prompt_embeds, unknown, neurons)
-    if known is not None:
-        found = torch.cat([known.to(found), found], dim=1)
-    return Views(tuple(prompts), prompt_embeds, seeds, found)
+    return Views(tuple(prompts), prompt_embeds, seeds, differences_of(predictor, prompt_embeds, seeds, neurons))
 
 
 def differences_of(

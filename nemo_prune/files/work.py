@@ -70,6 +70,31 @@ class WorkFiles:
         return self.path / "detected"
 
     @property
+    def means(self) -> Path:
+        """What suppressed neurons output instead of 0."""
+        return self.path / "means.safetensors"
+
+    @property
+    def neuron_costs(self) -> Path:
+        """What each neuron costs ordinary prompts."""
+        return self.path / "neuron_costs.safetensors"
+
+    @property
+    def rounds(self) -> Path:
+        """The masks that were completed for what copied, one line each."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def views(self) -> Path:
+        """What is predicted for the captions that masks are judged on, on fresh seeds."""
+        return self.path / "views.safetensors"
+
+    @property
+    def cost(self) -> Path:
+        """What the final mask changes for ordinary prompts."""
+        return self.path / "cost.jsonl"
+
+    @property
     def judged(self) -> Path:
         """How captions measure under masks, one line per mask and caption."""
         return self.path / "judged.jsonl"

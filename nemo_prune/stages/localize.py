@@ -4,13 +4,19 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
 from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
 from nemo_prune.engine.means import attended_means
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
+from nemo_prune.files.kept_tensors import kept_tensors
+from nemo_prune.files.work import WorkFiles
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
 
@@ -20,13 +26,16 @@ WEIGHING_PROMPTS = 8
 MEAN_PROMPTS = 32
 
 
-def weigh_neurons(session: LocalSession, texts: Sequence[str], plan: Plan, listener: Listener) -> Preserve | None:
+def weigh_neurons(
+    session: LocalSession, texts: Sequence[str], plan: Plan, work: WorkFiles, listener: Listener
+) -> Preserve | None:
     """What ordinary prompts need of each neuron: its mean, where the plan keeps it, and what it costs them.
 
     Args:
         session: the model; its suppressed neurons keep their means from now on.
         texts: ordinary prompts, of which a few are used.
         plan: says how much the search departs from the paper in favour of them.
+        work: where means and costs are kept.
         listener: hears the stage.
 
     Returns:
@@ -34,10 +43,17 @@ def weigh_neurons(session: LocalSession, texts: Sequence[str], plan: Plan, liste
     """
     with listener.stage(Stage.WEIGH):
         if plan.ablation == "mean" and texts:
-            session.keep_means(attended_means(session.predictor, texts[:MEAN_PROMPTS]))
+            means = kept_tensors(work.means, lambda: attended_means(session.predictor, texts[:MEAN_PROMPTS]))
+            session.keep_means({name: each.to(session.device) for name, each in means.items()})
         if not weighs_neurons(plan) or not texts:
             return None
-        return Preserve(neuron_costs(session.predictor, texts[:WEIGHING_PROMPTS]), plan.preserve)
+        costs = kept_tensors(work.neuron_costs, lambda: {"costs": _costs(session, texts[:WEIGHING_PROMPTS])})["costs"]
+        return Preserve(dict(zip(all_neurons(session.sizes), costs.tolist(), strict=True)), plan.preserve)
+
+
+def _costs(session: LocalSession, texts: Sequence[str]) -> Tensor:
+    """What each neuron costs, [neurons], all layers joined."""
+    return torch.tensor(list(neuron_costs(session.predictor, texts).values()))
 
 
 def weighs_neurons(plan: Plan) -> bool:

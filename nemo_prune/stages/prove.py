@@ -75,7 +75,12 @@ def score_again(
 
 
 def measure_cost(
-    predictor: NoisePredictor, scaled: NoisePredictor, texts: Sequence[str], pruning: Pruning, calibration: Calibration
+    predictor: NoisePredictor,
+    scaled: NoisePredictor,
+    texts: Sequence[str],
+    pruning: Pruning,
+    calibration: Calibration,
+    log_file: Path,
 ) -> Cost:
     """Change on ordinary prompts under the mask, beside as many random neurons and everything suppressed.
 
@@ -85,10 +90,16 @@ def measure_cost(
         texts: ordinary prompts.
         pruning: the final mask and its scale.
         calibration: has the usual activation of every neuron.
+        log_file: where the cost is kept.
     """
+    log = LineLog(log_file, {"mask": pruning.mask.digest, "scale": pruning.scale, "prompts": text_hash(texts)})
+    for known in log:
+        return from_json(Cost, known)
     random = matched_random_mask(pruning.mask, calibration.statistics.mean, predictor.settings.seed)
     everything = noise_change(predictor, texts, {"everything": full_mask(predictor.sizes)})
-    return Cost(**noise_change(scaled, texts, {"mask": pruning.mask, "random": random}), **everything)
+    cost = Cost(**noise_change(scaled, texts, {"mask": pruning.mask, "random": random}), **everything)
+    log.append(to_json(cost))
+    return cost
 
 
 class ImageProof:

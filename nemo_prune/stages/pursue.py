@@ -10,12 +10,13 @@ from PIL import Image
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
+from nemo_prune.engine.completing import Copy
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
 from nemo_prune.engine.means import keeping_means
 from nemo_prune.engine.ordinary import walk_ordinary
-from nemo_prune.engine.pursuit import Copy, Pursuit, PursuitSettings, pursue
+from nemo_prune.engine.pursuit import Pursuit, PursuitSettings, pursue
 from nemo_prune.engine.views import Seeds
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
@@ -102,7 +103,7 @@ def pursue_mask(
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
             predictor, [each.text for each in memorized], ordinary, localizer.threshold, settings, looks, advance,
-            work.learning, first,
+            work.learning, first, work.rounds,
         )  # fmt: skip
     if first is not None and not pursuit.rounds:
         return first, localizations
@@ -130,13 +131,16 @@ class Bar:
         localizer: the unpruned model and what is usual for it.
         memorized: captions that are to be gone.
         ordinary: ordinary captions, of which some are watched.
-        log_file: where the captions' measures are kept as they come.
+        work: where the captions' measures and predictions are kept as they come.
     """
 
-    def __init__(self, localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str], log_file: Path) -> None:
+    def __init__(
+        self, localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str], work: WorkFolder
+    ) -> None:
         self.localizer, self.memorized, self.ordinary = localizer, memorized, ordinary
         captions = [*memorized, "", *ordinary[:WATCHED]]
-        self.log = LineLog(log_file, {"captions": text_hash(captions), "seeds": [_JUDGE_SEED, FRESH_SEEDS]})
+        self.log = LineLog(work.judged, {"captions": text_hash(captions), "seeds": [_JUDGE_SEED, FRESH_SEEDS]})
+        self._views_file = work.views
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -146,7 +150,7 @@ class Bar:
         detected = [each.scored for each in self.localizer.detect(self.memorized)]
         return gather_corpus(
             predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold, log=self.log,
-            detected=detected,
+            detected=detected, views_file=self._views_file,
         )  # fmt: skip
 
 
