@@ -31,7 +31,7 @@ def edited_weights(predictor: NoisePredictor, memorized: Sequence[str], ordinary
         ordinary: captions that are held.
 
     Returns:
-        Dotted module name -> weight [out_features, width], float32.
+        Name of a parameter -> weight [out_features, width], float32.
     """
     sent, held = predictor.encode(memorized).double(), predictor.encode(ordinary).double()
     target = held.mean(dim=0).expand_as(sent)
@@ -42,17 +42,18 @@ def edited_weights(predictor: NoisePredictor, memorized: Sequence[str], ordinary
     given = sent.T @ sent / len(sent) + power + ridge
     # W' given = W wanted, and `given` is symmetric.
     move = torch.linalg.solve(given, wanted.T).T
-    return {name: (layer.weight.double() @ move).float() for name, layer in predictor.layers.items()}
+    return {f"{name}.weight": (layer.weight.double() @ move).float() for name, layer in predictor.layers.items()}
 
 
 @contextmanager
 def replaced_weights(predictor: NoisePredictor, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Use other value weights while the context lasts."""
-    before = {name: predictor.layers[name].weight.data for name in weights}
+    """Use other values of the U-Net's parameters, by their names, while the context lasts."""
+    parameters = dict(predictor.pipe.unet.named_parameters())
+    before = {name: parameters[name].data for name in weights}
     try:
-        for name, weight in weights.items():
-            predictor.layers[name].weight.data = weight.to(before[name])
+        for name, values in weights.items():
+            parameters[name].data = values.to(before[name])
         yield
     finally:
-        for name, weight in before.items():
-            predictor.layers[name].weight.data = weight
+        for name, values in before.items():
+            parameters[name].data = values

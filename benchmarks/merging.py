@@ -4,9 +4,9 @@
 
 One column per way: the paper's union; each prompt on top of those before it; the union without what no prompt needs;
 the same completed until no image copies, as a run does it; the same with ordinary captions preserved; candidates ranked
-by gradient; gates opened from everything suppressed on; learned gates; as many random neurons; rows scaled along and
-the closed form, two yardsticks; everything. Give --model once for each model; the table has all of them.
-Images take most of the time.
+by gradient; gates opened from everything suppressed on; learned gates; as many random neurons; three yardsticks (rows
+scaled along; the mask of the column before it, the kept neurons taking over; the closed form); everything. Give --model
+once for each model; the table has all of them. Images take most of the time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.closed_form import edited_weights, replaced_weights
+from benchmarks.compensation import compensated_weights
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attribution import costs
 from nemo_prune.engine.budget import most_costly_first, utility_curve
@@ -58,12 +59,14 @@ from nemo_prune.stages.pursue import CopyLooks
 
 WAYS = (
     "unpruned", "union", "incremental", "minimal", "default", "preserve 1", "ranked", "gradient", "learned", "random",
-    "scaled rows", "closed form", "everything",
+    "scaled rows", "compensated", "closed form", "everything",
 )  # fmt: skip
 # The demo without its terms: harder ground, beside the benchmarks and outside the wheel.
 REFERENCE_MODEL = Path(__file__).with_name("reference_model")
 # Captions that served no search: the first are looked at, the next walked from noise to image.
 WATCHED, WALKED, POINTS, WALK_SEED = 16, 32, 8, 4001
+# Ordinary captions that kept neurons learn from what pruned ones give.
+COMPENSATED = 64
 
 
 def main() -> None:
@@ -98,8 +101,8 @@ class Way:
     """A way of suppressing.
 
     Attributes:
-        mask: what is suppressed; None where the weights are edited.
-        weights: edited weights, or None.
+        mask: what is suppressed; None where no neurons are named.
+        weights: edited weights that do it; None suppresses.
         sample_passes: what finding it cost.
         seconds: likewise.
         rounds: searches that it took, where images are looked at in between.
@@ -194,6 +197,9 @@ class Comparison:
             return self.pursued(name)
         if name == "scaled rows":
             return Way(None, self.scaled_rows())
+        if name == "compensated":
+            mask = self.matched()
+            return Way(mask, compensated_weights(self.predictor, mask, self.prompts, self.ordinary[:COMPENSATED]))
         if name == "closed form":
             return Way(None, edited_weights(self.predictor, self.prompts, self.ordinary[:128]))
         if name == "random":
@@ -208,8 +214,8 @@ class Comparison:
         return found, self.predictor.sample_passes - before, time.perf_counter() - began
 
     def matched(self) -> NeuronMask:
-        """The mask that the random one has as many neurons as."""
-        unmatched = ("unpruned", "random", "everything")
+        """The mask that the random one has as many neurons as, and that kept neurons take over from."""
+        unmatched = ("unpruned", "random", "compensated", "everything")
         masks = [way.mask for name, way in self.found.items() if name not in unmatched and way.mask is not None]
         return (
             masks[-1]
@@ -262,11 +268,14 @@ class Comparison:
         for _ in range(freely.steps):
             learner.take_step()
         factors = split_by_layer(1 - learner.closings, self.predictor.sizes)
-        return {name: factors[name][:, None] * layer.weight.detach() for name, layer in self.predictor.layers.items()}
+        return {
+            f"{name}.weight": factors[name][:, None] * layer.weight.detach()
+            for name, layer in self.predictor.layers.items()
+        }
 
     def measure(self, way: Way) -> dict:
         """Every row of the table for one way."""
-        neurons = way.mask.neurons if way.mask is not None else ()
+        neurons = way.mask.neurons if way.mask is not None and way.weights is None else ()
         scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale, means=self.predictor.means)
         with replaced_weights(self.predictor, way.weights or {}):
             verdicts = judge(scaled, self.corpus, neurons)
