@@ -33,7 +33,7 @@ _SCHEDULERS = {
 }
 SCHEDULERS = tuple(_SCHEDULERS)
 # Images that are drawn at once; by guidance a batch of the U-Net is twice as large.
-_IMAGES_AT_ONCE = 12
+_IMAGES_AT_ONCE = 20
 BASE, CANDIDATE = "base", "candidate"
 Drawn = Mapping[str, Mapping[str, Sequence[Image.Image]]]
 
@@ -147,7 +147,7 @@ def draw_from(
 ) -> list[Image.Image]:
     """Draw one image per initial latent, by the pipeline's present scheduler.
 
-    Where memory is short fewer are drawn at once, and decoded one by one.
+    They are decoded one by one, which takes little memory; where it is short, fewer are drawn at once.
 
     Args:
         pipe: the model.
@@ -162,9 +162,9 @@ def draw_from(
 
     asked = [prompt] * len(latents) if isinstance(prompt, str | Tensor) else prompt
 
+    pipe.vae.enable_slicing()
+
     def drawn(at_once: int) -> list[Image.Image]:
-        if at_once < len(latents):
-            pipe.vae.enable_slicing()
         images = []
         for start in range(0, len(latents), at_once):
             part = latents[start : start + at_once]

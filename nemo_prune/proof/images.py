@@ -22,7 +22,7 @@ _COMPARED_SIDE = 64
 def draw_images(pipe: StableDiffusionPipeline, text: str, settings: VerificationSettings) -> list[Image.Image]:
     """Images of one prompt, by the pipeline's own scheduler; the same latents in every call.
 
-    Where memory is short fewer are drawn at once, and decoded one by one.
+    Where memory is short fewer are drawn at once.
 
     Raises:
         ModelError: the device's memory does not take a single image.
