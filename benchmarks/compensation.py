@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.means import POINTS
+from nemo_prune.engine.means import POINTS, SEED, seeing_attended
 from nemo_prune.engine.ordinary import points_of_ways
 from nemo_prune.mask import NeuronMask, bias_behind
 
 # Weight of the memorized captions against ordinary ones, and of the ridge as a share of the neurons' mean variance.
 MEMORIZED, RIDGE = 10.0, 0.01
-_SEED = 3001
 
 
 @dataclass(frozen=True)
@@ -45,33 +44,21 @@ class Moments:
 @torch.no_grad()
 def attended_moments(predictor: NoisePredictor, texts: Sequence[str]) -> dict[str, Moments]:
     """Moments of what attention takes, dotted module name of the value projection -> moments; 8 passes a caption."""
-    unet = predictor.pipe.unet
     sums = {
         name: [torch.zeros(size).double(), torch.zeros(size, size).double(), 0]
         for name, size in predictor.sizes.items()
     }
 
-    def adding_to(total: list) -> object:
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0].double().flatten(0, 1).cpu()
-            total[0] += values.sum(dim=0)
-            total[1] += values.T @ values
-            total[2] += len(values)
+    def add(name: str, attended: Tensor) -> None:
+        values, total = attended.double().flatten(0, 1).cpu(), sums[name]
+        total[0] += values.sum(dim=0)
+        total[1] += values.T @ values
+        total[2] += len(values)
 
-        return hook
-
-    handles = [
-        unet.get_submodule(bias_behind(name).removesuffix(".bias")).register_forward_pre_hook(adding_to(total))
-        for name, total in sums.items()
-    ]
-    try:
-        for _ in points_of_ways(
-            predictor, predictor.encode(texts), predictor.initial_latents(_SEED, len(texts)), POINTS
-        ):
+    first = predictor.initial_latents(SEED, len(texts))
+    with seeing_attended(predictor, add):
+        for _ in points_of_ways(predictor, predictor.encode(texts), first, POINTS):
             pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: Moments(mean / count, products / count) for name, (mean, products, count) in sums.items()}
 
 

@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -144,17 +145,27 @@ def start(options: Sequence[str], out: Path, command: str) -> subprocess.Popen:
 
 def run_counted(tally: str) -> None:
     """The program, with a byte written to a file for every sample that goes through a U-Net; a kill loses none."""
-    from diffusers import UNet2DConditionModel
-
     from nemo_prune.cli import app
 
-    def count(unet: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(unet, UNet2DConditionModel):
-            os.write(file, b"." * len(inputs[0]))
-
     file = os.open(tally, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    torch.nn.modules.module.register_module_forward_pre_hook(count)
-    app()
+    with counting_samples(lambda number: os.write(file, b"." * number)):
+        app()
+
+
+@contextmanager
+def counting_samples(count: Callable[[int], object]) -> Iterator[None]:
+    """Tell how many samples go through any U-Net, at every call while the context lasts."""
+    from diffusers import UNet2DConditionModel
+
+    def hook(unet: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(unet, UNet2DConditionModel):
+            count(len(inputs[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def passes_of(out: Path) -> int:

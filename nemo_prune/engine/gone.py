@@ -230,20 +230,19 @@ def _unsuppressed(
     """Memorized and ordinary captions with nothing suppressed; what is known of them takes no pass."""
     known = [each.noise_differences for each in detected]
     fresh = seeds[len(known[0]) :] if known else seeds
-    embeds = [predictor.encode(each) for each in (prompts, ordinary)]
+    memorized, usual = predictor.encode(prompts), predictor.encode(ordinary)
 
     def predict() -> dict[str, Tensor]:
         return {
-            name: differences_of(predictor, each, wanted)
-            for name, each, wanted in zip(("memorized", "ordinary"), embeds, (fresh, seeds), strict=True)
+            "memorized": differences_of(predictor, memorized, fresh),
+            "ordinary": differences_of(predictor, usual, seeds),
         }
 
-    kept = {name: each.to(predictor.device) for name, each in kept_tensors(file, predict).items()}
-    if known:
-        kept["memorized"] = torch.cat([torch.stack(known).to(predictor.device), kept["memorized"]], dim=1)
+    kept = kept_tensors(file, predict)
+    theirs = torch.cat([torch.stack(known), kept["memorized"]], dim=1) if known else kept["memorized"]
     return (
-        Views(tuple(prompts), embeds[0], seeds, kept["memorized"]),
-        Views(tuple(ordinary), embeds[1], seeds, kept["ordinary"]),
+        Views(tuple(prompts), memorized, seeds, theirs.to(predictor.device)),
+        Views(tuple(ordinary), usual, seeds, kept["ordinary"].to(predictor.device)),
     )
 
 

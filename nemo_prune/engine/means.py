@@ -5,7 +5,8 @@ A suppressed neuron that outputs its mean on ordinary captions is therefore a ze
 (mean ablation; as bias compensation in arXiv 2312.11983). Key neurons have no such form.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from nemo_prune.engine.ordinary import points_of_ways
 from nemo_prune.mask import NeuronMask, bias_behind
 
 # Points on the way of each caption from noise to image, and the seed of the ways.
-POINTS, _SEED = 8, 3001
+POINTS, SEED = 8, 3001
 
 
 @torch.no_grad()
@@ -37,21 +38,21 @@ def attended_means(predictor: NoisePredictor, texts: Sequence[str], at_once: int
     Raises:
         ModelError: the device's memory does not take a single sample.
     """
-    outputs, first = _outputs(predictor), predictor.initial_latents(_SEED, len(texts))
+    first = predictor.initial_latents(SEED, len(texts))
 
     def walk(part: slice) -> dict[str, Tensor]:
         taken = {name: torch.zeros(size, dtype=torch.float64) for name, size in predictor.sizes.items()}
-        handles = [output.register_forward_pre_hook(_adding_to(taken[name])) for name, output in outputs.items()]
-        try:
+
+        def add(name: str, attended: Tensor) -> None:
+            taken[name].add_(attended.float().mean(dim=1).sum(dim=0).cpu())
+
+        with seeing_attended(predictor, add):
             for _ in points_of_ways(predictor, predictor.encode(texts[part]), first[part], POINTS):
                 pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return taken
 
     parts = in_parts(walk, len(texts), at_once, "the model and one sample")
-    means = {name: sum(part[name] for part in parts) / (len(texts) * POINTS) for name in outputs}
+    means = {name: sum(part[name] for part in parts) / (len(texts) * POINTS) for name in predictor.sizes}
     return {name: values.float().to(predictor.device) for name, values in means.items()}
 
 
@@ -82,13 +83,26 @@ def keeping_means(
     return replace(mask, shifts={name: shift.float() for name, shift in shifts.items()})
 
 
-def _adding_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds up a module's input, the mean over places, over all samples; it leaves the input as it is."""
+@contextmanager
+def seeing_attended(predictor: NoisePredictor, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show what attention takes from the value neurons in every pass, while the context lasts.
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        total.add_(inputs[0].float().mean(dim=1).sum(dim=0).cpu())
+    Args:
+        predictor: the model; its value projections are searched.
+        see: called with the dotted module name of a value projection and what is taken, [batch, places, out_features].
+    """
 
-    return hook
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: see(name, inputs[0])
+
+    handles = []
+    try:
+        for name, output in _outputs(predictor).items():
+            handles.append(output.register_forward_pre_hook(hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _outputs(predictor: NoisePredictor) -> dict[str, nn.Linear]:
