@@ -4,9 +4,9 @@
 
 One column per way: the paper's union; each prompt on top of those before it; the union without what no prompt needs;
 the same completed until no image copies, as a run does it; the same with ordinary captions preserved; candidates ranked
-by gradient; gates opened from everything suppressed on; learned gates; as many random neurons; three yardsticks (rows
-scaled along; the mask of the column before it, the kept neurons taking over; the closed form); everything. Give --model
-once for each model; the table has all of them. Images take most of the time.
+by gradient; gates opened from everything suppressed on; learned gates; as many random neurons; two yardsticks (rows
+scaled along; the closed form); everything. Give --model once for each model; the table has all of them. Images take
+most of the time.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.closed_form import edited_weights, replaced_weights
-from benchmarks.compensation import compensated_weights
 from nemo_prune.corpus.prompts import read_prompts
+from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.attribution import costs
 from nemo_prune.engine.budget import most_costly_first, utility_curve
 from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
+from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.engine.gates import all_neurons, closed_gates, split_by_layer
+from nemo_prune.engine.gates import all_neurons, split_by_layer
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts, not_memorized
-from nemo_prune.engine.means import attended_means, keeping_means
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
@@ -54,19 +54,18 @@ from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
-from nemo_prune.stages.localize import MEAN_PROMPTS, WEIGHING_PROMPTS
+from nemo_prune.stages.compensate import USUAL_PROMPTS
+from nemo_prune.stages.localize import WEIGHING_PROMPTS
 from nemo_prune.stages.pursue import CopyLooks
 
 WAYS = (
     "unpruned", "union", "incremental", "minimal", "default", "preserve 1", "ranked", "gradient", "learned", "random",
-    "scaled rows", "compensated", "closed form", "everything",
+    "scaled rows", "closed form", "everything",
 )  # fmt: skip
 # The demo without its terms: harder ground, beside the benchmarks and outside the wheel.
 REFERENCE_MODEL = Path(__file__).with_name("reference_model")
 # Captions that served no search: the first are looked at, the next walked from noise to image.
 WATCHED, WALKED, POINTS, WALK_SEED = 16, 32, 8, 4001
-# Ordinary captions that kept neurons learn from what pruned ones give.
-COMPENSATED = 64
 
 
 def main() -> None:
@@ -130,8 +129,13 @@ class Comparison:
         self.prompts = [item.text for item in self.items]
         self.ordinary = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
         self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)]
-        if arguments.ablation == "mean":
-            self.predictor.means = attended_means(self.predictor, self.ordinary[:MEAN_PROMPTS])
+        self.compensation = None
+        if arguments.ablation != "zero":
+            self.compensation = Compensation(attended_moments(self.predictor, self.ordinary[:USUAL_PROMPTS]))
+            self.predictor.means = self.compensation.means
+        if arguments.ablation == "compensated":
+            memorized = attended_moments(self.predictor, self.prompts)
+            self.compensation = replace(self.compensation, memorized=memorized)
         self.scorer = Scorer(self.predictor)
         self.calibration = calibrate(self.scorer, self.ordinary)
         self.localizer = Localizer(self.scorer, self.calibration, self.calibration.threshold)
@@ -163,7 +167,8 @@ class Comparison:
                     seconds=time.perf_counter() - began,
                 )
             self.found[name] = way
-            yield f"{name}, mean" if self.predictor.means and name != "unpruned" else name, self.measure(way)
+            kept = self.arguments.ablation
+            yield name if kept == "zero" or name == "unpruned" else f"{name}, {kept}", self.measure(way)
             for scale in self.arguments.scales if name in ("gradient", "learned") else ():
                 yield f"{name}, scale {scale}", self.measure(replace(way, scale=scale))
 
@@ -197,9 +202,6 @@ class Comparison:
             return self.pursued(name)
         if name == "scaled rows":
             return Way(None, self.scaled_rows())
-        if name == "compensated":
-            mask = self.matched()
-            return Way(mask, compensated_weights(self.predictor, mask, self.prompts, self.ordinary[:COMPENSATED]))
         if name == "closed form":
             return Way(None, edited_weights(self.predictor, self.prompts, self.ordinary[:128]))
         if name == "random":
@@ -214,8 +216,8 @@ class Comparison:
         return found, self.predictor.sample_passes - before, time.perf_counter() - began
 
     def matched(self) -> NeuronMask:
-        """The mask that the random one has as many neurons as, and that kept neurons take over from."""
-        unmatched = ("unpruned", "random", "compensated", "everything")
+        """The mask that the random one has as many neurons as."""
+        unmatched = ("unpruned", "random", "everything")
         masks = [way.mask for name, way in self.found.items() if name not in unmatched and way.mask is not None]
         return (
             masks[-1]
@@ -247,7 +249,7 @@ class Comparison:
         settings, mask = PursuitSettings(search=search), first and first.mask
         with TemporaryDirectory() as folder:
             looks = CopyLooks(
-                self.predictor, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
+                self.released(), self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
             )
             result = pursue(
                 self.predictor, self.prompts, self.ordinary, self.calibration.threshold, settings,
@@ -276,11 +278,13 @@ class Comparison:
     def measure(self, way: Way) -> dict:
         """Every row of the table for one way."""
         neurons = way.mask.neurons if way.mask is not None and way.weights is None else ()
-        scaled = NoisePredictor(self.pipe, self.predictor.settings, scale=way.scale, means=self.predictor.means)
+        released = self.released(way.scale)
         with replaced_weights(self.predictor, way.weights or {}):
-            verdicts = judge(scaled, self.corpus, neurons)
-            ordinary = judge_ordinary(scaled, self.corpus, neurons)
-            changes = self.changes(neurons, way.scale)
+            verdicts = judge(released, self.corpus, neurons)
+            ordinary = judge_ordinary(released, self.corpus, neurons)
+        with self.applied(way):
+            open_gates = torch.ones(sum(self.predictor.sizes.values()), device=self.pipe.unet.device)
+            changes = change_by_timestep(self.predictor, self.states, open_gates)
         row = {
             "neurons": way.mask.num_neurons if way.mask is not None else None,
             "per_layer": list(way.mask.counts.values()) if way.mask is not None else None,
@@ -308,12 +312,6 @@ class Comparison:
         """A mask's most costly neurons: layer, index, and what each changes for ordinary captions by itself."""
         costly = most_costly_first(self.predictor, self.states, neurons)[:number]
         return [(each.layer, each.index, mean_change(self.predictor, self.states, [each])) for each in costly]
-
-    def changes(self, neurons: Sequence[Neuron], scale: float) -> dict[int, float]:
-        """Change on ordinary captions by timestep, as a share of what everything suppressed changes."""
-        closed = 1 - closed_gates(list(neurons), self.predictor.sizes)
-        factors = (1 - closed * (1 - scale)).to(self.pipe.unet.device)
-        return change_by_timestep(self.predictor, self.states, factors)
 
     def images(self, way: Way) -> dict:
         """Copies of any training image on memorized and ordinary captions, and what ordinary images lose."""
@@ -344,13 +342,19 @@ class Comparison:
             "diversity_ordinary": mean(_diversity(after[prompt]) for prompt in shown),
         }
 
+    def released(self, scale: float = 0.0) -> NoisePredictor:
+        """The model; what it suppresses is multiplied or stood in for, as a release does."""
+        return NoisePredictor(
+            self.pipe, self.predictor.settings, None, scale, self.predictor.means, self.compensation
+        )  # fmt: skip
+
     def applied(self, way: Way) -> AbstractContextManager:
         """The way's model while the context lasts."""
         if way.weights:
             return replaced_weights(self.predictor, way.weights)
         if way.mask is None:
             return nullcontext()
-        return apply_mask(self.pipe, keeping_means(way.mask, self.predictor), way.scale)
+        return apply_mask(self.pipe, self.released().in_weights(way.mask), way.scale)
 
 
 ROWS = {

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, KeysView, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,13 @@ from nemo_prune.files.safetensors_header import read_header
 from nemo_prune.files.staging import staged_file
 from nemo_prune.files.untrusted import parse_json
 
-# Version 2 has shifts of biases beside the rows.
-FORMAT_VERSIONS = (1, 2)
+# Version 2 has shifts of biases beside the rows, version 3 combinations of kept neurons, too.
+FORMAT_VERSIONS = (1, 2, 3)
 METADATA_KEY = "nemo_prune"
-# A mask of the largest models takes a hundredth of this.
-_MAX_BYTES = 16 << 20
+# A mask of SD 1.x with everything in it takes a third of this.
+_MAX_BYTES = 64 << 20
+# What a mask file calls the combinations of a layer.
+_COMBINATION = ".combination"
 _LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
@@ -49,9 +51,9 @@ def bias_behind(layer: str) -> str:
     return f"{layer.removesuffix('to_v')}to_out.0.bias"
 
 
-def shifted(bias: Tensor, shift: Tensor) -> Tensor:
-    """A bias with a mask's shift, in its own dtype; added in float64 on the CPU, so that a file and a model agree."""
-    return (bias.cpu().double() + shift.double()).to(bias.dtype).to(bias.device)
+def weight_behind(layer: str) -> str:
+    """The name of the stored weight matrix of the projection behind a value projection's attention."""
+    return f"{layer.removesuffix('to_v')}to_out.0.weight"
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,19 @@ class NeuronMask:
         layers: dotted module name -> bool tensor [out_features]. Every layer that was searched is
             there, even if nothing in it is pruned.
         shifts: name of a stored bias -> what is added to it, float32 [channels]: what its attention is given by pruned
-            neurons that keep their mean, see :mod:`nemo_prune.engine.means`. Empty where they are 0.
+            neurons that keep their mean, see :mod:`nemo_prune.engine.compensation`. Empty where they are 0.
+        combinations: dotted module name -> which combination of a layer's kept neurons stands in for each pruned one,
+            float32 [pruned neurons, out_features], 0 at pruned ones. The weight behind the attention reads it from
+            them. Empty where nothing stands in.
 
     Raises:
         MaskError: a layer's tensor is not a one-dimensional bool tensor, its name is not that of a module, or a shift
-            belongs to no pruned layer.
+            or a combination belongs to no pruned layer.
     """
 
     layers: Mapping[str, BoolTensor]
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    combinations: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, pruned in self.layers.items():
@@ -86,6 +92,14 @@ class NeuronMask:
             if name not in behind or shift.dtype != torch.float32 or shift.ndim != 1 or not shift.isfinite().all():
                 raise MaskError(
                     f"The mask's shift of `{name}` is not one of a bias behind a pruned layer, in finite float32."
+                )
+        for name, combination in self.combinations.items():
+            pruned = self.layers.get(name, torch.zeros(0, dtype=torch.bool))
+            fits = combination.dtype == torch.float32 and combination.shape == (int(pruned.sum()), len(pruned))
+            if not pruned.any() or not fits or not combination.isfinite().all() or combination[:, pruned].any():
+                raise MaskError(
+                    f"The mask's combinations of `{name}` are not those of its kept neurons, one for each pruned one, "
+                    "in finite float32."
                 )
 
     @classmethod
@@ -144,14 +158,62 @@ class NeuronMask:
 
     @property
     def touched(self) -> KeysView[str]:
-        """Names of the stored tensors that pruning changes: those with pruned rows, then shifted biases."""
-        return {**self.tensor_rows, **self.shifts}.keys()
+        """Names of the stored tensors that pruning changes: those with pruned rows, then those behind."""
+        return {**self.tensor_rows, **dict.fromkeys(self.behind)}.keys()
+
+    @property
+    def behind(self) -> frozenset[str]:
+        """Names of the stored tensors behind the attention that are changed: shifted biases, and weights."""
+        return frozenset(self.shifts) | {weight_behind(layer) for layer in self.combinations}
+
+    def fits_behind(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor behind the attention has a shape that can be changed as the mask says."""
+        if name in self.shifts:
+            return tuple(shape) == tuple(self.shifts[name].shape)
+        return len(shape) == 2 and shape[1] == len(self.layers[self._layer_before(name)])
+
+    def changed_behind(self, name: str, values: Tensor) -> Tensor:
+        """A tensor behind the attention as pruning leaves it, in its own dtype.
+
+        Everything is added in float64 on the CPU and in one order, so that files and models agree to the last bit on
+        every machine.
+
+        Args:
+            name: of a bias or weight, one of :attr:`behind`.
+            values: the base's.
+        """
+        exact = values.detach().cpu().double()
+        if name in self.shifts:
+            changed = exact + self.shifts[name].double()
+        else:
+            layer = self._layer_before(name)
+            changed = exact.clone()
+            for column, combination in zip(
+                exact[:, self.layers[layer]].T, self.combinations[layer].double(), strict=True
+            ):
+                changed += torch.outer(column, combination)
+        return changed.to(values.dtype).to(values.device)
+
+    def _layer_before(self, name: str) -> str:
+        return next(layer for layer in self.combinations if weight_behind(layer) == name)
+
+    def extended(self, neurons: Iterable[Neuron]) -> "NeuronMask":
+        """The mask with further neurons, which give nothing; what it changes behind the attention stays."""
+        wider = NeuronMask.from_neurons([*self.neurons, *neurons], self.sizes)
+        combinations = {}
+        for layer, combination in self.combinations.items():
+            pruned, at_all = self.layers[layer], torch.zeros(len(self.layers[layer]), len(self.layers[layer]))
+            at_all[pruned] = combination
+            at_all[:, wider.layers[layer]] = 0
+            combinations[layer] = at_all[wider.layers[layer]]
+        return replace(wider, shifts=self.shifts, combinations=combinations)
 
     @property
     def digest(self) -> str:
-        """sha256 over the layers' names and bits, and the shifts."""
+        """sha256 over the layers' names and bits, the shifts and the combinations."""
         rows: list = [(name, pruned.tolist()) for name, pruned in self.layers.items()]
         rows += [(name, self.shifts[name].tolist()) for name in sorted(self.shifts)]
+        rows += [(name, self.combinations[name].tolist()) for name in sorted(self.combinations)]
         return sha256(json.dumps(rows).encode()).hexdigest()
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -174,7 +236,7 @@ class NeuronMask:
                 )
 
     def save(self, path: Path, facts: MaskFacts = MaskFacts()) -> None:
-        """Write the mask to a safetensors file of a few kilobytes.
+        """Write the mask to a small safetensors file.
 
         Args:
             path: the file; an existing one is replaced.
@@ -185,7 +247,7 @@ class NeuronMask:
         """
         # One metadata key keeps the file the same byte for byte: the writer does not sort the keys.
         described = {
-            "format_version": FORMAT_VERSIONS[bool(self.shifts)],
+            "format_version": FORMAT_VERSIONS[2 if self.combinations else bool(self.shifts)],
             "true_means": "pruned",
             "layers": list(self.layers),
             **facts.to_json(),
@@ -193,7 +255,9 @@ class NeuronMask:
         }
         encoded = json.dumps(described, sort_keys=True)
         with staged_file(path) as partial:
-            partial.write_bytes(save({**self.layers, **self.shifts}, metadata={METADATA_KEY: encoded}))
+            combinations = {f"{name}{_COMBINATION}": each for name, each in self.combinations.items()}
+            tensors = {**self.layers, **self.shifts, **combinations}
+            partial.write_bytes(save(tensors, metadata={METADATA_KEY: encoded}))
 
     @classmethod
     def load(cls, path: Path) -> "NeuronMask":
@@ -212,11 +276,15 @@ class NeuronMask:
             raise MaskError(f"There is no mask at {path}.")
         try:
             if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"it has {path.stat().st_size} bytes, a mask has kilobytes")
+                raise ValueError(f"it has {path.stat().st_size} bytes, a mask has a few megabytes at most")
             metadata, tensors = _read(path)
             facts = MaskFacts.from_json(metadata)
             shifts = {name: tensor for name, tensor in tensors.items() if tensor.dtype != torch.bool}
-            mask = cls({name: tensors[name] for name in _in_order(metadata, tensors.keys() - shifts.keys())}, shifts)
+            layers = _in_order(metadata, tensors.keys() - shifts.keys())
+            combinations = {
+                name.removesuffix(_COMBINATION): shifts.pop(name) for name in [*shifts] if name.endswith(_COMBINATION)
+            }
+            mask = cls({name: tensors[name] for name in layers}, shifts, combinations)
         except (ModelError, SafetensorError, ValueError, OSError) as error:
             raise MaskError(f"{path} is not a mask of nemo-prune, or it was damaged: {error}") from error
         if metadata.get("digest", mask.digest) != mask.digest:
@@ -226,24 +294,24 @@ class NeuronMask:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is done to a model: the rows of a mask are multiplied by a number, and biases are shifted.
+    """What is done to a model: the rows of a mask are multiplied by a number, and what is behind them is changed.
 
     Attributes:
-        mask: the neurons, and what is added to biases.
+        mask: the neurons, and what is changed behind the attention.
         scale: what their rows, or their outputs in a live model, are multiplied by; 0 zeroes them.
 
     Raises:
-        SettingsError: scaled rows have a mean of their own, so that biases must not be shifted.
+        SettingsError: scaled rows have a mean of their own, so that nothing must stand in for it.
     """
 
     mask: NeuronMask
     scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scale and self.mask.shifts:
+        if self.scale and self.mask.behind:
             raise SettingsError(
-                f"The mask keeps its neurons' means, for rows that are zeroed: --scale {self.scale} does not go with "
-                "it. Leave --scale out, or search again with --ablation zero."
+                f"The mask makes up for rows that are zeroed: --scale {self.scale} does not go with it. Leave --scale "
+                "out, or search again with --ablation zero."
             )
 
 

@@ -30,6 +30,7 @@ class Stage(Enum):
     WEIGH = "weigh neurons", "Weigh the neurons"
     LOCALIZE = "localize", "Localize"
     MERGE = "merge", "Merge"
+    COMPENSATE = "compensate", "Compensate for what is pruned"
     PURSUE = "pursue", "Search until nothing copies"
     SPARE = "spare", "Spare ordinary captions"
     JUDGE = "judge", "Judge what is gone"

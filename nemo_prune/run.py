@@ -15,7 +15,6 @@ from nemo_prune.corpus.prompts import Corpus
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
-from nemo_prune.engine.means import keeping_means
 from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.errors import OutputError
@@ -43,6 +42,7 @@ from nemo_prune.release.report import save_grids, write_report
 from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
+from nemo_prune.stages.compensate import compensate
 from nemo_prune.stages.estimate import estimate_run
 from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_verdicts
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
@@ -99,12 +99,12 @@ def prune_model(
     memorized = [each.prompt for each in localizations if each.is_memorized]
     bar = Bar(localizer, memorized, ordinary.texts, work)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
-    mask = keeping_means(mask, session.predictor, stored_dtypes(source.files, "unet", source.variant))
     spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
-    pruning = Pruning(mask, plan.scale)
     scaled = session.predictor_at(plan.scale)
+    mask = scaled.in_weights(mask)
+    pruning = Pruning(mask, plan.scale)
     examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
     judged = judge_mask(bar, scaled, mask, timed)
     examined = with_verdicts(examined, judged.memorized)
@@ -127,7 +127,8 @@ def prune_model(
     refuse_no_effect(examined)
     proof = _image_proof(examined, ordinary, pruning, plan, work, training_images)
     proof.draw_before(session.pipe, timed)
-    suppressed = SuppressedPredictions.of(session.float32, plan.settings, pruning, ordinary.texts[:2])
+    stored = stored_dtypes(source.files, "unet", source.variant)
+    suppressed = SuppressedPredictions.of(session.float32, plan.settings, pruning, ordinary.texts[:2], stored)
     # The device need not hold the pruned model beside the unpruned one.
     session.free()
     with staged_release(plan.out, plan.overwrite) as release:
@@ -216,13 +217,17 @@ def _find_mask(
     if plan.search == "greedy":
         found = localize_for_a_mask(session, localizer, corpus.texts, work.localizations, listener)
         first, found = merge_localizations(localizer, found, plan, listener)
-        # The union is the paper's: it stays what the paper makes it.
-        if plan.merge == "union":
-            return first, found
     else:
         with listener.stage(Stage.LOCALIZE):
             first, found = None, detect_corpus(localizer, corpus.texts)
-    return pursue_mask(localizer, corpus.prompts, found, first, ordinary.texts, training_images, plan, work, listener)
+    compensate(session, [each.prompt for each in found if each.is_memorized], plan, work, listener)
+    # The union is the paper's: it stays what the paper makes it.
+    if plan.search == "greedy" and plan.merge == "union":
+        return first, found
+    return pursue_mask(
+        localizer, session.predictor_at(0.0), corpus.prompts, found, first, ordinary.texts, training_images, plan, work,
+        listener,
+    )  # fmt: skip
 
 
 def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:

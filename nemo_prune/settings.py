@@ -13,7 +13,7 @@ from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
 MERGES = ("union", "minimal")
-ABLATIONS = ("zero", "mean")
+ABLATIONS = ("zero", "mean", "compensated")
 SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
 DATA_RANGES = ("joint", "one")
@@ -244,8 +244,9 @@ class Plan:
             nothing does: after ``greedy`` neurons are added, and if that is not enough gates learned. The union, which
             is the paper's, is left as it is.
         ablation: what a pruned neuron still gives: ``zero``: nothing, as in the paper; ``mean``: its mean on ordinary
-            captions: its row is zeroed, and the bias behind the attention is shifted. (default: mean; zero with the
-            union, with key rows and with --scale)
+            captions: its row is zeroed, and the bias behind the attention is shifted; ``compensated``: also what the
+            kept neurons of its layer tell of it on ordinary captions and not on memorized ones: the weight behind the
+            attention changes, too. (default: compensated; zero with the union, with key rows and with --scale)
         max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
             suppressed changes: the most costly neurons are spared until it is kept, and the record says what that
             gives up. (default: no limit)
@@ -286,7 +287,7 @@ class Plan:
         _require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
         holds = self.settings.projections == "value" and not self.scale
         if self.ablation is None:
-            object.__setattr__(self, "ablation", "mean" if holds and self.merge != "union" else "zero")
+            object.__setattr__(self, "ablation", "compensated" if holds and self.merge != "union" else "zero")
         _require(self.ablation in ABLATIONS, "ablation", self.ablation, " or ".join(ABLATIONS))
         _require(holds or self.ablation == "zero", "ablation", self.ablation, "zero with key rows or --scale")
         limit = self.max_utility_loss

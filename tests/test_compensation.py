@@ -1,13 +1,13 @@
-"""The yardstick of kept neurons that take over what pruned ones give."""
+"""Kept neurons that stand in for pruned ones: as far as they can on ordinary captions, and not on memorized ones."""
 
 import pytest
 import torch
 
-from benchmarks import compensation
 from benchmarks.closed_form import replaced_weights
-from benchmarks.compensation import attended_moments, compensated_weights
-from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.means import attended_means, keeping_means
+from nemo_prune.engine import compensation
+from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
+from nemo_prune.engine.compensation import Compensation
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
@@ -20,45 +20,57 @@ def predictor(pipe):
     return NoisePredictor(pipe, LocalizationSettings(num_samples=2))
 
 
-def test_where_kept_neurons_tell_nothing_the_mean_is_left(predictor, monkeypatch):
+@pytest.fixture
+def mask(predictor):
+    return NeuronMask.from_neurons([Neuron(MID, index) for index in (0, 3)], predictor.sizes)
+
+
+def test_where_kept_neurons_tell_nothing_the_mean_is_left(predictor, mask, monkeypatch):
+    usual, theirs = (attended_moments(predictor, texts) for texts in (ORDINARY, MEMORIZED))
+    means = Compensation(usual).in_weights(mask, predictor.pipe.unet)
+    behind = predictor.pipe.unet.get_submodule(MID.replace("to_v", "to_out.0")).weight
+    pruned = mask.layers[MID]
+    expected = behind[:, pruned] @ usual[MID].mean[pruned]
+    torch.testing.assert_close(*means.shifts.values(), expected.detach())
+    assert not means.combinations
     monkeypatch.setattr(compensation, "RIDGE", 1e12)
-    mask = NeuronMask.from_neurons([Neuron(MID, index) for index in (0, 3)], predictor.sizes)
-    weights = compensated_weights(predictor, mask, MEMORIZED, ORDINARY)
-    predictor.means = attended_means(predictor, ORDINARY)
-    ((bias, shift),) = keeping_means(mask, predictor).shifts.items()
-    parameters = dict(predictor.pipe.unet.named_parameters())
-    torch.testing.assert_close(weights[bias], parameters[bias] + shift)
-    behind = bias.replace("bias", "weight")
-    torch.testing.assert_close(weights[behind], parameters[behind])
-    assert weights.keys() == {f"{MID}.weight", bias, behind} and not weights[f"{MID}.weight"][[0, 3]].any()
+    told = Compensation(usual, theirs).in_weights(mask, predictor.pipe.unet)
+    torch.testing.assert_close(*told.shifts.values(), expected.detach())
+    assert told.combinations[MID].abs().max() < 1e-9
+    # Where nothing is kept, there is nothing that could tell.
+    everything = NeuronMask.from_neurons([Neuron(MID, i) for i in range(len(pruned))], predictor.sizes)
+    assert not Compensation(usual, theirs).in_weights(everything, predictor.pipe.unet).combinations
 
 
-def test_a_neuron_that_another_one_repeats_is_taken_over_whole(predictor, monkeypatch):
-    monkeypatch.setattr(compensation, "RIDGE", 1e-9)
-    monkeypatch.setattr(compensation, "MEMORIZED", 0.0)
-    layer = predictor.layers[MID]
-    repeated = layer.weight.detach().clone()
+def test_a_neuron_that_another_one_repeats_is_stood_in_for_whole(predictor, monkeypatch):
+    monkeypatch.setattr(compensation, "RIDGE", 1e-6)
+    repeated = predictor.layers[MID].weight.detach().clone()
     # Of the same head.
     repeated[1] = 2 * repeated[0]
+    latents, prompt_embeds = predictor.initial_latents(), predictor.encode(["a fish"])[0]
     with replaced_weights(predictor, {f"{MID}.weight": repeated}):
-        before = predictor.predict_noise(predictor.initial_latents(), predictor.encode(["a fish"])[0])
+        usual = attended_moments(predictor, ORDINARY)
         mask = NeuronMask.from_neurons([Neuron(MID, 1)], predictor.sizes)
-        with replaced_weights(predictor, compensated_weights(predictor, mask, MEMORIZED, ORDINARY)):
-            after = predictor.predict_noise(predictor.initial_latents(), predictor.encode(["a fish"])[0])
-        with replaced_weights(predictor, {f"{MID}.weight": repeated * (torch.arange(len(repeated)) != 1)[:, None]}):
-            zeroed = predictor.predict_noise(predictor.initial_latents(), predictor.encode(["a fish"])[0])
-    assert (after - before).norm() < 1e-3 * (zeroed - before).norm()
+        before = predictor.predict_noise(latents, prompt_embeds)
+        with apply_mask(predictor.pipe, Compensation(usual, {}).in_weights(mask, predictor.pipe.unet)):
+            after = predictor.predict_noise(latents, prompt_embeds)
+        with apply_mask(predictor.pipe, mask):
+            zeroed = predictor.predict_noise(latents, prompt_embeds)
+    assert (after - before).norm() < 1e-2 * (zeroed - before).norm()
 
 
-def test_what_they_tell_of_memorized_captions_is_held_down(predictor, monkeypatch):
-    mask = NeuronMask.from_neurons([Neuron(MID, index) for index in (0, 3)], predictor.sizes)
-    theirs, sizes = attended_moments(predictor, MEMORIZED)[MID], []
-    mean, kept = attended_moments(predictor, ORDINARY)[MID].mean, ~mask.layers[MID]
-    around = theirs.around(mean)[kept][:, kept]
-    for weight in (0.0, 10.0):
-        monkeypatch.setattr(compensation, "MEMORIZED", weight)
-        behind = f"{MID.replace('to_v', 'to_out.0')}.weight"
-        moved = compensated_weights(predictor, mask, MEMORIZED, ORDINARY)[behind].double()
-        moved = (moved - dict(predictor.pipe.unet.named_parameters())[behind].detach().double())[:, kept]
-        sizes.append(float((moved @ around @ moved.T).trace()))
+def test_what_they_tell_of_memorized_captions_is_held_down(predictor, mask):
+    usual, theirs = (attended_moments(predictor, texts) for texts in (ORDINARY, MEMORIZED))
+    around, sizes = theirs[MID].around(usual[MID].mean), []
+    for held in ({}, theirs):
+        combination, _ = Compensation(usual, held).stand_in(MID, mask.layers[MID])
+        sizes.append(float((combination @ around @ combination.T).trace()))
     assert 0 < sizes[1] < sizes[0]
+
+
+def test_moments_are_kept_in_a_file_as_tensors(predictor):
+    usual = attended_moments(predictor, ORDINARY)
+    again = from_tensors(as_tensors(usual))
+    assert again.keys() == usual.keys()
+    assert all(torch.equal(again[name].products, each.products) for name, each in usual.items())
+    assert all(torch.equal(again[name].mean, each.mean) for name, each in usual.items())

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from elsewhere import DEVICE, Elsewhere, OnTheDevice, pipeline_elsewhere
+from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.calibration import calibrate
+from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.completing import Copy
-from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.learned import LearningSettings
 from nemo_prune.engine.localize import Localizer, localize_prompts
-from nemo_prune.engine.means import attended_means
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.preserve import neuron_costs
 from nemo_prune.engine.pursuit import PursuitSettings, pursue
@@ -81,7 +82,7 @@ def test_a_mask_is_completed_and_learned_as_on_the_processor(pipe, there, on_the
     found = []
     for each in (pipe, there):
         predictor = NoisePredictor(each, SETTINGS)
-        predictor.means = attended_means(predictor, TEXTS)
+        predictor.means = Compensation(attended_moments(predictor, TEXTS)).means
         first = NeuronMask.from_neurons(all_neurons(predictor.sizes)[:1], predictor.sizes)
 
         looks = []
@@ -112,6 +113,12 @@ def test_costs_images_and_the_check_of_an_export(pipe, there, on_the_device):
     assert len(neuron_costs(predictor, TEXTS[:1])) == sum(predictor.sizes.values())
     verification = VerificationSettings(images_per_prompt=2, num_inference_steps=2, guidance_scale=3.0)
     assert len(draw_images(there, "a cat", verification)) == 2
+    usual = attended_moments(predictor, TEXTS)
+    released = NoisePredictor(there, SETTINGS, compensation=Compensation(usual, usual))
+    latents, prompt_embeds = released.initial_latents(), released.encode(TEXTS[:1])[0]
+    (stood_in,) = released.predict_noise(latents, prompt_embeds, [mask])
+    with apply_mask(there, released.in_weights(mask)):
+        torch.testing.assert_close(released.predict_noise(latents, prompt_embeds)[0], stood_in, rtol=1e-4, atol=1e-5)
     expected = SuppressedPredictions.of(there, SETTINGS, Pruning(mask), TEXTS[:1])
     assert all(type(each) is torch.Tensor for each in expected.noise_preds)
     pruned = copy.deepcopy(pipe)

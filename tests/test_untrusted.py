@@ -289,7 +289,7 @@ def test_a_mask_of_another_dtype_or_of_gigabytes_is_refused_unread(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "floats", described)
     with (tmp_path / "large").open("wb") as file:
         file.truncate(1 << 40)
-    for name, word in (("floats", "F32"), ("large", "kilobytes")):
+    for name, word in (("floats", "F32"), ("large", "megabytes")):
         with pytest.raises(MaskError, match=word):
             NeuronMask.load(tmp_path / name)
 

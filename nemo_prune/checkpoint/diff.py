@@ -8,7 +8,7 @@ from typing import Literal
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import PREFIXES, full_name
 from nemo_prune.checkpoint.privacy import cleaned_config, cleaned_metadata
-from nemo_prune.checkpoint.rows import with_shift
+from nemo_prune.checkpoint.rows import with_changes_behind
 from nemo_prune.checkpoint.single_file import folder_tensors, masked_tensors, read_tensors
 from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, equal_bytes, stored_tensor
 from nemo_prune.checkpoint.twins import base_rows, files_with_rows
@@ -29,16 +29,17 @@ class Difference:
     Attributes:
         file: relative to the folders, or the name of the single file.
         what: ``left out`` of the base's, ``added``, ``changed`` as a whole, ``rows`` of a tensor or ``metadata``
-            changed, a bias ``shifted`` as the mask says, or ``unpruned rows`` of the base in it.
+            changed, a bias ``shifted`` or a weight ``compensated`` as the mask says, or ``unpruned rows`` of the base
+            in it.
         tensor: its name, where a tensor differs.
         rows: the rows that differ.
-        expected: whether a mask accounts for it: masked rows alone, a bias that it shifts, or a file that belongs to a
-            release.
+        expected: whether a mask accounts for it: masked rows alone, what it changes behind them, or a file that belongs
+            to a release.
         layer: the tensor's name in a diffusers folder, if a mask touches it in a single file.
     """
 
     file: str
-    what: Literal["left out", "added", "changed", "rows", "shifted", "metadata", "unpruned rows"]
+    what: Literal["left out", "added", "changed", "rows", "shifted", "compensated", "metadata", "unpruned rows"]
     tensor: str | None = None
     rows: tuple[int, ...] = ()
     expected: bool = False
@@ -127,7 +128,7 @@ def _diff_tensors(base: Path, out: Path, name: str, mask: NeuronMask | None) -> 
 
 
 def _changed(mask: NeuronMask | None, tensor: str, before: TensorBytes, after: TensorBytes) -> dict | None:
-    """How a tensor differs, and whether a mask accounts for it: it prunes the rows, or its shift gives the very bias.
+    """How a tensor differs, and whether a mask accounts for it: it prunes the rows, or gives the very values behind.
 
     Args:
         mask: the mask, if there is one.
@@ -141,9 +142,9 @@ def _changed(mask: NeuronMask | None, tensor: str, before: TensorBytes, after: T
     rows = differing_rows(before, after)
     if not rows:
         return None
-    shift = mask.shifts.get(tensor) if mask else None
-    if shift is not None and before.shape == tuple(shift.shape) and equal_bytes(with_shift(before, shift), after):
-        return {"what": "shifted", "expected": True}
+    is_behind = mask is not None and tensor in mask.behind and mask.fits_behind(tensor, before.shape)
+    if is_behind and equal_bytes(with_changes_behind(before, tensor, mask), after):
+        return {"what": "shifted" if tensor in mask.shifts else "compensated", "expected": True}
     pruned = mask.tensor_rows.get(tensor, ()) if mask else ()
     return {"what": "rows", "rows": rows, "expected": set(rows) <= set(pruned)}
 

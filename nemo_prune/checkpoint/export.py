@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_prune.checkpoint.folder import CheckpointFiles, scan_folder
 from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.privacy import cleaned_config, cleaned_metadata, write_config
-from nemo_prune.checkpoint.rows import check_rows, scale_rows, shift_biases
+from nemo_prune.checkpoint.rows import change_behind, check_rows, scale_rows
 from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.facts import ExportReport
 from nemo_prune.files.hashing import file_hash
@@ -17,9 +17,9 @@ from nemo_prune.mask import NeuronMask, Pruning, tensor_names
 
 
 def export_checkpoint(base: Path, mask: NeuronMask, out: Path, scale: float = 0.0) -> ExportReport:
-    """Copy a diffusers folder file by file, zero the masked rows of the U-Net in the copy and shift its biases.
+    """Copy a diffusers folder file by file, zero the masked rows of the U-Net in the copy and change what is behind.
 
-    Every safetensors file of the U-Net that holds a masked layer or a shifted bias is patched: shards, and variants
+    Every safetensors file of the U-Net that holds a masked layer or what is behind one is patched: shards, and variants
     such as fp16. Files are copied with their content, even if the base holds links.
 
     Args:
@@ -45,7 +45,7 @@ def export_files(files: CheckpointFiles, pruning: Pruning, out: Path, hashed: bo
         out: an existing, empty folder.
         hashed: whether the report has sha256, which takes most of the time.
     """
-    rows, shifts = pruning.mask.tensor_rows, pruning.mask.shifts
+    rows = pruning.mask.tensor_rows
     headers = {path: read_header(files.folder / path) for path in files.unet_weights}
     _check_layers(pruning.mask, headers)
     after, before, changed, dropped = {}, {}, {}, {}
@@ -60,7 +60,7 @@ def export_files(files: CheckpointFiles, pruning: Pruning, out: Path, hashed: bo
             if is_pruned:
                 stored = read_header(target)
                 changed[name] = scale_rows(target, stored, rows, pruning.scale)
-                shift_biases(target, stored, shifts)
+                change_behind(target, stored, {name: name for name in stored}, pruning.mask)
             after[name] = file_hash(target) if hashed and (gone or is_pruned) else before[name]
     except OSError as error:
         raise OutputError(f"The pruned model can't be written to {out}: {error}") from error
@@ -111,8 +111,8 @@ def _check_layers(mask: NeuronMask, headers: Mapping[Path, Mapping[str, StoredTe
     for layer in mask.layers:
         if not any(tensor_names(layer)[0] in tensors for tensors in headers.values()):
             raise MaskError(f"Mask layer `{layer}` is not in the model's weights. Is it another model's?")
-    for name in mask.shifts:
+    for name in mask.behind:
         if not any(name in tensors for tensors in headers.values()):
-            raise MaskError(f"The mask shifts `{name}`, which is not in the model's weights. Is it another model's?")
+            raise MaskError(f"The mask changes `{name}`, which is not in the model's weights. Is it another model's?")
     for path, tensors in headers.items():
         check_rows(path.as_posix(), tensors, mask)

@@ -1,16 +1,15 @@
-"""Rows and biases of a safetensors file: whether they can be changed, and changing them in place."""
+"""Rows, and what is behind them, in a safetensors file: whether they can be changed, and changing them in place."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nemo_prune.checkpoint.tensors import TensorBytes, stored_tensor
 from nemo_prune.errors import MaskError, ModelError
 from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor
-from nemo_prune.mask import NeuronMask, shifted, tensor_names
+from nemo_prune.mask import NeuronMask, tensor_names
 
 
 def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask) -> None:
@@ -38,11 +37,11 @@ def check_rows(file: str, tensors: Mapping[str, StoredTensor], mask: NeuronMask)
                     f"`{layer}` is stored as {tensor.dtype} in {file}; rows of quantised weights can't be zeroed "
                     "exactly. Use the float32, float16 or bfloat16 weights."
                 )
-    for name, shift in mask.shifts.items():
-        if name in tensors and (tensors[name].shape != tuple(shift.shape) or tensors[name].dtype not in FLOAT_DTYPES):
+    for name in mask.behind & tensors.keys():
+        if not mask.fits_behind(name, tensors[name].shape) or tensors[name].dtype not in FLOAT_DTYPES:
             raise MaskError(
-                f"The mask shifts `{name}` of {len(shift)} values, {file} has {tensors[name].dtype} "
-                f"{list(tensors[name].shape)} there. Was the mask made for another model?"
+                f"The mask does not fit `{name}`, which {file} has as {tensors[name].dtype} "
+                f"{list(tensors[name].shape)}. Was the mask made for another model?"
             )
 
 
@@ -66,31 +65,41 @@ def with_scaled_rows(tensor: TensorBytes, rows: Sequence[int], scale: float) -> 
     return replace(tensor, blocks=blocks)
 
 
-def with_shift(tensor: TensorBytes, shift: Tensor) -> TensorBytes:
-    """A bias as it is when a mask's shift is added to it; it is read at once."""
+def with_changes_behind(tensor: TensorBytes, name: str, mask: NeuronMask) -> TensorBytes:
+    """A bias or a weight behind the attention as a mask leaves it; it is read at once.
+
+    Args:
+        tensor: the base's.
+        name: of it in a diffusers folder, one that the mask changes.
+        mask: what is pruned.
+    """
 
     def blocks(size: int) -> Iterator[bytes]:
         content = bytearray(b"".join(tensor.blocks(size)))
-        values = shifted(torch.frombuffer(content, dtype=FLOAT_DTYPES[tensor.dtype]), shift)
-        yield values.view(torch.uint8).numpy().tobytes()
+        values = torch.frombuffer(content, dtype=FLOAT_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        changed = mask.changed_behind(name, values).flatten().view(torch.uint8).numpy().tobytes()
+        for start in range(0, len(changed), size):
+            yield changed[start : start + size]
 
     return replace(tensor, blocks=blocks)
 
 
-def shift_biases(path: Path, tensors: Mapping[str, StoredTensor], shifts: Mapping[str, Tensor]) -> None:
-    """Add shifts to biases in place.
+def change_behind(path: Path, tensors: Mapping[str, StoredTensor], names: Mapping[str, str], mask: NeuronMask) -> None:
+    """Change what is behind the attention in place.
 
     Args:
         path: the file.
         tensors: where its tensors are.
-        shifts: name of a bias -> what is added to it [channels]; missing tensors are skipped.
+        names: of a tensor in the file -> in a diffusers folder; those that the mask does not change are skipped.
+        mask: what is pruned.
     """
     with path.open("r+b") as file:
-        for name in shifts.keys() & tensors.keys():
-            bias = with_shift(stored_tensor(path, tensors[name]), shifts[name])
-            content = b"".join(bias.blocks(bias.length))
-            file.seek(tensors[name].start)
-            file.write(content)
+        for there, name in names.items():
+            if name in mask.behind:
+                changed = with_changes_behind(stored_tensor(path, tensors[there]), name, mask)
+                content = b"".join(changed.blocks(changed.length))
+                file.seek(tensors[there].start)
+                file.write(content)
 
 
 def scale_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]], scale: float) -> int:

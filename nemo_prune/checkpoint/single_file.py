@@ -13,7 +13,7 @@ from pathlib import Path
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.ldm_names import EMA_PREFIX, PREFIXES, ema_name, full_name, layer_names, ldm_names, ldm_shape
 from nemo_prune.checkpoint.pickled import read_pickled
-from nemo_prune.checkpoint.rows import check_rows, scale_rows, shift_biases, with_scaled_rows, with_shift
+from nemo_prune.checkpoint.rows import change_behind, check_rows, scale_rows, with_changes_behind, with_scaled_rows
 from nemo_prune.checkpoint.tensors import (
     FORMAT_ONLY,
     TensorBytes,
@@ -27,7 +27,7 @@ from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS, has_ending
 from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.safetensors_header import read_header
-from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning, bias_behind, tensor_names
+from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning, bias_behind, tensor_names, weight_behind
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
@@ -123,17 +123,17 @@ def patch_single_file(file: Path, pruning: Pruning) -> tuple[int, int]:
         MaskError: a masked tensor is not in the file or has another number of rows.
         ModelError: the file is damaged.
     """
-    stored, pruned, shifts = read_header(file), pruning.mask.tensor_rows, pruning.mask.shifts
+    stored, pruned = read_header(file), pruning.mask.tensor_rows
     copies = masked_tensors(pruning.mask, stored)
     for layer in pruning.mask.layers:
-        needed = pruning.mask.touched & {tensor_names(layer)[0], bias_behind(layer)}
+        needed = pruning.mask.touched & {tensor_names(layer)[0], bias_behind(layer), weight_behind(layer)}
         if not needed <= set(copies.values()):
             raise MaskError(f"Mask layer `{layer}` is not in the single file. Is it another model's?")
     for copy, name in copies.items():
         check_rows(f"{file.name} (`{copy}`)", {name: stored[copy]}, pruning.mask)
     rows = {copy: pruned[name] for copy, name in copies.items() if name in pruned}
     averages = sum(len(indices) for copy, indices in rows.items() if copy.startswith(EMA_PREFIX))
-    shift_biases(file, stored, {copy: shifts[name] for copy, name in copies.items() if name in shifts})
+    change_behind(file, stored, copies, pruning.mask)
     return scale_rows(file, stored, rows, pruning.scale), averages
 
 
@@ -187,8 +187,8 @@ def check_single_file(file: Path, files: CheckpointFiles, variant: str | None, p
         expected, touched = tensor.content, masked.get(name, "")
         if rows.get(touched):
             expected = with_scaled_rows(expected, rows[touched], pruning.scale)
-        elif pruning and touched in pruning.mask.shifts:
-            expected = with_shift(expected, pruning.mask.shifts[touched])
+        elif pruning and touched in pruning.mask.behind:
+            expected = with_changes_behind(expected, touched, pruning.mask)
         if name not in written or not equal_bytes(expected, written[name]):
             raise OutputError(
                 f"The single file was not written correctly: `{name}` is not what the pruned folder holds. Is the "

@@ -32,8 +32,11 @@ def inspect(
         mask, facts = NeuronMask.load_with_facts(find_mask(name))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
     if as_json:
-        shifts = {name: shift.tolist() for name, shift in mask.shifts.items()}
-        print_json({"rows": rows, "shifts": shifts, "sizes": mask.sizes, "metadata": facts.to_json()})
+        behind = {
+            "shifts": {name: shift.tolist() for name, shift in mask.shifts.items()},
+            "combinations": {name: each.tolist() for name, each in mask.combinations.items()},
+        }
+        print_json({"rows": rows, **behind, "sizes": mask.sizes, "metadata": facts.to_json()})
         return
     console = Console()
     needed = facts.prompts_per_neuron or {}
@@ -44,7 +47,9 @@ def inspect(
     console.print(table)
     base = facts.base or BaseFacts()
     told = [f"Base: {base.name or 'unknown'}, commit {base.commit or 'none'}"]
-    if mask.shifts:
+    if mask.combinations:
+        told.append("Kept neurons stand in for them: the weights and biases behind these layers change by that.")
+    elif mask.shifts:
         told.append(f"The neurons keep their means: {len(mask.shifts)} biases behind these layers are shifted.")
     told += [f"{name}: {value}" for name, value in (facts.settings or {}).items()]
     for line in told:

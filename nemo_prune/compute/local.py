@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
 
 from nemo_prune.compute.session import Chunk, Result, Session
+from nemo_prune.engine.compensation import Compensation, Moments
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.memory import release_memory
 from nemo_prune.engine.results import ResultsHeader
@@ -36,6 +36,7 @@ class LocalSession(Session):
         float32: the model in float32, which is ``pipe`` if that is; it need not be able to draw.
         predictor: predicts noise.
         scorer: scores prompts.
+        compensation: what stands in for pruned neurons; None where they give nothing.
     """
 
     def __init__(self, source: ModelSource, options: ModelOptions, settings: LocalizationSettings) -> None:
@@ -45,6 +46,7 @@ class LocalSession(Session):
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
         self.float32 = self.in_float32(self.pipe, source.folder)
         self.scorer = self.scorer_of(self.predictor)
+        self.compensation: Compensation | None = None
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
 
@@ -57,17 +59,28 @@ class LocalSession(Session):
         reference = None
         if self.float32 is not self.pipe:
             size = min(CLOSE_CALLS_AT_ONCE, predictor.batch_size)
-            reference = NoisePredictor(self.float32, self.settings, size, predictor.scale, predictor.means)
+            reference = NoisePredictor(
+                self.float32, self.settings, size, predictor.scale, predictor.means, predictor.compensation
+            )
         return Scorer(predictor, reference, self.options.margin_of_dtype)
 
-    def keep_means(self, means: Mapping[str, Tensor]) -> None:
-        """Let suppressed neurons output their means from now on, see :mod:`nemo_prune.engine.means`."""
-        self.predictor.means = means
+    def keep_means(self, usual: Mapping[str, Moments]) -> None:
+        """Let suppressed neurons output their means from now on, see :mod:`nemo_prune.engine.compensation`."""
+        self.compensation = Compensation(usual)
+        self.predictor.means = {name: each.mean.to(self.device) for name, each in usual.items()}
         self.scorer = self.scorer_of(self.predictor)
 
+    def compensate(self, memorized: Mapping[str, Moments]) -> None:
+        """Let kept neurons stand in for those that a mask prunes, but not on memorized captions.
+
+        A search goes on with means: whose neurons stand in depends on the whole mask.
+        """
+        self.compensation = replace(self.compensation, memorized=memorized)
+
     def predictor_at(self, scale: float) -> NoisePredictor:
-        """A predictor whose suppressed neurons are multiplied by a number, or give what this session's give."""
-        return NoisePredictor(self.pipe, self.settings, self.predictor.batch_size, scale, self.predictor.means)
+        """A predictor of what a release predicts: suppressed neurons are multiplied, or stood in for."""
+        size = self.predictor.batch_size
+        return NoisePredictor(self.pipe, self.settings, size, scale, self.predictor.means, self.compensation)
 
     def results_header(self, threshold: float) -> ResultsHeader:
         """What localizations depend on."""

@@ -2,17 +2,19 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
 from nemo_prune.engine.memory import named_shortage, with_less_at_once
 from nemo_prune.engine.precision import full_float32
 from nemo_prune.errors import MaskError
-from nemo_prune.mask import Neuron, NeuronMask, shifted
+from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
 
@@ -55,13 +57,20 @@ def suppress(
 
 
 @contextmanager
-def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0.0) -> Iterator[None]:
+def apply_mask(
+    pipe: StableDiffusionPipeline,
+    mask: NeuronMask,
+    scale: float = 0.0,
+    stored: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> Iterator[None]:
     """Suppress a mask's neurons in a live pipeline while the context lasts; nothing is written.
 
     Args:
         pipe: the unpruned model; it is given back untouched.
-        mask: neurons of value projections, key projections or both; its shifts are added to biases meanwhile.
+        mask: neurons of value projections, key projections or both; what it changes behind them is changed meanwhile.
         scale: what their outputs are multiplied by.
+        stored: name of a parameter -> its dtype in the file, to which what is changed behind is rounded: then a live
+            model of higher precision has the same.
 
     Raises:
         MaskError: the mask was made for a model with other layers.
@@ -69,13 +78,15 @@ def apply_mask(pipe: StableDiffusionPipeline, mask: NeuronMask, scale: float = 0
     layers = find_text_projections(pipe.unet, "both")
     mask.check(layer_sizes(layers))
     gates = {name: pruned[None] for name, pruned in mask.layers.items()}
-    with suppress(layers, gates, scale), shifted_biases(pipe.unet, mask):
+    with suppress(layers, gates, scale), changed_behind(pipe.unet, mask, stored):
         yield
 
 
 @contextmanager
-def shifted_biases(unet: UNet2DConditionModel, mask: NeuronMask) -> Iterator[None]:
-    """Add a mask's shifts to the biases of a live model while the context lasts, as a file has them.
+def changed_behind(
+    unet: UNet2DConditionModel, mask: NeuronMask, stored: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> Iterator[None]:
+    """Change biases and weights behind the attention of a live model while the context lasts, as a file has them.
 
     Raises:
         MaskError: the mask was made for a model with other layers.
@@ -83,12 +94,12 @@ def shifted_biases(unet: UNet2DConditionModel, mask: NeuronMask) -> Iterator[Non
     parameters = dict(unet.named_parameters())
     before: dict[str, Tensor] = {}
     try:
-        for name, shift in mask.shifts.items():
-            if name not in parameters or parameters[name].shape != shift.shape:
-                raise MaskError(f"The mask shifts `{name}`, which the model has not in that size. Is it another's?")
-            bias = parameters[name]
-            before[name] = bias.data
-            bias.data = shifted(bias.data, shift)
+        for name in mask.behind:
+            if name not in parameters or not mask.fits_behind(name, parameters[name].shape):
+                raise MaskError(f"The mask changes `{name}`, which the model has not in that size. Is it another's?")
+            values = before[name] = parameters[name].data
+            changed = mask.changed_behind(name, values.to(stored.get(name, values.dtype)))
+            parameters[name].data = changed.to(values.dtype)
         yield
     finally:
         for name, values in before.items():
@@ -118,6 +129,7 @@ class NoisePredictor:
             batch, too. Halved where memory is short. By default those of two prompts, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
         means: dotted module name -> what suppressed neurons output instead of 0, [out_features].
+        compensation: what stands in for suppressed neurons, if it is more than their means.
 
     Attributes:
         layers: dotted module name -> projection that is searched, in the order of execution.
@@ -138,11 +150,13 @@ class NoisePredictor:
         batch_size: int | None = None,
         scale: float = 0.0,
         means: Mapping[str, Tensor] | None = None,
+        compensation: Compensation | None = None,
     ) -> None:
         self.pipe = pipe
         self.settings = settings
         self.scale = scale
         self.means = means
+        self.compensation = compensation
         # The U-Net walks through all of its weights whenever it is asked for these.
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
         self.batch_size = batch_size or settings.num_samples * (2 if self.device.type == "cpu" else 4)
@@ -180,6 +194,10 @@ class NoisePredictor:
                 texts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
         return embeds
+
+    def in_weights(self, mask: NeuronMask) -> NeuronMask:
+        """A mask with what it changes behind the attention, so that a model does what this predictor predicts."""
+        return mask if self.compensation is None else self.compensation.in_weights(mask, self.pipe.unet)
 
     def initial_latents(self, seed: int | None = None, num_samples: int | None = None) -> Tensor:
         """Initial latents [S, channels, height, width], float32, drawn by one generator on the CPU.
@@ -282,14 +300,19 @@ class NoisePredictor:
         unet, count = self.pipe.unet, len(latents)
         latents, prompt_embeds = (each.to(self.device) for each in (latents, prompt_embeds))
         filled = torch.arange(size, device=self.device).clamp_max(count - 1)
-        gates = self._gates([*suppressed, *[suppressed[-1]] * (size - count)])
-        with suppress(self.layers, gates, self.scale, self.means), full_float32():
+        with self._suppressing([*suppressed, *[suppressed[-1]] * (size - count)]), full_float32():
             output = unet(
                 latents[filled].to(self.dtype),
                 timestep,
                 encoder_hidden_states=prompt_embeds[filled].to(self.dtype),
             ).sample
         return self.to_noise(output[:count].float(), latents, torch.full((count,), timestep))
+
+    def _suppressing(self, suppressed: Sequence[Collection[Neuron]]) -> AbstractContextManager:
+        """Suppress neurons of each sample of a batch while the context lasts."""
+        if self.compensation is not None:
+            return self.compensation.standing_in(self.pipe.unet, suppressed)
+        return suppress(self.layers, self._gates(suppressed), self.scale, self.means)
 
     def _gates(self, suppressed: Sequence[Collection[Neuron]]) -> dict[str, Tensor]:
         """Dotted module name -> bool [batch, out_features], for the layers where anything is suppressed."""

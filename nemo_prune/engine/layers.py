@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nemo_prune.errors import ModelError
+from nemo_prune.mask import weight_behind
 
 # No image is 13 positions long at any resolution that a U-Net halves, so an input of 13 is text.
 _PROBE_TEXT_LENGTH = 13
@@ -70,6 +71,11 @@ def refuse_altered_projections(unet: nn.Module) -> None:
 def layer_sizes(layers: dict[str, nn.Linear]) -> dict[str, int]:
     """Dotted module name -> number of neurons."""
     return {name: layer.out_features for name, layer in layers.items()}
+
+
+def projection_behind(unet: nn.Module, layer: str) -> nn.Linear:
+    """The projection behind the attention of a value projection, which is given by its dotted module name."""
+    return unet.get_submodule(weight_behind(layer).removesuffix(".weight"))
 
 
 def _is_fused(module: nn.Module) -> bool:

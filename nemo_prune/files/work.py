@@ -70,9 +70,14 @@ class WorkFiles:
         return self.path / "detected"
 
     @property
-    def means(self) -> Path:
-        """What suppressed neurons output instead of 0."""
-        return self.path / "means.safetensors"
+    def usual_moments(self) -> Path:
+        """What attention takes from the neurons on ordinary prompts."""
+        return self.path / "usual_moments.safetensors"
+
+    @property
+    def memorized_moments(self) -> Path:
+        """The same on memorized prompts."""
+        return self.path / "memorized_moments.safetensors"
 
     @property
     def neuron_costs(self) -> Path:

@@ -1,8 +1,10 @@
 """Pruning the files must do what suppressing in memory did, to the last bit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -37,7 +39,12 @@ class SuppressedPredictions:
 
     @classmethod
     def of(
-        cls, pipe: StableDiffusionPipeline, settings: LocalizationSettings, pruning: Pruning, texts: Sequence[str]
+        cls,
+        pipe: StableDiffusionPipeline,
+        settings: LocalizationSettings,
+        pruning: Pruning,
+        texts: Sequence[str],
+        stored: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> "SuppressedPredictions":
         """Predict with the unpruned model, which need not be there any more when the pruned one is loaded.
 
@@ -47,9 +54,10 @@ class SuppressedPredictions:
             settings: the numbers of the method.
             pruning: the mask and its scale.
             texts: captions.
+            stored: name of a parameter -> its dtype in the files.
         """
         predictor = NoisePredictor(pipe, settings, _BATCH_SIZE)
-        with apply_mask(pipe, pruning.mask, pruning.scale):
+        with apply_mask(pipe, pruning.mask, pruning.scale, stored):
             noise_preds = _predictions(predictor, texts)
         return cls(tuple(texts), noise_preds, settings, is_rounded=bool(pruning.scale))
 

@@ -1,15 +1,17 @@
-"""Where two models differ: rows of the text projections and the biases behind them, or something else."""
+"""Where two models differ: rows of the text projections and what is behind them, or something else."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import BoolTensor, Tensor, nn
 
 from nemo_prune.engine.layers import find_text_projections
 from nemo_prune.errors import ModelError
-from nemo_prune.mask import NeuronMask, bias_behind
+from nemo_prune.mask import NeuronMask, bias_behind, weight_behind
+
+# What rounding leaves of a difference between weights of the same precision, as a share of their norm.
+_ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class ChangedRows:
 
     Attributes:
         mask: rows of text projections that differ; True where they do. Its shifts are what the biases behind these
-            layers differ by.
+            layers differ by; its combinations those that the weights behind read instead of the rows.
         others: whether any other weight of U-Net or text encoder differs.
     """
 
@@ -48,11 +50,10 @@ def changed_rows(base: StableDiffusionPipeline, candidate: StableDiffusionPipeli
             "one architecture can be compared on the same seeds."
         )
     rows = {name: _rows_that_differ(layer, theirs[name]) for name, layer in ours.items()}
-    behind = {bias_behind(name) for name, differ in rows.items() if differ.any()}
-    shifts = _shifts(base.unet, candidate.unet, behind)
-    searched = {f"{name}.{part}" for name in rows for part in ("weight", "bias")} | shifts.keys()
+    mask = _with_what_is_behind(NeuronMask(rows), base.unet, candidate.unet)
+    searched = {f"{name}.{part}" for name in rows for part in ("weight", "bias")} | mask.behind
     return ChangedRows(
-        NeuronMask(rows, shifts),
+        mask,
         _differ(base.unet, candidate.unet, searched) or _differ(base.text_encoder, candidate.text_encoder, set()),
     )
 
@@ -64,11 +65,33 @@ def _rows_that_differ(a: nn.Linear, b: nn.Linear) -> torch.BoolTensor:
     return differ
 
 
-def _shifts(a: nn.Module, b: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """What biases differ by, for those that do; a model without such a bias has no shift."""
-    before, after = dict(a.named_parameters()), dict(b.named_parameters())
-    shifts = {name: (after[name].cpu().float() - before[name].cpu().float()).detach() for name in names & before.keys()}
-    return {name: shift for name, shift in sorted(shifts.items()) if shift.any() and shift.isfinite().all()}
+def _with_what_is_behind(mask: NeuronMask, a: nn.Module, b: nn.Module) -> NeuronMask:
+    """The mask, with what biases and weights behind pruned layers differ by, where a mask can make that difference."""
+    before, after = ({name: each.detach().cpu() for name, each in unet.named_parameters()} for unet in (a, b))
+    shifts, combinations = {}, {}
+    for layer, pruned in mask.layers.items():
+        bias, weight = bias_behind(layer), weight_behind(layer)
+        if not pruned.any() or weight not in before:
+            continue
+        shift = after[bias].float() - before[bias].float() if bias in before else torch.zeros(0)
+        if shift.any() and shift.isfinite().all():
+            shifts[bias] = shift
+        if not torch.equal(before[weight], after[weight]):
+            combination = _combination(before[weight], after[weight], pruned)
+            if combination is not None:
+                combinations[layer] = combination
+    return NeuronMask(mask.layers, dict(sorted(shifts.items())), combinations)
+
+
+def _combination(before: Tensor, after: Tensor, pruned: BoolTensor) -> Tensor | None:
+    """What a weight reads from kept neurons instead of pruned ones; None where it differs by something else."""
+    difference, read = after.double() - before.double(), before.double()[:, pruned]
+    if not difference.isfinite().all() or difference[:, pruned].any():
+        return None
+    combination = torch.linalg.lstsq(read, difference).solution.float()
+    combination[:, pruned] = 0
+    left = (difference - read @ combination.double()).norm()
+    return combination if left <= _ROUNDING[after.dtype] * after.double().norm() else None
 
 
 def _differ(a: nn.Module, b: nn.Module, without: set[str]) -> bool:

@@ -1,8 +1,8 @@
 """What further rows can do against an attack: those that its own embeddings use are pruned too, over rounds."""
 
 import copy
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_prune.engine.activations import ActivationStatistics, ActivationStatisticsFitter, neuron_activations
 from nemo_prune.engine.layers import find_text_projections, layer_sizes
-from nemo_prune.mask import Neuron, NeuronMask, Pruning, shifted
+from nemo_prune.mask import Neuron, NeuronMask, Pruning
 from nemo_prune.proof.attack import AttackSettings, attack
 from nemo_prune.proof.drawing import Drawing, draw, encode
 from nemo_prune.proof.passes import PassCounter
@@ -40,7 +40,7 @@ def pruned_copy(pipe: StableDiffusionPipeline, pruning: Pruning) -> StableDiffus
 
     Args:
         pipe: stays as it is.
-        pruning: which rows, what they are multiplied by, and which biases are shifted.
+        pruning: which rows, what they are multiplied by, and what is changed behind them.
     """
     unet = copy.deepcopy(pipe.unet)
     layers = find_text_projections(unet, "both")
@@ -48,9 +48,9 @@ def pruned_copy(pipe: StableDiffusionPipeline, pruning: Pruning) -> StableDiffus
     with torch.no_grad():
         for neuron in pruning.mask.neurons:
             layers[neuron.layer].weight[neuron.index] *= pruning.scale
-        for name, shift in pruning.mask.shifts.items():
-            bias = unet.get_parameter(name)
-            bias.copy_(shifted(bias, shift))
+        for name in pruning.mask.behind:
+            parameter = unet.get_parameter(name)
+            parameter.copy_(pruning.mask.changed_behind(name, parameter))
     other = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
@@ -114,11 +114,10 @@ def harden(
         projections: which neurons may be added.
     """
     usual = usual_activations(pipe, ordinary, projections)
-    sizes = layer_sizes(find_text_projections(pipe.unet, "both"))
     neurons, found = set(mask.neurons), []
     drawing = Drawing("ddim", settings.drawing_steps, guidance_scale)
     for turn in range(rounds):
-        candidate = pruned_copy(pipe, Pruning(_with(mask, neurons, sizes)))
+        candidate = pruned_copy(pipe, Pruning(mask.extended(neurons)))
         added: set[Neuron] = set()
         came_back = silenced = 0
         for place, (text, picture) in enumerate(targets):
@@ -133,7 +132,7 @@ def harden(
             ranked = [each for each in ranked_neurons(pipe, outcome.prompt_embeds, usual, projections)
                       if each not in neurons]  # fmt: skip
             needed = _fewest_that_silence(
-                pipe, outcome.prompt_embeds, picture, _with(mask, neurons, sizes), ranked, judge, drawing, seeds
+                pipe, outcome.prompt_embeds, picture, mask.extended(neurons), ranked, judge, drawing, seeds
             )
             silenced += needed is not None
             added |= set(needed or ())
@@ -142,11 +141,6 @@ def harden(
         if not added:
             break
     return found
-
-
-def _with(mask: NeuronMask, neurons: Collection[Neuron], sizes: dict[str, int]) -> NeuronMask:
-    """A mask with further neurons, which are 0."""
-    return replace(NeuronMask.from_neurons([*mask.neurons, *neurons], sizes), shifts=mask.shifts)
 
 
 def _fewest_that_silence(
@@ -161,8 +155,8 @@ def _fewest_that_silence(
 ) -> Sequence[Neuron] | None:
     """The shortest beginning of the ranking, of doubled lengths, under which the embedding gives no copy."""
     for number in _SIZES:
-        mask = _with(pruned, ranked[:number], pruned.sizes)
-        images = draw(pruned_copy(pipe, Pruning(mask)), prompt_embeds, drawing, seeds)
+        wider = pruned_copy(pipe, Pruning(pruned.extended(ranked[:number])))
+        images = draw(wider, prompt_embeds, drawing, seeds)
         if max(judge.similarity_to(picture, images)) < judge.cut:
             return ranked[:number]
     return None

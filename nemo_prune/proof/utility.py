@@ -11,9 +11,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from nemo_prune.engine.activations import neuron_activations
+from nemo_prune.engine.attended import attended_moments
+from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.layers import find_text_projections
-from nemo_prune.engine.means import attended_means, keeping_means
 from nemo_prune.mask import NeuronMask
 from nemo_prune.proof.changed_rows import ChangedRows
 from nemo_prune.proof.cost import matched_random_mask
@@ -25,8 +26,8 @@ from nemo_prune.settings import LocalizationSettings
 PRECISION, RANDOM = "another precision", "as many random neurons"
 _PLACES = (0.02, 0.25, 0.5, 0.75, 0.96)
 _SEEDS_PER_CAPTION = 2
-# Ordinary captions that the means of random neurons are taken on.
-_MEAN_CAPTIONS = 8
+# Ordinary captions that what stands in for random neurons is measured on.
+_STAND_IN_CAPTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -228,17 +229,17 @@ class NoiseJudge:
 def random_rows(base: StableDiffusionPipeline, rows: ChangedRows, ordinary: Sequence[str], seed: int) -> NeuronMask:
     """As many random rows as differ, in the same layers, as active on ordinary captions, and other ones.
 
-    Where the candidate's keep their means, these keep theirs.
+    Where the candidate's keep their means, or kept neurons stand in, it is the same for these.
     """
     layers = find_text_projections(base.unet, "both")
     embeds = torch.stack([encode(base, text) for text in ordinary[:64]])
     activation = {name: values.mean(dim=0) for name, values in neuron_activations(layers, embeds).items()}
     random = matched_random_mask(rows.mask, activation, seed)
-    if not rows.mask.shifts:
+    if not rows.mask.behind:
         return random
     predictor = NoisePredictor(base, LocalizationSettings(projections="value"))
-    predictor.means = attended_means(predictor, ordinary[:_MEAN_CAPTIONS])
-    return keeping_means(random, predictor)
+    usual = attended_moments(predictor, ordinary[:_STAND_IN_CAPTIONS])
+    return Compensation(usual, {} if rows.mask.combinations else None).in_weights(random, base.unet)
 
 
 def caption_images(

@@ -126,6 +126,8 @@ def _base(base: BaseFacts) -> str:
 _KEPT = {
     "zero": "",
     "mean": " Of each neuron its mean on ordinary captions is kept: the biases behind these layers are shifted by it.",
+    "compensated": " What kept neurons tell of them on ordinary captions stands in for them: the weights and biases "
+    "behind these layers differ from the base's by that.",
 }
 
 

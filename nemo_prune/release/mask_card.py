@@ -40,7 +40,7 @@ def mask_card(mask: NeuronMask, facts: MaskFacts, repo_id: str) -> str:
         f"---\n{data.to_yaml()}\n---",
         "# A mask of memorization neurons",
         f"{mask.num_neurons} neurons of {model}{at_commit} that make it give training images back, found by nemo-prune "
-        "with the method NeMo ([Hintersdorf et al., NeurIPS 2024](https://arxiv.org/abs/2406.02366)). A few kilobytes; "
+        "with the method NeMo ([Hintersdorf et al., NeurIPS 2024](https://arxiv.org/abs/2406.02366)). It is small; "
         "no weights and no captions are in it.",
         "## What is not claimed",
         _NOT_CLAIMED,
@@ -52,7 +52,12 @@ def mask_card(mask: NeuronMask, facts: MaskFacts, repo_id: str) -> str:
         "## Neurons",
         table(("layer", "pruned", "of"), [*counts, ("all", mask.num_neurons, sum(mask.sizes.values()))]),
     ]
-    if mask.shifts:
+    if mask.combinations:
+        parts.append(
+            "Kept neurons of a layer stand in for them on ordinary captions: the mask also says by which combinations, "
+            "and how weights and biases behind these layers change by that."
+        )
+    elif mask.shifts:
         parts.append(
             "Each keeps its mean on ordinary captions: the mask also says by how much the biases behind these layers "
             "are shifted."

@@ -44,7 +44,8 @@ class MaskRecord:
         counts: layer -> pruned neurons.
         sizes: layer -> all neurons.
         scale: what their rows were multiplied by; 0 zeroed them.
-        ablation: what they still give: ``zero``, or their ``mean`` on ordinary captions, in the biases behind them.
+        ablation: what they still give: ``zero``; their ``mean`` on ordinary captions, in the biases behind them; or
+            ``compensated``: also what kept neurons tell of them, in the weights behind.
         merge: how the prompts' neurons became one mask; None for a finished mask.
         preserve: how much the search favoured ordinary captions; None for a finished mask.
         search: how the neurons were searched; None for a finished mask.
@@ -70,7 +71,7 @@ class MaskRecord:
     @classmethod
     def of(cls, mask: "NeuronMask", **more: object) -> "MaskRecord":
         """The record of a mask, with the other attributes as given."""
-        ablation = "mean" if mask.shifts else "zero"
+        ablation = "compensated" if mask.combinations else "mean" if mask.shifts else "zero"
         return cls(mask.num_neurons, mask.counts, mask.sizes, ablation=ablation, **more)
 
 

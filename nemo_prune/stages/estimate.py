@@ -5,12 +5,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nemo_prune.engine.attended import POINTS
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.means import POINTS
 from nemo_prune.progress import Stage
 from nemo_prune.proof.drawing import Drawing
 from nemo_prune.settings import Plan
-from nemo_prune.stages.localize import MEAN_PROMPTS, WEIGHING_PROMPTS, weighs_neurons
+from nemo_prune.stages.compensate import USUAL_PROMPTS
+from nemo_prune.stages.localize import WEIGHING_PROMPTS, weighs_neurons
 from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED, look_drawing
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
@@ -98,7 +99,8 @@ def passes_of_stages(
     seeds, verification = plan.settings.num_samples, plan.verification
     detection, calibration = num_prompts * seeds, num_ordinary * seeds
     weighing = WEIGHING_PROMPTS * _WEIGHING_PASSES if weighs_neurons(plan) else 0
-    weighing += MEAN_PROMPTS * POINTS if plan.ablation == "mean" else 0
+    weighing += USUAL_PROMPTS * POINTS if plan.ablation != "zero" else 0
+    compensating = num_prompts * POINTS if plan.ablation == "compensated" else 0
     searching, merging = (num_prompts * _between(num_neurons, each[plan.merge]) for each in (_LOCALIZATION, _MERGING))
     cost = verification.cost_prompts * _COST_PASSES
     an_image, a_look = Drawing.of(verification).passes, look_drawing(verification).passes
@@ -115,6 +117,7 @@ def passes_of_stages(
         Stage.WEIGH: (weighing, weighing),
         Stage.LOCALIZE: (detection, detection + searching),
         Stage.MERGE: (0, merging),
+        Stage.COMPENSATE: (0, compensating),
         Stage.PURSUE: (0, learning + looks),
         Stage.JUDGE: (0, judging),
         # Fresh latents with the mask and without, and of memorized prompts the kept seeds.

@@ -12,18 +12,16 @@ from nemo_prune.compute.session import Session
 from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts
-from nemo_prune.engine.means import attended_means
 from nemo_prune.engine.preserve import Preserve, neuron_costs
 from nemo_prune.engine.results import ResultsFile
 from nemo_prune.files.kept_tensors import kept_tensors
 from nemo_prune.files.work import WorkFiles
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
+from nemo_prune.stages.compensate import keep_means
 
 # Ordinary prompts that the neurons are weighed on.
 WEIGHING_PROMPTS = 8
-# Ordinary prompts that the neurons' means are taken on.
-MEAN_PROMPTS = 32
 
 
 def weigh_neurons(
@@ -42,9 +40,7 @@ def weigh_neurons(
         The costs; None where nobody minds.
     """
     with listener.stage(Stage.WEIGH):
-        if plan.ablation == "mean" and texts:
-            means = kept_tensors(work.means, lambda: attended_means(session.predictor, texts[:MEAN_PROMPTS]))
-            session.keep_means({name: each.to(session.device) for name, each in means.items()})
+        keep_means(session, texts, plan, work)
         if not weighs_neurons(plan) or not texts:
             return None
         costs = kept_tensors(work.neuron_costs, lambda: {"costs": _costs(session, texts[:WEIGHING_PROMPTS])})["costs"]

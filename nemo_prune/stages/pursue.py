@@ -14,7 +14,6 @@ from nemo_prune.engine.completing import Copy
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
-from nemo_prune.engine.means import keeping_means
 from nemo_prune.engine.ordinary import walk_ordinary
 from nemo_prune.engine.pursuit import Pursuit, PursuitSettings, pursue
 from nemo_prune.engine.views import Seeds
@@ -68,6 +67,7 @@ def detect_corpus(localizer: Localizer, texts: Sequence[str]) -> list[PromptLoca
 
 def pursue_mask(
     localizer: Localizer,
+    released: NoisePredictor,
     examined: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
     first: NeuronMask | None,
@@ -81,6 +81,7 @@ def pursue_mask(
 
     Args:
         localizer: the unpruned model with what is usual for it.
+        released: the same; what it suppresses is stood in for as a release does.
         examined: the prompts.
         localizations: one per prompt.
         first: the mask of the paper's search, which is kept if nothing copies under it; None where there is none.
@@ -98,7 +99,7 @@ def pursue_mask(
     memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
     if not memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    looks = CopyLooks(predictor, memorized, ordinary, training_images, plan.verification, work.looks)
+    looks = CopyLooks(released, memorized, ordinary, training_images, plan.verification, work.looks)
     settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
@@ -209,7 +210,7 @@ class CopyLooks:
     copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
 
     Args:
-        predictor: the model.
+        predictor: the model; images are drawn with what it changes behind a mask.
         memorized: captions that the model memorizes.
         ordinary: captions that it does not; some are looked at.
         training_images: caption -> its training image, where one is known.
@@ -264,7 +265,7 @@ class CopyLooks:
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
         (sources, likeness), found = self._references, []
         texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
-        with apply_mask(self._pipe, keeping_means(mask, self._predictor)):
+        with apply_mask(self._pipe, self._predictor.in_weights(mask)):
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
             values, nearest = likeness.nearest(images)

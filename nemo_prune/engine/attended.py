@@ -1,0 +1,96 @@
+"""What attention takes from the value neurons, on captions' ways from noise to image."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nemo_prune.engine.compensation import Moments
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.layers import projection_behind
+from nemo_prune.engine.memory import in_parts
+from nemo_prune.engine.ordinary import points_of_ways
+
+# Points on the way of each caption from noise to image, and the seed of the ways.
+POINTS, SEED = 8, 3001
+
+
+@torch.no_grad()
+def attended_moments(predictor: NoisePredictor, texts: Sequence[str], at_once: int = 32) -> dict[str, Moments]:
+    """Means and products of what attention takes from the neurons of a layer, over places, captions and their ways.
+
+    One sample pass a point.
+
+    Args:
+        predictor: the model; its value projections are searched.
+        texts: captions.
+        at_once: captions that go through the U-Net together.
+
+    Returns:
+        Dotted module name -> moments, on the CPU.
+
+    Raises:
+        ModelError: the device's memory does not take a single sample.
+    """
+    first = predictor.initial_latents(SEED, len(texts))
+
+    def walk(part: slice) -> dict[str, Moments]:
+        sums = {
+            name: Moments(torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
+            for name, size in predictor.sizes.items()
+        }
+
+        def add(name: str, attended: Tensor) -> None:
+            values = attended.float()
+            sums[name].mean.add_(values.mean(dim=1).sum(dim=0).cpu())
+            sums[name].products.add_(torch.einsum("bpi,bpj->ij", values, values).cpu() / values.shape[1])
+
+        with seeing_attended(predictor, add):
+            for _ in points_of_ways(predictor, predictor.encode(texts[part]), first[part], POINTS):
+                pass
+        return sums
+
+    parts, number = in_parts(walk, len(texts), at_once, "the model and one sample"), len(texts) * POINTS
+    return {
+        name: Moments(
+            (sum(part[name].mean for part in parts) / number).float(),
+            (sum(part[name].products for part in parts) / number).float(),
+        )
+        for name in predictor.sizes
+    }
+
+
+@contextmanager
+def seeing_attended(predictor: NoisePredictor, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show what attention takes from the value neurons in every pass, while the context lasts.
+
+    Args:
+        predictor: the model; its value projections are searched.
+        see: called with the dotted module name of a value projection and what is taken, [batch, places, out_features].
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: see(name, inputs[0])
+
+    handles = []
+    try:
+        for name in predictor.layers:
+            output = projection_behind(predictor.pipe.unet, name)
+            handles.append(output.register_forward_pre_hook(hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Moments as tensors by name, as a file keeps them."""
+    found = {f"{name}.mean": each.mean for name, each in moments.items()}
+    return found | {f"{name}.products": each.products for name, each in moments.items()}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Moments]:
+    """The inverse of :func:`as_tensors`."""
+    names = [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
+    return {name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.products"]) for name in names}

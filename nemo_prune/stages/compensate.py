@@ -1,0 +1,50 @@
+"""What pruned neurons still give: measured on ordinary captions before the search, on memorized ones after it."""
+
+from collections.abc import Sequence
+
+from nemo_prune.compute.local import LocalSession
+from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
+from nemo_prune.files.kept_tensors import kept_tensors
+from nemo_prune.files.work import WorkFiles
+from nemo_prune.progress import Listener, Stage
+from nemo_prune.settings import Plan
+
+# Ordinary prompts that it is measured on.
+USUAL_PROMPTS = 32
+
+
+def keep_means(session: LocalSession, texts: Sequence[str], plan: Plan, work: WorkFiles) -> None:
+    """Let the session's suppressed neurons keep their means on ordinary prompts, if the plan wants any of that.
+
+    Args:
+        session: the model.
+        texts: ordinary prompts, of which some are used.
+        plan: says what a pruned neuron still gives.
+        work: where what was measured is kept.
+    """
+    if plan.ablation != "zero" and texts:
+        measured = kept_tensors(
+            work.usual_moments, lambda: as_tensors(attended_moments(session.predictor, texts[:USUAL_PROMPTS]))
+        )
+        session.keep_means(from_tensors(measured))
+
+
+def compensate(
+    session: LocalSession, memorized: Sequence[str], plan: Plan, work: WorkFiles, listener: Listener
+) -> None:
+    """Let kept neurons stand in for those that the session's masks prune, if the plan wants that.
+
+    Args:
+        session: the model, whose suppressed neurons keep their means.
+        memorized: the memorized prompts, on which nothing must stand in.
+        plan: says what a pruned neuron still gives.
+        work: where what was measured is kept.
+        listener: hears the stage.
+    """
+    if plan.ablation != "compensated" or session.compensation is None or not memorized:
+        return
+    with listener.stage(Stage.COMPENSATE):
+        measured = kept_tensors(
+            work.memorized_moments, lambda: as_tensors(attended_moments(session.predictor, memorized))
+        )
+        session.compensate(from_tensors(measured))
