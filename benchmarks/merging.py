@@ -3,10 +3,10 @@
     python -m benchmarks.merging --model demo --out merging.json
 
 One column per way: the paper's union; each prompt on top of those before it; the union without what no prompt needs;
-the same completed until no image copies, as a run does it; the same with ordinary captions preserved; candidates ranked
-by gradient; gates opened from everything suppressed on; learned gates; as many random neurons; two yardsticks (rows
-scaled along; the closed form); everything. Give --model once for each model; the table has all of them. Images take
-most of the time.
+the union thinned; that completed until no image copies, as a run does it; each prompt searched with ordinary captions
+preserved; candidates ranked by gradient; gates opened from everything suppressed on; learned gates; as many random
+neurons; two yardsticks (rows scaled along; the closed form); everything. Give --model once for each model; the table
+has all of them. Images take most of the time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.closed_form import edited_weights, replaced_weights
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.attribution import costs
-from nemo_prune.engine.budget import most_costly_first, utility_curve
+from nemo_prune.engine.budget import most_costly_first, thinned, utility_curve
 from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.compensation import Compensation
@@ -53,14 +53,15 @@ from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
+from nemo_prune.run import AFFORDED
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
 from nemo_prune.stages.compensate import USUAL_PROMPTS
 from nemo_prune.stages.localize import WEIGHING_PROMPTS
 from nemo_prune.stages.pursue import CopyLooks
 
 WAYS = (
-    "unpruned", "union", "incremental", "minimal", "default", "preserve 1", "ranked", "gradient", "learned", "random",
-    "scaled rows", "closed form", "everything",
+    "unpruned", "union", "incremental", "minimal", "thinned", "default", "preserve 1", "ranked", "gradient", "learned",
+    "random", "scaled rows", "closed form", "everything",
 )  # fmt: skip
 # The demo without its terms: harder ground, beside the benchmarks and outside the wheel.
 REFERENCE_MODEL = Path(__file__).with_name("reference_model")
@@ -132,7 +133,7 @@ class Comparison:
         self.compensation = None
         if arguments.ablation != "zero":
             self.compensation = Compensation(attended_moments(self.predictor, self.ordinary[:USUAL_PROMPTS]))
-            self.predictor.means = self.compensation.means
+            self.predictor.compensation = self.compensation
         if arguments.ablation == "compensated":
             memorized = attended_moments(self.predictor, self.prompts)
             self.compensation = replace(self.compensation, memorized=memorized)
@@ -182,16 +183,10 @@ class Comparison:
             return Way(union_mask(found, sizes), sample_passes=passes, seconds=seconds)
         if name == "incremental":
             return Way(settle_mask(self.localizer, self.one_after_the_other()).mask)
-        if name == "minimal":
-            found, passes, seconds = self.localized
-            before, began = self.predictor.sample_passes, time.perf_counter()
-            preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 0.0)
-            mask = settle_mask(replace(self.localizer, preserve=preserve), found).mask
-            passes, seconds = passes + self.predictor.sample_passes - before, seconds + time.perf_counter() - began
-            return Way(mask, sample_passes=passes, seconds=seconds)
+        if name in ("minimal", "thinned"):
+            return self.settled(name)
         if name == "default":
-            first = self.found.get("minimal") or self.find("minimal")
-            return self.pursued("learned", first)
+            return self.pursued("learned", self.found.get("thinned") or self.find("thinned"))
         if name == "preserve 1":
             preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 1.0)
             localizer = replace(self.localizer, preserve=preserve)
@@ -214,6 +209,22 @@ class Comparison:
         before, began = self.predictor.sample_passes, time.perf_counter()
         found = list(localize_prompts(self.localizer, self.prompts))
         return found, self.predictor.sample_passes - before, time.perf_counter() - began
+
+    def settled(self, name: str) -> Way:
+        """The union of the prompts' neurons, thinned or without what no prompt needs."""
+        found, passes, seconds = self.localized
+        released = self.released()
+        before, began = self.predictor.sample_passes, time.perf_counter()
+        if name == "thinned":
+            states = PursuitSettings().states(released, self.ordinary)
+            mask = settle_mask(
+                self.localizer, found, thin=lambda whole: thinned(released, states, whole, AFFORDED)
+            ).mask
+        else:
+            preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 0.0)
+            mask = settle_mask(replace(self.localizer, preserve=preserve), found).mask
+        passes += self.predictor.sample_passes + released.sample_passes - before
+        return Way(mask, sample_passes=passes, seconds=seconds + time.perf_counter() - began)
 
     def matched(self) -> NeuronMask:
         """The mask that the random one has as many neurons as."""
@@ -248,11 +259,12 @@ class Comparison:
         """The search for what is gone, with the loop over images; from a mask on, if one is given."""
         settings, mask = PursuitSettings(search=search), first and first.mask
         with TemporaryDirectory() as folder:
+            released = self.released()
             looks = CopyLooks(
-                self.released(), self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
+                released, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
             )
             result = pursue(
-                self.predictor, self.prompts, self.ordinary, self.calibration.threshold, settings,
+                released, self.prompts, self.ordinary, self.calibration.threshold, settings,
                 looks if self.arguments.images else lambda mask, prompts=None: (), first=mask,
             )  # fmt: skip
         passes = (first.sample_passes if first else 0) + sum(each.sample_passes for each in result.rounds)
@@ -303,7 +315,7 @@ class Comparison:
         if self.arguments.images:
             row |= self.images(way)
         if self.arguments.curves and neurons and len(neurons) < sum(self.predictor.sizes.values()):
-            curve = utility_curve(self.predictor, self.corpus, self.states, neurons)
+            curve = utility_curve(released, self.corpus, self.states, neurons)
             row["curve"] = [(len(point.neurons), point.change, len(point.gone)) for point in curve]
             row["hubs"] = self.hubs(neurons)
         return row
@@ -344,9 +356,7 @@ class Comparison:
 
     def released(self, scale: float = 0.0) -> NoisePredictor:
         """The model; what it suppresses is multiplied or stood in for, as a release does."""
-        return NoisePredictor(
-            self.pipe, self.predictor.settings, None, scale, self.predictor.means, self.compensation
-        )  # fmt: skip
+        return NoisePredictor(self.pipe, self.predictor.settings, None, scale, self.compensation)
 
     def applied(self, way: Way) -> AbstractContextManager:
         """The way's model while the context lasts."""

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -41,16 +42,20 @@ from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_f
 from nemo_prune.release.report import save_grids, write_report
 from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
+from nemo_prune.stages.bar import Bar
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
-from nemo_prune.stages.compensate import compensate
+from nemo_prune.stages.compensate import released_predictor
 from nemo_prune.stages.estimate import estimate_run
 from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_verdicts
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
 from nemo_prune.stages.merge import merge_localizations
 from nemo_prune.stages.prove import ImageProof, measure_cost, score_again
-from nemo_prune.stages.pursue import Bar, detect_corpus, judge_mask, pursue_mask, spare_ordinary
+from nemo_prune.stages.pursue import detect_corpus, judge_mask, pursue_mask, spare_ordinary
 from nemo_prune.stages.run_evidence import gather_for_a_run
 from nemo_prune.stages.verify_bench import IMAGES_FOLDER
+
+# What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
+AFFORDED = 0.2
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,12 @@ def prune_model(
     localizer = _calibrated(session, ordinary, plan, work, timed)
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
-    mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
-    memorized = [each.prompt for each in localizations if each.is_memorized]
-    bar = Bar(localizer, memorized, ordinary.texts, work)
+    bar, mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
     spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
-    scaled = session.predictor_at(plan.scale)
+    scaled = session.released(scale=plan.scale) if plan.scale else bar.released
     mask = scaled.in_weights(mask)
     pruning = Pruning(mask, plan.scale)
     examined = _score_again(session, scaled, corpus, localizations, pruning, localizer, plan, work, timed)
@@ -212,22 +215,24 @@ def _find_mask(
     plan: Plan,
     work: WorkFolder,
     listener: Listener,
-) -> tuple[NeuronMask, Sequence[PromptLocalization]]:
-    """The mask that the plan's search finds, and the prompts as they are under it."""
+) -> tuple[Bar, NeuronMask, Sequence[PromptLocalization]]:
+    """The mask that the plan's search finds, with what it is judged against, and the prompts as they are under it."""
     if plan.search == "greedy":
         found = localize_for_a_mask(session, localizer, corpus.texts, work.localizations, listener)
-        first, found = merge_localizations(localizer, found, plan, listener)
     else:
         with listener.stage(Stage.LOCALIZE):
-            first, found = None, detect_corpus(localizer, corpus.texts)
-    compensate(session, [each.prompt for each in found if each.is_memorized], plan, work, listener)
-    # The union is the paper's: it stays what the paper makes it.
-    if plan.search == "greedy" and plan.merge == "union":
-        return first, found
-    return pursue_mask(
-        localizer, session.predictor_at(0.0), corpus.prompts, found, first, ordinary.texts, training_images, plan, work,
-        listener,
-    )  # fmt: skip
+            found = detect_corpus(localizer, corpus.texts)
+    memorized, first = [each.prompt for each in found if each.is_memorized], None
+    released = released_predictor(session, memorized, plan, work, listener)
+    bar = Bar(localizer, released, memorized, ordinary.texts, work)
+    if plan.search == "greedy":
+        limit = AFFORDED if plan.max_utility_loss is None else plan.max_utility_loss
+        thin = partial(bar.thinned, max_utility_loss=limit)
+        first, found = merge_localizations(localizer, found, thin, plan, listener)
+        # The union is the paper's: it stays what the paper makes it.
+        if plan.merge == "union":
+            return bar, first, found
+    return bar, *pursue_mask(bar, corpus.prompts, found, first, training_images, plan, work, listener)
 
 
 def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:

@@ -12,7 +12,7 @@ from nemo_prune.files.layout import ReleaseLayout, has_ending
 from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
-MERGES = ("union", "minimal")
+MERGES = ("union", "minimal", "thinned")
 ABLATIONS = ("zero", "mean", "compensated")
 SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
@@ -235,9 +235,9 @@ class Plan:
         settings: the numbers of the method.
         verification: what is measured on images.
         model: how the model is computed.
-        merge: ``union`` of all prompts' neurons, as in the paper; or ``minimal``: the union without what no prompt
-            needs beside the others' neurons, the most costly for ordinary captions dropped first. (default: minimal;
-            with --include-unresolved union)
+        merge: ``union`` of all prompts' neurons, as in the paper; ``thinned``: the union without the most costly ones
+            for ordinary captions, as few as keep their change within --max-utility-loss, or a fifth; or ``minimal``:
+            without all that no prompt needs to be silent. (default: thinned; with --include-unresolved union)
         search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
             on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: gates on all
             neurons, learned for all prompts at once. Then images are drawn, and what copies is searched again until
@@ -282,7 +282,7 @@ class Plan:
         object.__setattr__(self, "out", Path(self.out).absolute())
         object.__setattr__(self, "work", Path(self.work or ReleaseLayout.of(self.out).work).absolute())
         if self.merge is None:
-            object.__setattr__(self, "merge", "union" if self.include_unresolved else "minimal")
+            object.__setattr__(self, "merge", "union" if self.include_unresolved else "thinned")
         _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
         _require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
         holds = self.settings.projections == "value" and not self.scale
@@ -295,8 +295,10 @@ class Plan:
         changes = isfinite(self.scale) and self.scale != 1
         _require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")
         _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
-        contradict = self.merge == "minimal" and self.include_unresolved
-        _require(not contradict, "include_unresolved", True, "False with the minimal merge, which leaves them out")
+        contradict = self.merge != "union" and self.include_unresolved
+        _require(
+            not contradict, "include_unresolved", True, f"False with the {self.merge} merge, which leaves them out"
+        )
 
     def fitted_to(self, guidance_scale: float) -> "Plan":
         """The same plan, with the model's own guidance if none is given."""

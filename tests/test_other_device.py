@@ -82,7 +82,7 @@ def test_a_mask_is_completed_and_learned_as_on_the_processor(pipe, there, on_the
     found = []
     for each in (pipe, there):
         predictor = NoisePredictor(each, SETTINGS)
-        predictor.means = Compensation(attended_moments(predictor, TEXTS)).means
+        predictor.compensation = Compensation(attended_moments(predictor, TEXTS))
         first = NeuronMask.from_neurons(all_neurons(predictor.sizes)[:1], predictor.sizes)
 
         looks = []

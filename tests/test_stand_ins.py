@@ -52,7 +52,7 @@ def compensation(request, moments):
 
 @pytest.fixture
 def predictor(pipe, compensation):
-    return NoisePredictor(pipe, SETTINGS, means=compensation.means, compensation=compensation)
+    return NoisePredictor(pipe, SETTINGS, compensation=compensation)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_ordinary_captions_lose_less_than_by_zeros(pipe, predictor, mask):
 def test_search_and_gates_give_the_means_and_a_live_model_what_is_predicted_as_released(pipe, predictor, mask):
     latents, prompt_embeds = predictor.initial_latents(), predictor.encode(["a cat"])
     (released,) = predictor.predict_noise(latents, prompt_embeds[0], [mask])
-    searching = NoisePredictor(pipe, SETTINGS, means=predictor.means)
+    searching = NoisePredictor(pipe, SETTINGS, compensation=Compensation(predictor.compensation.ordinary))
     (searched,) = searching.predict_noise(latents, prompt_embeds[0], [mask])
     factors = closed_gates(mask.neurons, predictor.sizes)[None]
     gated = predict_gated(searching, latents, prompt_embeds.expand(2, -1, -1), factors)

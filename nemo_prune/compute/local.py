@@ -36,7 +36,6 @@ class LocalSession(Session):
         float32: the model in float32, which is ``pipe`` if that is; it need not be able to draw.
         predictor: predicts noise.
         scorer: scores prompts.
-        compensation: what stands in for pruned neurons; None where they give nothing.
     """
 
     def __init__(self, source: ModelSource, options: ModelOptions, settings: LocalizationSettings) -> None:
@@ -46,7 +45,6 @@ class LocalSession(Session):
         self.predictor = NoisePredictor(self.pipe, settings, options.batch_size)
         self.float32 = self.in_float32(self.pipe, source.folder)
         self.scorer = self.scorer_of(self.predictor)
-        self.compensation: Compensation | None = None
         self.model_digest = source.digest
         self.sizes = self.predictor.sizes
 
@@ -59,32 +57,32 @@ class LocalSession(Session):
         reference = None
         if self.float32 is not self.pipe:
             size = min(CLOSE_CALLS_AT_ONCE, predictor.batch_size)
-            reference = NoisePredictor(
-                self.float32, self.settings, size, predictor.scale, predictor.means, predictor.compensation
-            )
+            reference = NoisePredictor(self.float32, self.settings, size, predictor.scale, predictor.compensation)
         return Scorer(predictor, reference, self.options.margin_of_dtype)
 
     def keep_means(self, usual: Mapping[str, Moments]) -> None:
         """Let suppressed neurons output their means from now on, see :mod:`nemo_prune.engine.compensation`."""
-        self.compensation = Compensation(usual)
-        self.predictor.means = {name: each.mean.to(self.device) for name, each in usual.items()}
+        self.predictor.compensation = Compensation(usual)
         self.scorer = self.scorer_of(self.predictor)
 
-    def compensate(self, memorized: Mapping[str, Moments]) -> None:
-        """Let kept neurons stand in for those that a mask prunes, but not on memorized captions.
+    def released(self, memorized: Mapping[str, Moments] | None = None, scale: float = 0.0) -> NoisePredictor:
+        """A predictor of what a release predicts.
 
-        A search goes on with means: whose neurons stand in depends on the whole mask.
+        Args:
+            memorized: moments on memorized captions, where kept neurons stand in for suppressed ones and are held;
+                without them suppressed neurons give what they give in the search.
+            scale: what suppressed neurons are multiplied by otherwise.
         """
-        self.compensation = replace(self.compensation, memorized=memorized)
-
-    def predictor_at(self, scale: float) -> NoisePredictor:
-        """A predictor of what a release predicts: suppressed neurons are multiplied, or stood in for."""
-        size = self.predictor.batch_size
-        return NoisePredictor(self.pipe, self.settings, size, scale, self.predictor.means, self.compensation)
+        compensation = self.predictor.compensation
+        if compensation is not None and memorized is not None:
+            compensation = replace(compensation, memorized=memorized)
+        return NoisePredictor(self.pipe, self.settings, self.predictor.batch_size, scale, compensation)
 
     def results_header(self, threshold: float) -> ResultsHeader:
         """What localizations depend on."""
-        return replace(super().results_header(threshold), ablation="zero" if self.predictor.means is None else "mean")
+        return replace(
+            super().results_header(threshold), ablation="zero" if self.predictor.compensation is None else "mean"
+        )
 
     def in_float32(self, pipe: StableDiffusionPipeline, folder: Path) -> StableDiffusionPipeline:
         """A model in float32 too: it decides what is too close for the lower precision, and proves to the bit.

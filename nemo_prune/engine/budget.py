@@ -1,4 +1,4 @@
-"""How many captions are gone for what is changed for ordinary ones: a curve, and the mask that a limit allows."""
+"""What a mask changes for ordinary captions, within a limit: thinned for it, or seen as a curve of captions gone."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -73,6 +73,34 @@ def within(curve: Sequence[CurvePoint], max_utility_loss: float) -> CurvePoint:
     """
     allowed = [point for point in curve if point.change <= max_utility_loss] or [curve[-1]]
     return min(allowed, key=lambda point: (len(point.given_up), point.change))
+
+
+def thinned(
+    predictor: NoisePredictor, states: OrdinaryStates, neurons: Collection[Neuron], max_utility_loss: float
+) -> list[Neuron]:
+    """Let the most costly neurons of a mask act again, as few as bring the change on ordinary captions under a limit.
+
+    A few neurons cost most of all (hubs, which all captions use). The many that are left cost little, and make more
+    captions go than a mask from which everything is dropped that silence can spare.
+
+    Args:
+        predictor: the model; what it suppresses is stood in for as a release does.
+        states: points on ordinary captions' ways; a sample pass each for every mask that is tried, some ten.
+        neurons: the mask.
+        max_utility_loss: share of what everything suppressed changes, 0 to 1.
+
+    Returns:
+        What stays pruned, at least one neuron; the most costly first.
+    """
+    order = most_costly_first(predictor, states, neurons)
+    too_few, enough = -1, max(0, len(order) - 1)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if mean_change(predictor, states, order[middle:]) <= max_utility_loss:
+            enough = middle
+        else:
+            too_few = middle
+    return order[enough:]
 
 
 def most_costly_first(

@@ -20,6 +20,8 @@ from nemo_prune.mask import Neuron, NeuronMask, bias_behind
 
 # Weight of the memorized captions against ordinary ones, and of the ridge as a share of the neurons' mean variance.
 MEMORIZED, RIDGE = 10.0, 0.01
+# Combinations that are at hand, each of a layer.
+_KEPT = 128
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Compensation:
     _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
+    def is_combining(self) -> bool:
+        """Whether kept neurons tell more than means."""
+        return self.memorized is not None
+
+    @property
     def means(self) -> dict[str, Tensor]:
         """Dotted module name -> the mean of every neuron, [out_features]."""
         return {name: moments.mean for name, moments in self.ordinary.items()}
@@ -76,13 +83,15 @@ class Compensation:
         """
         asked = layer, tuple(pruned.nonzero().flatten().tolist())
         if asked not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
             self._known[asked] = self._solved(layer, pruned)
         return self._known[asked]
 
     def _solved(self, layer: str, pruned: BoolTensor) -> tuple[Tensor, Tensor]:
         usual, kept = self.ordinary[layer], ~pruned
         mean, combination = usual.mean.double(), torch.zeros(int(pruned.sum()), len(pruned), dtype=torch.float64)
-        if self.memorized is not None and kept.any():
+        if self.is_combining and kept.any():
             spread = usual.around(usual.mean)
             held = spread.clone()
             if layer in self.memorized:

@@ -128,8 +128,7 @@ class NoisePredictor:
             processor's vectors, as those of published models do; in half precision on a GPU on the place in the
             batch, too. Halved where memory is short. By default those of two prompts, on a GPU of four.
         scale: what the outputs of suppressed neurons are multiplied by.
-        means: dotted module name -> what suppressed neurons output instead of 0, [out_features].
-        compensation: what stands in for suppressed neurons, if it is more than their means.
+        compensation: what stands in for suppressed neurons; None where they output 0.
 
     Attributes:
         layers: dotted module name -> projection that is searched, in the order of execution.
@@ -149,13 +148,11 @@ class NoisePredictor:
         settings: LocalizationSettings,
         batch_size: int | None = None,
         scale: float = 0.0,
-        means: Mapping[str, Tensor] | None = None,
         compensation: Compensation | None = None,
     ) -> None:
         self.pipe = pipe
         self.settings = settings
         self.scale = scale
-        self.means = means
         self.compensation = compensation
         # The U-Net walks through all of its weights whenever it is asked for these.
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
@@ -194,6 +191,11 @@ class NoisePredictor:
                 texts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
         return embeds
+
+    @property
+    def means(self) -> dict[str, Tensor] | None:
+        """Dotted module name -> what suppressed neurons output instead of 0, [out_features]."""
+        return None if self.compensation is None else self.compensation.means
 
     def in_weights(self, mask: NeuronMask) -> NeuronMask:
         """A mask with what it changes behind the attention, so that a model does what this predictor predicts."""
@@ -310,7 +312,7 @@ class NoisePredictor:
 
     def _suppressing(self, suppressed: Sequence[Collection[Neuron]]) -> AbstractContextManager:
         """Suppress neurons of each sample of a batch while the context lasts."""
-        if self.compensation is not None:
+        if self.compensation is not None and self.compensation.is_combining:
             return self.compensation.standing_in(self.pipe.unet, suppressed)
         return suppress(self.layers, self._gates(suppressed), self.scale, self.means)
 

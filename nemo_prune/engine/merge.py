@@ -1,7 +1,7 @@
-"""One mask for a corpus: the union of its prompts' neurons, whole or without what no prompt needs."""
+"""One mask for a corpus: the union of its prompts' neurons, whole, thinned, or without what no prompt needs."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_prune.engine.dropping import drop_unneeded
@@ -12,6 +12,8 @@ from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
 ROUNDS = 3
+# What is left of neurons without those that cost ordinary captions most.
+Thin = Callable[[Collection[Neuron]], Collection[Neuron]]
 
 
 def union_mask(
@@ -63,11 +65,11 @@ class SettledMask:
     """A corpus' mask that was scored again as a whole.
 
     Attributes:
-        mask: what no prompt needs is not in it.
+        mask: without what was thinned out, or what no prompt needs.
         localizations: the prompts; those that the others' neurons silenced, or that were localized
             on top of them, carry their new result.
         rounds: how often prompts had to be localized again.
-        num_dropped: neurons that no prompt needed any more.
+        num_dropped: neurons of the union that are not in it.
     """
 
     mask: NeuronMask
@@ -77,43 +79,66 @@ class SettledMask:
 
 
 def settle_mask(
-    localizer: Localizer, localizations: Sequence[PromptLocalization], advance: Advance = ignored
+    localizer: Localizer,
+    localizations: Sequence[PromptLocalization],
+    advance: Advance = ignored,
+    thin: Thin | None = None,
 ) -> SettledMask:
-    """Score every memorized prompt under the merged mask, localize what came back, drop what is not needed.
+    """Score every memorized prompt under the merged mask, localize what came back, thin or drop what is not needed.
 
     Args:
         localizer: the model and what is usual for it; where it knows what neurons cost, the most costly ones are
             dropped first.
         localizations: one per prompt, in the order of the corpus.
         advance: called with the neurons that were tried and their number.
+        thin: thins the union, and what comes back is localized on top; without it all neurons are dropped that no
+            prompt needs to be silent.
     """
-    sizes, preserve = localizer.scorer.predictor.sizes, localizer.preserve
+    sizes = localizer.scorer.predictor.sizes
     results = {each.prompt: each for each in localizations}
     silence = Silence(localizer, {each.prompt: each.kept_seeds for each in localizations if each.is_memorized})
     neurons = set(union_mask(localizations, sizes).neurons)
     awake, rounds = _localize_what_is_awake(localizer, silence, results, neurons)
+    whole = set(neurons)
+    if thin is not None and neurons:
+        neurons = set(thin(neurons))
+        awake, more = _localize_what_is_awake(localizer, silence, results, neurons)
+        rounds += more
     silenced = [prompt for prompt in silence.prompts if prompt not in awake]
     for prompt in silenced:
         if results[prompt].status == "unresolved":
             results[prompt] = replace(
                 results[prompt], status="localized", neurons=(), neurons_score=None, silenced_by_others=True
             )
-    order = list(sizes)[::-1]
-    tried = sorted(neurons, key=lambda n: (-preserve.costs[n], n) if preserve else (order.index(n.layer), n.index))
-    needing: dict[Neuron, list[str]] = {}
-    for prompt in silenced:
-        for neuron in results[prompt].neurons:
-            needing.setdefault(neuron, []).append(prompt)
-    needed = drop_unneeded(localizer, silence, silenced, tried, needing, advance)
+    if thin is None:
+        neurons = _needed(localizer, silence, results, silenced, neurons, advance)
     return SettledMask(
-        mask=NeuronMask.from_neurons(needed, sizes),
+        mask=NeuronMask.from_neurons(neurons, sizes),
         localizations=tuple(
             replace(found, sample_passes=found.sample_passes + silence.passes[found.prompt])
             for found in (results[each.prompt] for each in localizations)
         ),
         rounds=rounds,
-        num_dropped=len(tried) - len(needed),
+        num_dropped=len(whole - set(neurons)),
     )
+
+
+def _needed(
+    localizer: Localizer,
+    silence: Silence,
+    results: Mapping[str, PromptLocalization],
+    silenced: Sequence[str],
+    neurons: Collection[Neuron],
+    advance: Advance,
+) -> set[Neuron]:
+    """What is left when every neuron was dropped that no prompt needs, the most costly ones first."""
+    order, preserve = list(localizer.scorer.predictor.sizes)[::-1], localizer.preserve
+    tried = sorted(neurons, key=lambda n: (-preserve.costs[n], n) if preserve else (order.index(n.layer), n.index))
+    needing: dict[Neuron, list[str]] = {}
+    for prompt in silenced:
+        for neuron in results[prompt].neurons:
+            needing.setdefault(neuron, []).append(prompt)
+    return drop_unneeded(localizer, silence, silenced, tried, needing, advance)
 
 
 def _localize_what_is_awake(

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.gates import closed_gates, predict_gated
+from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
+from nemo_prune.engine.gates import predict_gated
 from nemo_prune.engine.memory import in_parts
-from nemo_prune.mask import Neuron
+from nemo_prune.mask import Neuron, NeuronMask
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ def change_by_timestep(
 
 
 def mean_change(predictor: NoisePredictor, states: OrdinaryStates, neurons: Collection[Neuron]) -> float:
-    """Change under a mask, as a share of everything's, the mean over the timesteps; one sample pass a point."""
-    factors = closed_gates(list(neurons), predictor.sizes).to(predictor.device)
-    changes = change_by_timestep(predictor, states, factors)
+    """Change under a mask, with what stands in for it, the mean over the timesteps; one sample pass a point."""
+    mask = predictor.in_weights(NeuronMask.from_neurons(neurons, predictor.sizes))
+    open_gates = torch.ones(sum(predictor.sizes.values()), device=predictor.device)
+    with apply_mask(predictor.pipe, mask, predictor.scale):
+        changes = change_by_timestep(predictor, states, open_gates)
     return sum(changes.values()) / len(changes)

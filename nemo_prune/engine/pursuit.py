@@ -3,7 +3,7 @@
 Looking at images is not done here: a function draws them and says what copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -66,6 +66,11 @@ class PursuitSettings:
         if self.search not in SEARCHES:
             raise SettingsError(f"`search` is {self.search}, expected: {' or '.join(SEARCHES)}.")
 
+    def states(self, predictor: NoisePredictor, ordinary: Sequence[str]) -> OrdinaryStates:
+        """Points on the ways of the ordinary captions whose change is kept small; two sample passes each."""
+        walked = ordinary[self.watched :][: self.walked] or ordinary[: self.watched]
+        return walk_ordinary(predictor, walked, self.points, self.seed)
+
 
 @dataclass(frozen=True)
 class Pursuit:
@@ -100,13 +105,14 @@ def pursue(
     checkpoint: Path | None = None,
     first: NeuronMask | None = None,
     rounds_file: Path | None = None,
+    states: Callable[[], OrdinaryStates] | None = None,
 ) -> Pursuit:
     """Find a mask under which memorized captions are gone and ordinary ones change as little as may be.
 
     The result depends on the arguments alone, however often the learning is stopped and taken up again.
 
     Args:
-        predictor: the model.
+        predictor: the model; masks are judged with what it puts in for suppressed neurons.
         prompts: memorized captions.
         ordinary: ordinary captions; the first are watched for what is called up, the next for what changes.
         threshold: tau.
@@ -118,12 +124,12 @@ def pursue(
             Else it is completed for what copied, as long as that is other captions than it was completed for before;
             only then is another one searched.
         rounds_file: where the rounds are kept in which it is completed.
+        states: gives the points on ordinary captions' ways, where they are known already.
     """
     copied = () if first is None else copies(first)
     if first is not None and not copied:
         return Pursuit(())
-    watched, walked = ordinary[: settings.watched], ordinary[settings.watched :][: settings.walked]
-    states = cache(lambda: walk_ordinary(predictor, walked or watched, settings.points, settings.seed))
+    watched, states = ordinary[: settings.watched], states or cache(lambda: settings.states(predictor, ordinary))
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
     rounds: list[Round] = []
     if first is not None:

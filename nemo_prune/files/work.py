@@ -85,6 +85,11 @@ class WorkFiles:
         return self.path / "neuron_costs.safetensors"
 
     @property
+    def thinned(self) -> Path:
+        """The mask without what costs ordinary prompts most."""
+        return self.path / "thinned.jsonl"
+
+    @property
     def rounds(self) -> Path:
         """The masks that were completed for what copied, one line each."""
         return self.path / "rounds.jsonl"

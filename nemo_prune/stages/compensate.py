@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
+from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.files.kept_tensors import kept_tensors
 from nemo_prune.files.work import WorkFiles
 from nemo_prune.progress import Listener, Stage
@@ -29,10 +30,10 @@ def keep_means(session: LocalSession, texts: Sequence[str], plan: Plan, work: Wo
         session.keep_means(from_tensors(measured))
 
 
-def compensate(
+def released_predictor(
     session: LocalSession, memorized: Sequence[str], plan: Plan, work: WorkFiles, listener: Listener
-) -> None:
-    """Let kept neurons stand in for those that the session's masks prune, if the plan wants that.
+) -> NoisePredictor:
+    """What predicts as a release will: kept neurons stand in for those that are suppressed, if the plan wants that.
 
     Args:
         session: the model, whose suppressed neurons keep their means.
@@ -41,10 +42,10 @@ def compensate(
         work: where what was measured is kept.
         listener: hears the stage.
     """
-    if plan.ablation != "compensated" or session.compensation is None or not memorized:
-        return
+    if plan.ablation != "compensated" or session.predictor.compensation is None or not memorized:
+        return session.released()
     with listener.stage(Stage.COMPENSATE):
         measured = kept_tensors(
             work.memorized_moments, lambda: as_tensors(attended_moments(session.predictor, memorized))
         )
-        session.compensate(from_tensors(measured))
+        return session.released(from_tensors(measured))

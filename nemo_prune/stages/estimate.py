@@ -10,15 +10,18 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.progress import Stage
 from nemo_prune.proof.drawing import Drawing
 from nemo_prune.settings import Plan
+from nemo_prune.stages.bar import FRESH_SEEDS, WATCHED
 from nemo_prune.stages.compensate import USUAL_PROMPTS
 from nemo_prune.stages.localize import WEIGHING_PROMPTS, weighs_neurons
-from nemo_prune.stages.pursue import FRESH_SEEDS, LEARNING_PASSES, WATCHED, look_drawing
+from nemo_prune.stages.pursue import LEARNING_PASSES, look_drawing
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
 # on a model of SD v1-4's memorized prompts (benchmarks/full_run.py). In between they are taken to follow a power.
 _NEURONS = (704, 5760)
-_LOCALIZATION = {"minimal": (25.0, 157.0), "union": (27.0, 163.0)}
-_MERGING = {"minimal": (15.0, 40.0), "union": (0.0, 0.0)}
+_LOCALIZATION = {"thinned": (25.0, 157.0), "minimal": (25.0, 157.0), "union": (27.0, 163.0)}
+_MERGING = {"thinned": (11.0, 89.0), "minimal": (15.0, 40.0), "union": (0.0, 0.0)}
+# What thinning asks on ordinary captions, whatever the model.
+_THINNING_PASSES = 2_600
 _WEIGHING_PASSES = 20
 _COST_PASSES = 10
 _LONG_BATCH_S = 10
@@ -102,6 +105,7 @@ def passes_of_stages(
     weighing += USUAL_PROMPTS * POINTS if plan.ablation != "zero" else 0
     compensating = num_prompts * POINTS if plan.ablation == "compensated" else 0
     searching, merging = (num_prompts * _between(num_neurons, each[plan.merge]) for each in (_LOCALIZATION, _MERGING))
+    merging += _THINNING_PASSES if plan.search == "greedy" and plan.merge == "thinned" else 0
     cost = verification.cost_prompts * _COST_PASSES
     an_image, a_look = Drawing.of(verification).passes, look_drawing(verification).passes
     shown = min(num_prompts, verification.max_prompts)

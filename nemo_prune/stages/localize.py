@@ -53,8 +53,8 @@ def _costs(session: LocalSession, texts: Sequence[str]) -> Tensor:
 
 
 def weighs_neurons(plan: Plan) -> bool:
-    """Whether anything in a plan depends on what neurons cost: all but the paper's search and union."""
-    return plan.search == "greedy" and (plan.merge != "union" or plan.preserve > 0)
+    """Whether anything in a plan depends on what single neurons cost: what is dropped first, or what is searched."""
+    return plan.search == "greedy" and (plan.merge == "minimal" or plan.preserve > 0)
 
 
 def localize_corpus(

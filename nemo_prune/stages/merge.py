@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 
 from nemo_prune.engine.localize import Localizer, PromptLocalization
-from nemo_prune.engine.merge import settle_mask, union_mask
+from nemo_prune.engine.merge import Thin, settle_mask, union_mask
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
 
 
 def merge_localizations(
-    localizer: Localizer, localizations: Sequence[PromptLocalization], plan: Plan, listener: Listener
+    localizer: Localizer, localizations: Sequence[PromptLocalization], thin: Thin, plan: Plan, listener: Listener
 ) -> tuple[NeuronMask, Sequence[PromptLocalization]]:
     """The corpus' mask, and the prompts as they are under it.
 
     Args:
         localizer: the model and what is usual for it.
         localizations: one per prompt.
+        thin: what is left of neurons without those that cost ordinary prompts most.
         plan: names the way of merging.
         listener: hears the stage.
     """
@@ -24,5 +25,5 @@ def merge_localizations(
         if plan.merge == "union":
             sizes = localizer.scorer.predictor.sizes
             return union_mask(localizations, sizes, plan.include_unresolved), localizations
-        settled = settle_mask(localizer, localizations, advance)
+        settled = settle_mask(localizer, localizations, advance, thin if plan.merge == "thinned" else None)
         return settled.mask, settled.localizations

@@ -12,11 +12,9 @@ from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
 from nemo_prune.engine.completing import Copy
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.engine.gone import Corpus, Verdict, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.gone import Verdict, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
-from nemo_prune.engine.ordinary import walk_ordinary
 from nemo_prune.engine.pursuit import Pursuit, PursuitSettings, pursue
-from nemo_prune.engine.views import Seeds
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.work import LineLog, WorkFolder
@@ -26,12 +24,12 @@ from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
 from nemo_prune.proof.images import Likeness, as_compared
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
+from nemo_prune.stages.bar import Bar
 
-# Seeds of what the final proof must not have seen.
-_JUDGE_SEED, _LOOP_SEED_STEP = 4001, 1000
+# Seeds of images that the final proof does not draw.
+_LOOP_SEED_STEP = 1000
 # Images of a caption that copied, when a mask is completed for it.
 _CLOSE_SEEDS = 4
-FRESH_SEEDS, WATCHED = 5, 16
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
 LEARNING_PASSES = 15_600
@@ -66,12 +64,10 @@ def detect_corpus(localizer: Localizer, texts: Sequence[str]) -> list[PromptLoca
 
 
 def pursue_mask(
-    localizer: Localizer,
-    released: NoisePredictor,
+    bar: Bar,
     examined: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
     first: NeuronMask | None,
-    ordinary: Sequence[str],
     training_images: Mapping[str, Image.Image],
     plan: Plan,
     work: WorkFolder,
@@ -80,12 +76,10 @@ def pursue_mask(
     """A mask under which nothing copies: searched again for what comes back in images, or said what remains.
 
     Args:
-        localizer: the unpruned model with what is usual for it.
-        released: the same; what it suppresses is stood in for as a release does.
+        bar: the model, and what masks are judged against.
         examined: the prompts.
         localizations: one per prompt.
         first: the mask of the paper's search, which is kept if nothing copies under it; None where there is none.
-        ordinary: ordinary prompts.
         training_images: caption -> its training image, where one is known.
         plan: names the search.
         work: where looks and the learning are kept.
@@ -94,17 +88,18 @@ def pursue_mask(
     Returns:
         The mask, and the prompts as they are under it.
     """
-    predictor = localizer.scorer.predictor
+    predictor = bar.released
     kinds = {prompt.text: prompt for prompt in examined}
     memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
     if not memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    looks = CopyLooks(released, memorized, ordinary, training_images, plan.verification, work.looks)
+    looks = CopyLooks(predictor, memorized, bar.ordinary, training_images, plan.verification, work.looks)
     settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
+    texts = [each.text for each in memorized]
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
-            predictor, [each.text for each in memorized], ordinary, localizer.threshold, settings, looks, advance,
-            work.learning, first, work.rounds,
+            predictor, texts, bar.ordinary, bar.localizer.threshold, settings, looks, advance, work.learning, first,
+            work.rounds, lambda: bar.states,
         )  # fmt: skip
     if first is not None and not pursuit.rounds:
         return first, localizations
@@ -125,36 +120,6 @@ def _what_remains(pursuit: Pursuit) -> str:
     return f"Images of {left} prompts still copy after {len(pursuit.rounds)} rounds of the search.{more}"
 
 
-class Bar:
-    """What the final mask is judged against, predicted once, when it is asked for.
-
-    Args:
-        localizer: the unpruned model and what is usual for it.
-        memorized: captions that are to be gone.
-        ordinary: ordinary captions, of which some are watched.
-        work: where the captions' measures and predictions are kept as they come.
-    """
-
-    def __init__(
-        self, localizer: Localizer, memorized: Sequence[str], ordinary: Sequence[str], work: WorkFolder
-    ) -> None:
-        self.localizer, self.memorized, self.ordinary = localizer, memorized, ordinary
-        captions = [*memorized, "", *ordinary[:WATCHED]]
-        self.log = LineLog(work.judged, {"captions": text_hash(captions), "seeds": [_JUDGE_SEED, FRESH_SEEDS]})
-        self._views_file = work.views
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The captions on the seeds of the detection and on fresh ones."""
-        predictor = self.localizer.scorer.predictor
-        seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, FRESH_SEEDS)
-        detected = [each.scored for each in self.localizer.detect(self.memorized)]
-        return gather_corpus(
-            predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold, log=self.log,
-            detected=detected, views_file=self._views_file,
-        )  # fmt: skip
-
-
 def spare_ordinary(
     bar: Bar, mask: NeuronMask, max_utility_loss: float | None, listener: Listener
 ) -> tuple[NeuronMask, Sequence[CurvePoint]]:
@@ -168,12 +133,9 @@ def spare_ordinary(
     """
     if max_utility_loss is None or not mask.num_neurons or not bar.memorized:
         return mask, ()
-    predictor = bar.localizer.scorer.predictor
     with listener.stage(Stage.SPARE) as advance:
-        walked, numbers = bar.ordinary[WATCHED : 2 * WATCHED] or bar.ordinary, PursuitSettings()
-        states = walk_ordinary(predictor, walked, numbers.points, numbers.seed)
-        curve = utility_curve(predictor, bar.corpus, states, mask.neurons, advance=advance)
-    return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, predictor.sizes), curve
+        curve = utility_curve(bar.released, bar.corpus, bar.states, mask.neurons, advance=advance)
+    return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, bar.released.sizes), curve
 
 
 def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Listener) -> Judged:
