@@ -55,7 +55,7 @@ from nemo_prune.stages.run_evidence import gather_for_a_run
 from nemo_prune.stages.verify_bench import IMAGES_FOLDER
 
 # What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
-AFFORDED = 0.2
+AFFORDED = 0.15
 
 
 @dataclass(frozen=True)

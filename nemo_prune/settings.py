@@ -236,7 +236,7 @@ class Plan:
         verification: what is measured on images.
         model: how the model is computed.
         merge: ``union`` of all prompts' neurons, as in the paper; ``thinned``: the union without the most costly ones
-            for ordinary captions, as few as keep their change within --max-utility-loss, or a fifth; or ``minimal``:
+            for ordinary captions, as few as keep their change within --max-utility-loss, or .15; or ``minimal``:
             without all that no prompt needs to be silent. (default: thinned; with --include-unresolved union)
         search: ``greedy``: the paper's, prompt by prompt until it is silent; ``gradient``: from everything suppressed
             on, open what ordinary captions miss most, as long as all prompts stay gone; ``learned``: gates on all

@@ -1,20 +1,24 @@
 """How long a run will take: its passes beside those that it really makes."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_prune.corpus.prompts import read_prompts
+from nemo_prune.engine.budget import thinned
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, localize_prompts
 from nemo_prune.engine.merge import settle_mask
+from nemo_prune.engine.pursuit import PursuitSettings
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.progress import Stage
+from nemo_prune.run import AFFORDED
 from nemo_prune.settings import LocalizationSettings, Plan, VerificationSettings
 from nemo_prune.stages.estimate import TimeEstimate, duration, estimate_run, passes_of_stages
 
@@ -51,7 +55,8 @@ def test_a_run_on_the_demo_makes_about_as_many_passes():
     before = scorer.sample_passes
     found = list(localize_prompts(localizer, texts))
     made[Stage.LOCALIZE] = scorer.sample_passes - before
-    settle_mask(localizer, found)
+    states = PursuitSettings().states(scorer.predictor, ordinary)
+    settle_mask(localizer, found, thin=partial(thinned, scorer.predictor, states, max_utility_loss=AFFORDED))
     made[Stage.MERGE] = scorer.sample_passes - before - made[Stage.LOCALIZE]
     for stage, passes in made.items():
         assert passes / 2 <= expected[stage][1] <= 2 * passes, stage

@@ -41,7 +41,7 @@ def corpus(table):
 
 @pytest.fixture(scope="module")
 def ways(corpus):
-    return {merge: measure(corpus, merge, batch_size=40) for merge in ("minimal", "union")}
+    return {merge: measure(corpus, merge, batch_size=40) for merge in ("thinned", "minimal", "union")}
 
 
 def test_prompts_end_as_the_released_codes_procedure_does(ways):
@@ -74,6 +74,12 @@ def test_the_minimal_merge_silences_what_it_resolves_and_the_union_less(ways):
     assert 0 < union["silent"] < minimal["silent"]
 
 
+def test_what_thinning_wakes_is_silenced_again(ways):
+    thinned = ways["thinned"]
+    assert thinned["silent"] == thinned["statuses"]["localized"] == ways["minimal"]["silent"]
+    assert thinned["neurons"] >= ways["minimal"]["neurons"]
+
+
 @pytest.mark.slow
 def test_the_benchmark_prints_one_object_and_nothing_else(table):
     command = [sys.executable, "-m", "benchmarks.full_run", "--table", str(table), "--prompts", "4", "--json"]
@@ -81,4 +87,4 @@ def test_the_benchmark_prints_one_object_and_nothing_else(table):
     figures = json.loads(done.stdout)
     assert {"sample_passes_computed", "sample_passes_counted", "seconds_python", "seconds_at_10_ms"} <= figures.keys()
     assert set(figures["stages"]) == {"localize", "merge", "score again"}
-    assert set(figures["ways"]) == {"minimal", "union"}
+    assert set(figures["ways"]) == {"thinned", "minimal", "union"}

@@ -8,9 +8,11 @@ from diffusers import UNet2DConditionModel
 
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine import pursuit, settling
+from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.attribution import Attribution, benefits, costs
-from nemo_prune.engine.budget import utility_curve, within
+from nemo_prune.engine.budget import most_costly_first, thinned, utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
+from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.completing import Copy, complete_for
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
@@ -24,10 +26,12 @@ from nemo_prune.engine.settling import Jury, rank_neurons
 from nemo_prune.engine.trials import drive
 from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
+from nemo_prune.files.work import WorkFiles
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.settings import LocalizationSettings
+from nemo_prune.stages.bar import Bar
 
 TAU = 0.73
 NEURONS = [Neuron("down", index) for index in range(8)]
@@ -326,6 +330,24 @@ def test_a_smaller_budget_gives_captions_up(demo, captions):
     changes = [point.change for point in curve]
     assert changes == sorted(changes, reverse=True)
     assert within(curve, 1.1).given_up == () and within(curve, 0.0) is curve[-1]
+
+
+def test_the_fewest_of_the_most_costly_neurons_act_again_that_a_limit_asks_for(tiny, tmp_path):
+    ordinary = ["a cat", "a dog", "a red house"]
+    usual, theirs = (attended_moments(tiny, texts) for texts in (ordinary, ["one", "two"]))
+    released = NoisePredictor(tiny.pipe, tiny.settings, compensation=Compensation(usual, theirs))
+    states, everything = walk_ordinary(released, ordinary, 3, 7), all_neurons(tiny.sizes)
+    order = most_costly_first(released, states, everything)
+    kept = thinned(released, states, everything, 0.5)
+    assert kept == order[len(order) - len(kept) :] and 1 < len(kept) < len(order)
+    assert mean_change(released, states, kept) <= 0.5 < mean_change(released, states, order[-len(kept) - 1 :])
+    assert thinned(released, states, everything, 2.0) == order and len(thinned(released, states, everything, 0.0)) == 1
+    # In a run it is kept, for this mask and limit.
+    bar = Bar(None, released, ["one", "two"], ordinary, WorkFiles(tmp_path))
+    found, passes = bar.thinned(everything, 0.5), released.sample_passes
+    again = Bar(None, released, ["one", "two"], ordinary, WorkFiles(tmp_path))
+    assert again.thinned(everything, 0.5) == found and released.sample_passes == passes
+    assert len(again.thinned(everything, 0.0)) == 1 and released.sample_passes > passes
 
 
 @pytest.mark.slow

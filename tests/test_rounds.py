@@ -82,6 +82,26 @@ def test_what_no_prompt_needs_is_dropped_and_what_one_needs_is_not():
     assert settle_mask(localizer, [first, second]).num_dropped == 0
 
 
+def test_of_what_is_thinned_out_only_that_comes_back_which_a_prompt_needs():
+    corpus = [prompt("a", [A], [X]), prompt("b", [B], [Y])]
+    scorer = SimulatedScorer(corpus)
+    localizer = Localizer(scorer, Calibration(0.358, 0.07, 1.0, scorer.statistics), RELEASED_CODE_THRESHOLD)
+    first, second = localized(localizer, ["a", "b"])
+    found, asked = [replace(first, neurons=(X, A)), replace(second, neurons=(Y, B))], []
+
+    def thin(neurons, left):
+        asked.append(set(neurons))
+        return left
+
+    result = settle_mask(localizer, found, thin=lambda neurons: thin(neurons, [Y, B, A]))
+    assert asked == [{A, B, X, Y}]
+    # Nobody needs Y, but it was not thinned out.
+    assert set(result.mask.neurons) == {A, B, Y} and result.num_dropped == 1 and result.rounds == 0
+    result = settle_mask(localizer, found, thin=lambda neurons: thin(neurons, [Y, B]))
+    assert set(result.mask.neurons) == {A, B, Y} and result.rounds == 1
+    assert [each.status for each in result.localizations] == ["localized"] * 2
+
+
 def test_what_even_everything_does_not_silence_is_named_and_never_tried_again():
     lost, other = prompt("lost", [X], [Y], lowest=0.6), prompt("other", [B])
     found, result, passes = settled(lost, other)

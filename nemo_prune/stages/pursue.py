@@ -30,6 +30,8 @@ from nemo_prune.stages.bar import Bar
 _LOOP_SEED_STEP = 1000
 # Images of a caption that copied, when a mask is completed for it.
 _CLOSE_SEEDS = 4
+# How far under the cut memorized captions' images must stay: other seeds, which are not looked at, come out higher.
+_ROOM = 0.1
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
 LEARNING_PASSES = 15_600
@@ -168,8 +170,9 @@ class CopyLooks:
 
     By either yardstick: that of the evidence, and that of the images before and after.
 
-    One image of each caption is enough to see that a mask leaves copies; captions that copied get some more. How many
-    copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
+    One image of each caption is enough to see that a mask leaves copies, if those of memorized ones stay under the cut
+    with room to spare; captions that copied get some more. How many copies a mask leaves is measured at the end, on
+    other latents. What was seen is kept in a log.
 
     Args:
         predictor: the model; images are drawn with what it changes behind a mask.
@@ -196,12 +199,14 @@ class CopyLooks:
         self._spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
         self._shown = [*self._spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
+        self._memorized = frozenset(texts)
         self._known = {text: as_compared(training_images[text]) for text in texts if text in training_images}
         depends_on = {
             "shown": text_hash(self._shown),
             "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
             "drawing": to_json(self._drawing),
             "cut": self._cut,
+            "room": _ROOM,
             "yardsticks": "either",
             "seeds": list(self._close_seeds),
         }
@@ -231,7 +236,8 @@ class CopyLooks:
             drawn = self._draw(texts, seeds)
         for text, images in drawn.items():
             values, nearest = likeness.nearest(images)
-            share = float((values >= self._cut).float().mean())
+            cut = self._cut - (_ROOM if text in self._memorized else 0.0)
+            share = float((values >= cut).float().mean())
             if share:
                 found.append(Copy(text, sources[int(nearest[values.argmax()])], share))
         return found
