@@ -159,7 +159,7 @@ class NeuronMask:
     @property
     def touched(self) -> KeysView[str]:
         """Names of the stored tensors that pruning changes: those with pruned rows, then those behind."""
-        return {**self.tensor_rows, **dict.fromkeys(self.behind)}.keys()
+        return {**self.tensor_rows, **dict.fromkeys(sorted(self.behind))}.keys()
 
     @property
     def behind(self) -> frozenset[str]:

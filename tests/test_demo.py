@@ -24,10 +24,41 @@ from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, TEST_FILE, demo_folder, write_demo
 from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline, resolve_model
+from nemo_prune.progress import Stage
 from nemo_prune.proof.cost import matched_random_mask
 from nemo_prune.proof.images import copy_similarities, draw_images
-from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.settings import LocalizationSettings, Plan, VerificationSettings
+from nemo_prune.stages.estimate import passes_of_stages
 
+LESS = {"max_prompts": 5, "evidence_budget": 0, "num_inference_steps": 15}
+# The command with LESS, which leaves how many latents went through a U-Net in each stage.
+COUNTING = f"""
+import collections, contextlib, functools, json
+from diffusers import UNet2DConditionModel
+import nemo_prune.cli.run as command
+from nemo_prune.engine.gates import BACKWARD_PASSES
+from nemo_prune.progress import Timed
+
+command.VerificationSettings = functools.partial(command.VerificationSettings, **{LESS})
+passes, stages, forward, stage = collections.Counter(), [], UNet2DConditionModel.forward, Timed.stage
+
+def counted(self, sample, *arguments, **more):
+    output = forward(self, sample, *arguments, **more)
+    passes[stages[-1] if stages else "between"] += len(sample) * (1 + BACKWARD_PASSES * output.sample.requires_grad)
+    return output
+
+@contextlib.contextmanager
+def noted(self, entered):
+    stages.append(entered.key)
+    with stage(self, entered) as advance:
+        yield advance
+    stages.pop()
+    with open("passes.json", "w") as file:
+        json.dump(passes, file)
+
+UNet2DConditionModel.forward, Timed.stage = counted, noted
+command.app()
+"""
 VERIFICATION = VerificationSettings(guidance_scale=DEMO.guidance_scale, images_per_prompt=2)
 
 
@@ -194,24 +225,25 @@ def test_a_prompt_that_others_silence_needs_no_neuron_of_its_own(localizer, loca
 def test_the_whole_way_on_the_demo_model(tmp_path):
     """The README's command with fewer images, in fewer steps, fewer captions to calibrate on, and without evidence.
 
-    What it finds, what it removes, and what lies in the folder. All prompts are pruned: the mask of some of them calls
-    up the pictures of others.
+    What it finds, what it removes, what lies in the folder, and whether it takes as long as was reckoned. All prompts
+    are pruned: the mask of some of them calls up the pictures of others.
     """
     ordinary = [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)][:80]
     (tmp_path / "ordinary.txt").write_text("\n".join(ordinary))
-    program = (
-        "import functools, nemo_prune.cli.run as command\n"
-        "less = functools.partial(\n"
-        "    command.VerificationSettings, max_prompts=5, evidence_budget=0, num_inference_steps=15)\n"
-        "command.VerificationSettings = less\n"
-        "command.app()"
-    )
-    command = [sys.executable, "-c", program, "run", "--model", "demo", "--out", "pruned", "--json"]
+    command = [sys.executable, "-c", COUNTING, "run", "--model", "demo", "--out", "pruned", "--json"]
     command += ["--calibration-prompts", "ordinary.txt"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
+    made = json.loads((tmp_path / "passes.json").read_text())
+    plan = Plan(out=tmp_path / "pruned", verification=VerificationSettings(**LESS)).fitted_to(DEMO.guidance_scale)
+    number = facts["calibration"]["num_prompts"]
+    reckoned = passes_of_stages(sum(facts["mask"]["sizes"].values()), facts["prompts"]["memorized"], number, plan)
+    for stage, (_, most) in reckoned.items():
+        # What copies is searched again, which nobody can reckon.
+        passes = made.get(stage.key, 0)
+        assert stage is Stage.PURSUE or passes / 2 <= most <= 2 * passes, (stage, passes, most)
     images = facts["images"]["memorized"]
     assert facts["prompts"]["localized"] >= 0.9 * facts["prompts"]["memorized"]
     assert images["copies_before"] > 0.5 and images["copies_after"] < 0.05

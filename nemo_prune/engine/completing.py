@@ -10,7 +10,7 @@ from typing import Protocol
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import Verdict
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
-from nemo_prune.engine.settling import costs_of_completing, first_enough, most_worth
+from nemo_prune.engine.settling import costs_of_completing, first_enough, most_worth, without_costly
 from nemo_prune.engine.views import Seeds, observe
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.work import LineLog
@@ -119,6 +119,8 @@ def complete_for(
 ) -> list[Neuron]:
     """A mask with further neurons under which captions copy no more; their images decide, looked at closely.
 
+    Those are added that do most for what they cost, as many as are enough, less the most costly that can be spared.
+
     Args:
         predictor: the model.
         states: points on ordinary captions' ways.
@@ -140,7 +142,8 @@ def complete_for(
             continue
         position, source = names.index(copy.prompt), names.index(copy.source)
         waiting = most_worth(predictor, views, position, source, suppressed, cost)
-        suppressed = [*suppressed, *first_enough(waiting, are_enough)]
+        needed = first_enough(waiting, are_enough)
+        suppressed = [*suppressed, *without_costly(needed, cost, predictor, are_enough)]
     return suppressed
 
 

@@ -142,6 +142,30 @@ def first_enough(waiting: Sequence[Neuron], are_enough: Callable[[Sequence[Neuro
     return waiting[:number]
 
 
+def without_costly(
+    neurons: Sequence[Neuron], cost: Tensor, predictor: NoisePredictor, are_enough: Callable[[Sequence[Neuron]], bool]
+) -> list[Neuron]:
+    """Some neurons that are enough, without the most costly ones that can be spared; half of them are tried at once.
+
+    Args:
+        neurons: that are enough.
+        cost: of every neuron, [neurons].
+        predictor: the model.
+        are_enough: whether others are.
+    """
+    kept, waiting = list(neurons), [neuron for neuron in by_value(cost, predictor) if neuron in set(neurons)]
+    size = len(waiting) // 2
+    while waiting and size:
+        left = [neuron for neuron in kept if neuron not in waiting[:size]]
+        if are_enough(left):
+            kept, waiting = left, waiting[size:]
+        elif size > 1:
+            size //= 2
+        else:
+            waiting = waiting[1:]
+    return kept
+
+
 def _resembled(jury: Jury, position: int, neurons: Collection[Neuron]) -> int:
     """The caption to whose unsuppressed prediction another one is to become less similar: mostly itself."""
     found = jury.judge_one(position, neurons)

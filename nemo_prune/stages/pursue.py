@@ -31,7 +31,7 @@ _LOOP_SEED_STEP = 1000
 # Images of a caption that copied, when a mask is completed for it.
 _CLOSE_SEEDS = 4
 # How far under the cut memorized captions' images must stay: other seeds, which are not looked at, come out higher.
-_ROOM = 0.1
+_ROOM = 0.05
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
 LEARNING_PASSES = 15_600
