@@ -22,7 +22,7 @@ from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ord
 from nemo_prune.engine.pursuit import PursuitSettings, pursue
 from nemo_prune.engine.reopening import ReopeningSettings
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.settling import Jury, rank_neurons
+from nemo_prune.engine.settling import Jury, rank_neurons, without_costly
 from nemo_prune.engine.trials import drive
 from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
@@ -120,6 +120,21 @@ def test_as_few_neurons_are_added_as_images_need_and_none_for_a_caption_that_cop
     found = complete_for(tiny, states, Seeds.draw(tiny), first, copied, looks)
     assert found[:2] == first and len(found) == len(set(found)) == 17
     assert asked.count(("b",)) == 1 and set(asked) == {(name,) for name in needed}
+
+
+def test_the_most_costly_are_spared_as_far_as_the_others_are_enough(tiny):
+    neurons, cost = all_neurons(tiny.sizes)[:8], torch.zeros(sum(tiny.sizes.values()))
+    cost[:8] = torch.tensor([1.0, 8.0, 3.0, 2.0, 7.0, 6.0, 5.0, 4.0])
+    needed, asked = {neurons[2], neurons[5]}, []
+
+    def hold(left):
+        asked.append(left)
+        return needed <= set(left)
+
+    assert without_costly(neurons, cost, tiny, hold) == [neurons[2], neurons[5]] and len(asked) <= len(neurons) + 2
+    # Where any three do, the three cheapest stay, in their order.
+    assert without_costly(neurons, cost, tiny, lambda left: len(left) >= 3) == [neurons[i] for i in (0, 2, 3)]
+    assert without_costly(neurons[:1], cost, tiny, hold) == neurons[:1]
 
 
 @pytest.mark.parametrize(("resemblance", "added"), [(-0.2, 6), (0.1, 2)])
