@@ -75,7 +75,7 @@ def completed_rounds(
     most: int,
     log: LineLog | None = None,
 ) -> list[Round]:
-    """A mask that is completed until nothing copies, or nothing but what it was completed for already.
+    """A mask that is completed until nothing copies, or further neurons help no more.
 
     Images decide; what is gone by its noise predictions is not asked.
 
@@ -99,11 +99,11 @@ def completed_rounds(
 
     if not rounds:
         end(first, copied, predictor.sample_passes)
-    done: set[str] = {copy.prompt for each in rounds[:-1] for copy in each.copies}
-    while not (copying := {copy.prompt for copy in rounds[-1].copies}) <= done and len(rounds) <= most:
-        done |= copying
+    while rounds[-1].copies and len(rounds) <= most:
         passes_before, last = predictor.sample_passes, rounds[-1]
         neurons = complete_for(predictor, states(), seeds, last.mask.neurons, last.copies, looks)
+        if len(neurons) == last.mask.num_neurons:
+            break
         mask = NeuronMask.from_neurons(neurons, predictor.sizes)
         end(mask, looks(mask), passes_before)
     return rounds
@@ -119,7 +119,8 @@ def complete_for(
 ) -> list[Neuron]:
     """A mask with further neurons under which captions copy no more; their images decide, looked at closely.
 
-    Those are added that do most for what they cost, as many as are enough, less the most costly that can be spared.
+    Those are added that do most for what they cost, as many as are enough, less the most costly that can be spared;
+    none for a caption that all together do not help.
 
     Args:
         predictor: the model.
@@ -143,7 +144,8 @@ def complete_for(
         position, source = names.index(copy.prompt), names.index(copy.source)
         waiting = most_worth(predictor, views, position, source, suppressed, cost)
         needed = first_enough(waiting, are_enough)
-        suppressed = [*suppressed, *without_costly(needed, cost, predictor, are_enough)]
+        if len(needed) < len(waiting) or are_enough(needed):
+            suppressed = [*suppressed, *without_costly(needed, cost, predictor, are_enough)]
     return suppressed
 
 

@@ -121,8 +121,7 @@ def pursue(
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
         first: the mask of another search. If nothing copies under it there is nothing to pursue, and no round is made.
-            Else it is completed for what copied, as long as that is other captions than it was completed for before;
-            only then is another one searched.
+            Else it is completed for what copied, as long as further neurons help; only then is another one searched.
         rounds_file: where the rounds are kept in which it is completed.
         states: gives the points on ordinary captions' ways, where they are known already.
     """
