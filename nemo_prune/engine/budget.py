@@ -81,7 +81,7 @@ def thinned(
     """Let the most costly neurons of a mask act again, as few as bring the change on ordinary captions under a limit.
 
     A few neurons cost most of all (hubs, which all captions use). The many that are left cost little, and make more
-    captions go than a mask from which everything is dropped that silence can spare.
+    captions go than a mask from which everything is dropped that no prompt needs to be silent.
 
     Args:
         predictor: the model; what it suppresses is stood in for as a release does.
@@ -90,10 +90,12 @@ def thinned(
         max_utility_loss: share of what everything suppressed changes, 0 to 1.
 
     Returns:
-        What stays pruned, at least one neuron; the most costly first.
+        What stays pruned, at least one neuron.
     """
+    if mean_change(predictor, states, neurons) <= max_utility_loss:
+        return list(neurons)
     order = most_costly_first(predictor, states, neurons)
-    too_few, enough = -1, max(0, len(order) - 1)
+    too_few, enough = 0, len(order) - 1
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         if mean_change(predictor, states, order[middle:]) <= max_utility_loss:
