@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
@@ -30,8 +31,9 @@ from nemo_prune.stages.bar import Bar
 _LOOP_SEED_STEP = 1000
 # Images of a caption that copied, when a mask is completed for it.
 _CLOSE_SEEDS = 4
-# How far under the cut memorized captions' images must stay: other seeds, which are not looked at, come out higher.
-_ROOM = 0.05
+# How far under the cut memorized captions' images must stay, and how far one image that leaves no doubt: other seeds
+# come out higher.
+_ROOM, _DOUBT = 0.05, 0.15
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
 LEARNING_PASSES = 15_600
@@ -170,9 +172,9 @@ class CopyLooks:
 
     By either yardstick: that of the evidence, and that of the images before and after.
 
-    One image of each caption is enough to see that a mask leaves copies, if those of memorized ones stay under the cut
-    with room to spare; captions that copied get some more. How many copies a mask leaves is measured at the end, on
-    other latents. What was seen is kept in a log.
+    One image of each caption is enough to see that a mask leaves copies, if those of memorized ones stay far under the
+    cut; captions that are in doubt, or that copied, get some more. How many copies a mask leaves is measured at the
+    end, on other latents. What was seen is kept in a log.
 
     Args:
         predictor: the model; images are drawn with what it changes behind a mask.
@@ -206,7 +208,7 @@ class CopyLooks:
             "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
             "drawing": to_json(self._drawing),
             "cut": self._cut,
-            "room": _ROOM,
+            "room": [_ROOM, _DOUBT],
             "yardsticks": "either",
             "seeds": list(self._close_seeds),
         }
@@ -230,17 +232,27 @@ class CopyLooks:
         return list(pictures), Likeness(list(pictures.values()))
 
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
-        (sources, likeness), found = self._references, []
-        texts, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
+        (sources, likeness), found, seen = self._references, [], {}
         with apply_mask(self._pipe, self._predictor.in_weights(mask)):
-            drawn = self._draw(texts, seeds)
-        for text, images in drawn.items():
-            values, nearest = likeness.nearest(images)
-            cut = self._cut - (_ROOM if text in self._memorized else 0.0)
-            share = float((values >= cut).float().mean())
+            if prompts is None:
+                images = self._draw(self._shown, self._seeds)
+                seen = {text: likeness.nearest(each) for text, each in images.items()}
+                prompts = [text for text, (values, _) in seen.items() if self._is_in_doubt(text, values)]
+            images = self._draw(prompts, self._close_seeds)
+        seen |= {text: likeness.nearest(each) for text, each in images.items()}
+        for text, (values, nearest) in seen.items():
+            share = float((values >= self._cut_of(text)).float().mean())
             if share:
                 found.append(Copy(text, sources[int(nearest[values.argmax()])], share))
         return found
+
+    def _cut_of(self, text: str) -> float:
+        """From which likeness on an image of a caption counts as a copy."""
+        return self._cut - (_ROOM if text in self._memorized else 0.0)
+
+    def _is_in_doubt(self, text: str, values: Tensor) -> bool:
+        """Whether a memorized caption is to be looked at closely that did not copy at the first look."""
+        return text in self._memorized and self._cut - _DOUBT <= float(values.max()) < self._cut_of(text)
 
     def _draw(self, texts: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Image.Image]]:
         """Images of each caption, as they are compared."""

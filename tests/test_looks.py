@@ -1,0 +1,57 @@
+"""Looks for copies while a mask is searched: one image of each caption, and more where that leaves doubt."""
+
+import pytest
+import torch
+
+from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.mask import NeuronMask
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
+from nemo_prune.stages.pursue import CopyLooks
+
+# Likeness of each caption's images on four seeds to the picture of `a`.
+LIKENESSES = {
+    "a": [0.2, 0.9, 0.9, 0.9],
+    "b": [0.4, 0.3, 0.47, 0.2],
+    "c": [0.4, 0.44, 0.3, 0.2],
+    "d": [0.46, 0.1, 0.1, 0.1],
+    "usual": [0.48, 0.9, 0.9, 0.9],
+}
+
+
+class Planted:
+    """The likeness of images that are named by caption and seed."""
+
+    def nearest(self, images):
+        values = torch.tensor([LIKENESSES[text][seed] for text, seed in images])
+        return values, torch.zeros(len(images), dtype=torch.long)
+
+
+@pytest.fixture
+def looks(pipe, tmp_path, monkeypatch):
+    predictor = NoisePredictor(pipe, LocalizationSettings(num_samples=2))
+    memorized, verification = [Prompt(text) for text in "abcd"], VerificationSettings(guidance_scale=3.0)
+    found = CopyLooks(predictor, memorized, ["usual"], {}, verification, tmp_path / "looks.jsonl")
+    first = found._seeds[0]
+    found.__dict__["_references"] = (["a"], Planted())
+    found.drawn = []
+
+    def draw(texts, seeds):
+        found.drawn += [(text, seed - first) for text in texts for seed in seeds]
+        return {text: [(text, seed - first) for seed in seeds] for text in texts}
+
+    monkeypatch.setattr(found, "_draw", draw)
+    return found
+
+
+def test_what_is_in_doubt_is_looked_at_on_more_seeds_and_memorized_captions_must_stay_well_under_the_cut(looks):
+    mask = NeuronMask.from_neurons([], looks._predictor.sizes)
+    copies = looks(mask)
+    # One image of `a` is far under the cut, and an ordinary caption is under it; `c` is in doubt and does not copy.
+    assert [(copy.prompt, copy.source, copy.share) for copy in copies] == [("b", "a", 0.25), ("d", "a", 1.0)]
+    first = [(text, 0) for text in LIKENESSES]
+    assert sorted(looks.drawn) == sorted([*first, *((text, seed) for text in "bc" for seed in range(4))])
+    looks.drawn.clear()
+    assert looks(mask) == copies and not looks.drawn
+    assert [copy.share for copy in looks(mask, ["a"])] == [0.75]
+    assert looks.drawn == [("a", seed) for seed in range(4)]
