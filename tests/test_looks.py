@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from nemo_prune.corpus.prompts import Prompt
+from nemo_prune.engine.completing import Copy, Round
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.pursuit import Pursuit
 from nemo_prune.mask import NeuronMask
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from nemo_prune.stages.pursue import CopyLooks
@@ -48,10 +50,22 @@ def test_what_is_in_doubt_is_looked_at_on_more_seeds_and_memorized_captions_must
     mask = NeuronMask.from_neurons([], looks._predictor.sizes)
     copies = looks(mask)
     # One image of `a` is far under the cut, and an ordinary caption is under it; `c` is in doubt and does not copy.
-    assert [(copy.prompt, copy.source, copy.share) for copy in copies] == [("b", "a", 0.25), ("d", "a", 1.0)]
+    assert copies == [Copy("b", "a", 0.25, is_close=True), Copy("d", "a", 1.0, is_close=True)]
     first = [(text, 0) for text in LIKENESSES]
     assert sorted(looks.drawn) == sorted([*first, *((text, seed) for text in "bc" for seed in range(4))])
     looks.drawn.clear()
     assert looks(mask) == copies and not looks.drawn
-    assert [copy.share for copy in looks(mask, ["a"])] == [0.75]
+    assert looks(mask, ["a"]) == [Copy("a", "a", 0.75)]
     assert looks.drawn == [("a", seed) for seed in range(4)]
+
+
+def test_the_best_round_has_the_fewest_copies_whatever_only_comes_close():
+    mask, close = NeuronMask({"mid": torch.tensor([True, False])}), Copy("b", "a", 0.25, is_close=True)
+    copies = [(Copy("a", "a", 1.0),), (close, close), (close,), ()]
+    pursuit = Pursuit(
+        tuple(Round(mask, change, (), (), each, 0) for change, each in zip((1, 2, 4, 7), copies, strict=True))
+    )
+    assert pursuit.best is pursuit.rounds[3] and pursuit.next_step_costs is None
+    assert Pursuit(pursuit.rounds[:3]).best is pursuit.rounds[2]
+    other = Pursuit((*pursuit.rounds[1:3], pursuit.rounds[0]))
+    assert other.best is pursuit.rounds[2] and other.next_step_costs == 1 - 4

@@ -25,11 +25,13 @@ class Copy:
         prompt: the caption, memorized or ordinary.
         source: the memorized caption whose training image it is.
         share: of its images.
+        is_close: whether they only come so close to one that others may copy.
     """
 
     prompt: str
     source: str
     share: float
+    is_close: bool = False
 
 
 class Looks(Protocol):

@@ -85,13 +85,26 @@ class Pursuit:
     @property
     def best(self) -> Round:
         """The round with the fewest copies, and of these the one that changes ordinary captions least."""
-        return min(self.rounds, key=lambda each: (len(each.copies), each.change))
+        return self.rounds[self._best_place]
 
     @property
     def next_step_costs(self) -> float | None:
         """By how much more a later, stricter round changes ordinary captions than the best; None where none was."""
-        after = self.rounds[self.rounds.index(self.best) + 1 :]
+        after = self.rounds[self._best_place + 1 :]
         return after[-1].change - self.best.change if after else None
+
+    @property
+    def _best_place(self) -> int:
+        def value(place: int) -> tuple[int, int, float]:
+            each = self.rounds[place]
+            return len(real_copies(each)), len(each.copies), each.change
+
+        return min(range(len(self.rounds)), key=value)
+
+
+def real_copies(ended: Round) -> list[Copy]:
+    """What copies after a round, without what only comes close."""
+    return [copy for copy in ended.copies if not copy.is_close]
 
 
 def pursue(
@@ -121,7 +134,8 @@ def pursue(
         advance: called with what is done in this round and how much there is.
         checkpoint: where the learning is kept as it goes on.
         first: the mask of another search. If nothing copies under it there is nothing to pursue, and no round is made.
-            Else it is completed for what copied, as long as further neurons help; only then is another one searched.
+            Else it is completed for what copied or came close, as long as further neurons help; another one is searched
+            only if something copies then.
         rounds_file: where the rounds are kept in which it is completed.
         states: gives the points on ordinary captions' ways, where they are known already.
     """
@@ -135,7 +149,7 @@ def pursue(
         log = rounds_file and LineLog(rounds_file, {"first": first.digest, "copied": to_json(copied)})
         rounds += completed_rounds(predictor, states, seeds, first, copied, copies, settings.rounds, log)
     strictness = dict.fromkeys(prompts, 0.0)
-    while not rounds or (rounds[-1].copies and len(rounds) <= settings.rounds):
+    while not rounds or (real_copies(rounds[-1]) and len(rounds) <= settings.rounds):
         passes_before = predictor.sample_passes
         if came_back := sorted(set(named(rounds[-1].copies if rounds else ())) & set(prompts)):
             strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}
