@@ -44,7 +44,7 @@ passes, stages, forward, stage = collections.Counter(), [], UNet2DConditionModel
 
 def counted(self, sample, *arguments, **more):
     output = forward(self, sample, *arguments, **more)
-    passes[stages[-1] if stages else "between"] += len(sample) * (1 + BACKWARD_PASSES * output.sample.requires_grad)
+    passes[stages[-1] if stages else "between"] += len(sample) * (1 + BACKWARD_PASSES * output[0].requires_grad)
     return output
 
 @contextlib.contextmanager
@@ -240,10 +240,13 @@ def test_the_whole_way_on_the_demo_model(tmp_path):
     plan = Plan(out=tmp_path / "pruned", verification=VerificationSettings(**LESS)).fitted_to(DEMO.guidance_scale)
     number = facts["calibration"]["num_prompts"]
     reckoned = passes_of_stages(sum(facts["mask"]["sizes"].values()), facts["prompts"]["memorized"], number, plan)
+    # What fills up batches is not reckoned, and on the demo these are small.
+    searching = reckoned.pop(Stage.LOCALIZE)[1] + reckoned.pop(Stage.MERGE)[1]
+    assert facts["prompts"]["sample_passes"] / 2 <= searching <= 2 * facts["prompts"]["sample_passes"]
+    # What copies is searched again, which nobody can reckon.
+    del reckoned[Stage.PURSUE]
     for stage, (_, most) in reckoned.items():
-        # What copies is searched again, which nobody can reckon.
-        passes = made.get(stage.key, 0)
-        assert stage is Stage.PURSUE or passes / 2 <= most <= 2 * passes, (stage, passes, most)
+        assert made.get(stage.key, 0) / 2 <= most <= 2 * made.get(stage.key, 0), stage
     images = facts["images"]["memorized"]
     assert facts["prompts"]["localized"] >= 0.9 * facts["prompts"]["memorized"]
     assert images["copies_before"] > 0.5 and images["copies_after"] < 0.05
