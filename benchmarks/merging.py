@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.closed_form import edited_weights, replaced_weights
+from benchmarks.merging_table import table
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.attribution import costs
@@ -53,8 +54,8 @@ from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
-from nemo_prune.run import AFFORDED
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
+from nemo_prune.stages.bar import AFFORDED
 from nemo_prune.stages.compensate import USUAL_PROMPTS
 from nemo_prune.stages.localize import WEIGHING_PROMPTS
 from nemo_prune.stages.pursue import CopyLooks
@@ -217,9 +218,8 @@ class Comparison:
         before, began = self.predictor.sample_passes, time.perf_counter()
         if name == "thinned":
             states = PursuitSettings().states(released, self.ordinary)
-            mask = settle_mask(
-                self.localizer, found, thin=lambda whole: thinned(released, states, whole, AFFORDED)
-            ).mask
+            thin = partial(thinned, released, states, max_utility_loss=AFFORDED)
+            mask = settle_mask(self.localizer, found, thin=thin).mask
         else:
             preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 0.0)
             mask = settle_mask(replace(self.localizer, preserve=preserve), found).mask
@@ -367,48 +367,9 @@ class Comparison:
         return apply_mask(self.pipe, self.released().in_weights(way.mask), way.scale)
 
 
-ROWS = {
-    "neurons": lambda row: "-" if row["neurons"] is None else str(row["neurons"]),
-    "sample passes": lambda row: str(row["sample_passes"]),
-    "rounds": lambda row: str(row["rounds"]),
-    "memorized captions silent": lambda row: f"{row['silent']} of {row['memorized']}",
-    "memorized captions gone": lambda row: f"{row['gone']} of {row['memorized']}",
-    "ordinary captions called up": lambda row: str(row["called_up"]),
-    "copies, memorized captions": lambda row: _share(row.get("copies_memorized")),
-    "copies, ordinary captions": lambda row: _share(row.get("copies_ordinary")),
-    "change on ordinary captions": lambda row: f"{row['change']:.2f}",
-    "the same by timestep": lambda row: " ".join(f"{value:.2f}" for value in row["change_by_timestep"].values()),
-    "1 - SSIM of ordinary images (two seeds)": lambda row: (
-        f"{_number(row.get('image_change'))} ({_number(row.get('image_change_two_seeds'))})"
-    ),
-    "agreement of a memorized caption's seeds": lambda row: f"{row['agreement']:.2f}",
-    "1 - SSIM between seeds, memorized (ordinary)": lambda row: (
-        f"{_number(row.get('diversity_memorized'))} ({_number(row.get('diversity_ordinary'))})"
-    ),
-}
-
-
-def table(figures: dict[str, dict]) -> str:
-    """All models' figures as Markdown."""
-    lines = []
-    for model, ways in figures.items():
-        lines += [f"**{Path(model).name}**", "", f"| | {' | '.join(ways)} |", f"|---|{'---|' * len(ways)}"]
-        lines += [f"| {name} | {' | '.join(show(row) for row in ways.values())} |" for name, show in ROWS.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
 def _diversity(images: Sequence[Image.Image]) -> float:
     """How much a caption's images differ: 1 - SSIM of neighbouring seeds."""
     return 1 - float(image_similarities(images, [*images[1:], images[0]]).diagonal().mean())
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
 
 
 if __name__ == "__main__":

@@ -159,18 +159,24 @@ class NeuronMask:
     @property
     def touched(self) -> KeysView[str]:
         """Names of the stored tensors that pruning changes: those with pruned rows, then those behind."""
-        return {**self.tensor_rows, **dict.fromkeys(sorted(self.behind))}.keys()
+        return {**self.tensor_rows, **self._layers_before}.keys()
 
     @property
-    def behind(self) -> frozenset[str]:
+    def behind(self) -> KeysView[str]:
         """Names of the stored tensors behind the attention that are changed: shifted biases, and weights."""
-        return frozenset(self.shifts) | {weight_behind(layer) for layer in self.combinations}
+        return self._layers_before.keys()
+
+    @property
+    def _layers_before(self) -> dict[str, str]:
+        """Name of a stored tensor behind the attention that is changed -> the layer before it."""
+        biases = {bias_behind(layer): layer for layer in self.layers if bias_behind(layer) in self.shifts}
+        return biases | {weight_behind(layer): layer for layer in self.combinations}
 
     def fits_behind(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a tensor behind the attention has a shape that can be changed as the mask says."""
         if name in self.shifts:
             return tuple(shape) == tuple(self.shifts[name].shape)
-        return len(shape) == 2 and shape[1] == len(self.layers[self._layer_before(name)])
+        return len(shape) == 2 and shape[1] == len(self.layers[self._layers_before[name]])
 
     def changed_behind(self, name: str, values: Tensor) -> Tensor:
         """A tensor behind the attention as pruning leaves it, in its own dtype.
@@ -186,16 +192,11 @@ class NeuronMask:
         if name in self.shifts:
             changed = exact + self.shifts[name].double()
         else:
-            layer = self._layer_before(name)
-            changed = exact.clone()
-            for column, combination in zip(
-                exact[:, self.layers[layer]].T, self.combinations[layer].double(), strict=True
-            ):
+            layer, changed = self._layers_before[name], exact.clone()
+            columns, combinations = exact[:, self.layers[layer]].T, self.combinations[layer].double()
+            for column, combination in zip(columns, combinations, strict=True):
                 changed += torch.outer(column, combination)
         return changed.to(values.dtype).to(values.device)
-
-    def _layer_before(self, name: str) -> str:
-        return next(layer for layer in self.combinations if weight_behind(layer) == name)
 
     def extended(self, neurons: Iterable[Neuron]) -> "NeuronMask":
         """The mask with further neurons, which give nothing; what it changes behind the attention stays."""
@@ -279,12 +280,13 @@ class NeuronMask:
                 raise ValueError(f"it has {path.stat().st_size} bytes, a mask has a few megabytes at most")
             metadata, tensors = _read(path)
             facts = MaskFacts.from_json(metadata)
-            shifts = {name: tensor for name, tensor in tensors.items() if tensor.dtype != torch.bool}
-            layers = _in_order(metadata, tensors.keys() - shifts.keys())
-            combinations = {
-                name.removesuffix(_COMBINATION): shifts.pop(name) for name in [*shifts] if name.endswith(_COMBINATION)
-            }
-            mask = cls({name: tensors[name] for name in layers}, shifts, combinations)
+            layers = _in_order(metadata, [name for name, each in tensors.items() if each.dtype == torch.bool])
+            behind = {name: each for name, each in tensors.items() if each.dtype != torch.bool}
+            mask = cls(
+                {name: tensors[name] for name in layers},
+                {name: each for name, each in behind.items() if not name.endswith(_COMBINATION)},
+                {name.removesuffix(_COMBINATION): each for name, each in behind.items() if name.endswith(_COMBINATION)},
+            )
         except (ModelError, SafetensorError, ValueError, OSError) as error:
             raise MaskError(f"{path} is not a mask of nemo-prune, or it was damaged: {error}") from error
         if metadata.get("digest", mask.digest) != mask.digest:

@@ -54,9 +54,6 @@ from nemo_prune.stages.pursue import detect_corpus, judge_mask, pursue_mask, spa
 from nemo_prune.stages.run_evidence import gather_for_a_run
 from nemo_prune.stages.verify_bench import IMAGES_FOLDER
 
-# What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
-AFFORDED = 0.15
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -226,8 +223,7 @@ def _find_mask(
     released = released_predictor(session, memorized, plan, work, listener)
     bar = Bar(localizer, released, memorized, ordinary.texts, work)
     if plan.search == "greedy":
-        limit = AFFORDED if plan.max_utility_loss is None else plan.max_utility_loss
-        thin = partial(bar.thinned, max_utility_loss=limit)
+        thin = partial(bar.thinned, max_utility_loss=plan.max_utility_loss)
         first, found = merge_localizations(localizer, found, thin, plan, listener)
         # The union is the paper's: it stays what the paper makes it.
         if plan.merge == "union":

@@ -93,13 +93,13 @@ def change_behind(path: Path, tensors: Mapping[str, StoredTensor], names: Mappin
         names: of a tensor in the file -> in a diffusers folder; those that the mask does not change are skipped.
         mask: what is pruned.
     """
+    behind = mask.behind
     with path.open("r+b") as file:
-        for there, name in names.items():
-            if name in mask.behind:
-                changed = with_changes_behind(stored_tensor(path, tensors[there]), name, mask)
-                content = b"".join(changed.blocks(changed.length))
-                file.seek(tensors[there].start)
-                file.write(content)
+        for there in (there for there, name in names.items() if name in behind):
+            changed = with_changes_behind(stored_tensor(path, tensors[there]), names[there], mask)
+            content = b"".join(changed.blocks(changed.length))
+            file.seek(tensors[there].start)
+            file.write(content)
 
 
 def scale_rows(path: Path, tensors: Mapping[str, StoredTensor], rows: Mapping[str, Sequence[int]], scale: float) -> int:

@@ -112,7 +112,7 @@ def most_costly_first(
     kept_open = closed_gates(list(neurons), predictor.sizes)
     stride = max(1, len(states) // samples)
     cost = costs(predictor, states, range(0, len(states), stride), held_open=kept_open)
-    return [neuron for neuron in by_value(cost.values, predictor) if neuron in set(neurons)]
+    return by_value(cost.values, predictor, neurons)
 
 
 def _look_at(

@@ -128,17 +128,16 @@ class Compensation:
         samples: dict[frozenset[Neuron], list[int]] = {}
         for sample, neurons in enumerate(suppressed):
             samples.setdefault(frozenset(neurons), []).append(sample)
+        sizes = {name: len(moments.mean) for name, moments in self.ordinary.items()}
+        changes: dict[str, list[tuple]] = {}
+        for neurons, places in samples.items():
+            for name, pruned in NeuronMask.from_neurons(neurons, sizes).layers.items():
+                if pruned.any():
+                    changes.setdefault(name, []).append((places, pruned, *self.stand_in(name, pruned)))
         handles = []
         try:
-            for name, moments in self.ordinary.items():
-                changes = []
-                for neurons, places in samples.items():
-                    pruned = torch.zeros(len(moments.mean), dtype=torch.bool)
-                    pruned[[index for layer, index in neurons if layer == name]] = True
-                    if pruned.any():
-                        changes.append((places, pruned, *self.stand_in(name, pruned)))
-                if changes:
-                    handles.append(projection_behind(unet, name).register_forward_pre_hook(_replacing(changes)))
+            for name, of_layer in changes.items():
+                handles.append(projection_behind(unet, name).register_forward_pre_hook(_replacing(of_layer)))
             yield
         finally:
             for handle in handles:

@@ -46,7 +46,8 @@ class Looks(Protocol):
         """
 
 
-@dataclass(frozen=True)
+# Rounds are told apart by what they are: tensors can't be compared at once.
+@dataclass(frozen=True, eq=False)
 class Round:
     """What a round ended with.
 
@@ -65,6 +66,11 @@ class Round:
     called_up: tuple[Verdict, ...]
     copies: tuple[Copy, ...]
     sample_passes: int
+
+    @property
+    def real_copies(self) -> list[Copy]:
+        """What copied in images, without what only comes close."""
+        return [copy for copy in self.copies if not copy.is_close]
 
 
 def completed_rounds(

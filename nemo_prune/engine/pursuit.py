@@ -85,26 +85,13 @@ class Pursuit:
     @property
     def best(self) -> Round:
         """The round with the fewest copies, and of these the one that changes ordinary captions least."""
-        return self.rounds[self._best_place]
+        return min(self.rounds, key=lambda each: (len(each.real_copies), len(each.copies), each.change))
 
     @property
     def next_step_costs(self) -> float | None:
         """By how much more a later, stricter round changes ordinary captions than the best; None where none was."""
-        after = self.rounds[self._best_place + 1 :]
+        after = self.rounds[self.rounds.index(self.best) + 1 :]
         return after[-1].change - self.best.change if after else None
-
-    @property
-    def _best_place(self) -> int:
-        def value(place: int) -> tuple[int, int, float]:
-            each = self.rounds[place]
-            return len(real_copies(each)), len(each.copies), each.change
-
-        return min(range(len(self.rounds)), key=value)
-
-
-def real_copies(ended: Round) -> list[Copy]:
-    """What copies after a round, without what only comes close."""
-    return [copy for copy in ended.copies if not copy.is_close]
 
 
 def pursue(
@@ -149,7 +136,7 @@ def pursue(
         log = rounds_file and LineLog(rounds_file, {"first": first.digest, "copied": to_json(copied)})
         rounds += completed_rounds(predictor, states, seeds, first, copied, copies, settings.rounds, log)
     strictness = dict.fromkeys(prompts, 0.0)
-    while not rounds or (real_copies(rounds[-1]) and len(rounds) <= settings.rounds):
+    while not rounds or (rounds[-1].real_copies and len(rounds) <= settings.rounds):
         passes_before = predictor.sample_passes
         if came_back := sorted(set(named(rounds[-1].copies if rounds else ())) & set(prompts)):
             strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}

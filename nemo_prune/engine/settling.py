@@ -153,7 +153,7 @@ def without_costly(
         predictor: the model.
         are_enough: whether others are.
     """
-    kept, waiting = list(neurons), [neuron for neuron in by_value(cost, predictor) if neuron in set(neurons)]
+    kept, waiting = list(neurons), by_value(cost, predictor, neurons)
     size = len(waiting) // 2
     while waiting and size:
         left = [neuron for neuron in kept if neuron not in waiting[:size]]
@@ -180,7 +180,9 @@ def rank_neurons(benefit: Tensor, cost: Tensor) -> Tensor:
     return benefit / (cost + _LEAST_COST * cost.mean() + 1e-12)
 
 
-def by_value(values: Tensor, predictor: NoisePredictor) -> list[Neuron]:
-    """All neurons, those of the highest values first."""
+def by_value(values: Tensor, predictor: NoisePredictor, among: Collection[Neuron] | None = None) -> list[Neuron]:
+    """All neurons, or those among some, those of the highest values first."""
     neurons = all_neurons(predictor.sizes)
-    return [neurons[position] for position in values.argsort(descending=True, stable=True).tolist()]
+    chosen = set(neurons if among is None else among)
+    order = (neurons[position] for position in values.argsort(descending=True, stable=True).tolist())
+    return [neuron for neuron in order if neuron in chosen]

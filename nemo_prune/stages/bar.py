@@ -17,6 +17,8 @@ from nemo_prune.mask import Neuron, NeuronMask
 # Seeds of what the final proof must not have seen.
 _JUDGE_SEED = 4001
 FRESH_SEEDS, WATCHED = 5, 16
+# What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
+AFFORDED = 0.15
 
 
 class Bar:
@@ -59,12 +61,18 @@ class Bar:
         """Points on the ways of ordinary captions, on which a search keeps their change small."""
         return PursuitSettings().states(self.released, self.ordinary)
 
-    def thinned(self, neurons: Collection[Neuron], max_utility_loss: float) -> list[Neuron]:
-        """A mask without the most costly neurons, see :func:`nemo_prune.engine.budget.thinned`; it is kept."""
+    def thinned(self, neurons: Collection[Neuron], max_utility_loss: float | None = None) -> list[Neuron]:
+        """A mask without the most costly neurons, see :func:`nemo_prune.engine.budget.thinned`; it is kept.
+
+        Args:
+            neurons: the mask.
+            max_utility_loss: the limit; what is afforded unless given.
+        """
+        limit = AFFORDED if max_utility_loss is None else max_utility_loss
         whole = NeuronMask.from_neurons(neurons, self.released.sizes)
-        log = LineLog(self._thinned, {"mask": whole.digest, "limit": max_utility_loss})
+        log = LineLog(self._thinned, {"mask": whole.digest, "limit": limit})
         for known in log:
             return [Neuron(*each) for each in known["neurons"]]
-        found = thinned(self.released, self.states, neurons, max_utility_loss)
+        found = thinned(self.released, self.states, neurons, limit)
         log.append({"neurons": found})
         return found

@@ -15,7 +15,7 @@ from nemo_prune.engine.completing import Copy
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gone import Verdict, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
-from nemo_prune.engine.pursuit import Pursuit, PursuitSettings, pursue, real_copies
+from nemo_prune.engine.pursuit import Pursuit, PursuitSettings, pursue
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.work import LineLog, WorkFolder
@@ -108,9 +108,9 @@ def pursue_mask(
     if first is not None and not pursuit.rounds:
         return first, localizations
     best = pursuit.best
-    if real_copies(best):
+    if best.real_copies:
         listener.say(_what_remains(pursuit))
-    came_back = {each.prompt for each in real_copies(best)} | {v.prompt for v in best.not_gone if not v.is_silent}
+    came_back = {each.prompt for each in best.real_copies} | {v.prompt for v in best.not_gone if not v.is_silent}
     found = [
         replace(each, status="unresolved" if each.prompt in came_back else "localized") if each.is_memorized else each
         for each in localizations
@@ -119,7 +119,7 @@ def pursue_mask(
 
 
 def _what_remains(pursuit: Pursuit) -> str:
-    left, price = len({each.prompt for each in real_copies(pursuit.best)}), pursuit.next_step_costs
+    left, price = len({each.prompt for each in pursuit.best.real_copies}), pursuit.next_step_costs
     more = "" if price is None else f" A stricter mask changed ordinary captions by {price:+.0%} of everything more."
     return f"Images of {left} prompts still copy after {len(pursuit.rounds)} rounds of the search.{more}"
 
