@@ -133,7 +133,7 @@ class Comparison:
         self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)]
         self.compensation = None
         if arguments.ablation != "zero":
-            self.compensation = Compensation(attended_moments(self.predictor, self.ordinary[:USUAL_PROMPTS]))
+            self.compensation = Compensation(attended_moments(self.predictor, self.ordinary[-USUAL_PROMPTS:]))
             self.predictor.compensation = self.compensation
         if arguments.ablation == "compensated":
             memorized = attended_moments(self.predictor, self.prompts)

@@ -1,6 +1,7 @@
 """Which neurons are pruned: a boolean mask per layer, saved as a small safetensors file."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ FORMAT_VERSIONS = (1, 2, 3)
 METADATA_KEY = "nemo_prune"
 # A mask of SD 1.x with everything in it takes a third of this.
 _MAX_BYTES = 64 << 20
+# Bits of weights that are combined; float32 has 24 of each weight.
+_WEIGHT_BITS = 26
 # What a mask file calls the combinations of a layer.
 _COMBINATION = ".combination"
 _LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
@@ -65,9 +68,9 @@ class NeuronMask:
             there, even if nothing in it is pruned.
         shifts: name of a stored bias -> what is added to it, float32 [channels]: what its attention is given by pruned
             neurons that keep their mean, see :mod:`nemo_prune.engine.compensation`. Empty where they are 0.
-        combinations: dotted module name -> which combination of a layer's kept neurons stands in for each pruned one,
-            float32 [pruned neurons, out_features], 0 at pruned ones. The weight behind the attention reads it from
-            them. Empty where nothing stands in.
+        combinations: dotted module name -> the combination of a layer's kept neurons that is added to each neuron,
+            float32 [out_features, out_features], 0 from pruned ones. The weight behind the attention W becomes W + W C.
+            Empty where nothing is added.
 
     Raises:
         MaskError: a layer's tensor is not a one-dimensional bool tensor, its name is not that of a module, or a shift
@@ -95,11 +98,11 @@ class NeuronMask:
                 )
         for name, combination in self.combinations.items():
             pruned = self.layers.get(name, torch.zeros(0, dtype=torch.bool))
-            fits = combination.dtype == torch.float32 and combination.shape == (int(pruned.sum()), len(pruned))
+            fits = combination.dtype == torch.float32 and combination.shape == (len(pruned), len(pruned))
             if not pruned.any() or not fits or not combination.isfinite().all() or combination[:, pruned].any():
                 raise MaskError(
-                    f"The mask's combinations of `{name}` are not those of its kept neurons, one for each pruned one, "
-                    "in finite float32."
+                    f"The mask's combinations of `{name}` are not those of its kept neurons, one for each neuron, in "
+                    "finite float32."
                 )
 
     @classmethod
@@ -181,8 +184,8 @@ class NeuronMask:
     def changed_behind(self, name: str, values: Tensor) -> Tensor:
         """A tensor behind the attention as pruning leaves it, in its own dtype.
 
-        Everything is added in float64 on the CPU and in one order, so that files and models agree to the last bit on
-        every machine.
+        Files and models agree to the last bit on every machine: sums are taken in float64 on the CPU, of products that
+        are exact there.
 
         Args:
             name: of a bias or weight, one of :attr:`behind`.
@@ -192,21 +195,13 @@ class NeuronMask:
         if name in self.shifts:
             changed = exact + self.shifts[name].double()
         else:
-            layer, changed = self._layers_before[name], exact.clone()
-            columns, combinations = exact[:, self.layers[layer]].T, self.combinations[layer].double()
-            for column, combination in zip(columns, combinations, strict=True):
-                changed += torch.outer(column, combination)
+            changed = exact + _exact_product(exact, self.combinations[self._layers_before[name]].double())
         return changed.to(values.dtype).to(values.device)
 
     def extended(self, neurons: Iterable[Neuron]) -> "NeuronMask":
         """The mask with further neurons, which give nothing; what it changes behind the attention stays."""
         wider = NeuronMask.from_neurons([*self.neurons, *neurons], self.sizes)
-        combinations = {}
-        for layer, combination in self.combinations.items():
-            pruned, at_all = self.layers[layer], torch.zeros(len(self.layers[layer]), len(self.layers[layer]))
-            at_all[pruned] = combination
-            at_all[:, wider.layers[layer]] = 0
-            combinations[layer] = at_all[wider.layers[layer]]
+        combinations = {layer: each.masked_fill(wider.layers[layer], 0.0) for layer, each in self.combinations.items()}
         return replace(wider, shifts=self.shifts, combinations=combinations)
 
     @property
@@ -214,7 +209,7 @@ class NeuronMask:
         """sha256 over the layers' names and bits, the shifts and the combinations."""
         rows: list = [(name, pruned.tolist()) for name, pruned in self.layers.items()]
         rows += [(name, self.shifts[name].tolist()) for name in sorted(self.shifts)]
-        rows += [(name, self.combinations[name].tolist()) for name in sorted(self.combinations)]
+        rows += [(name, _bytes_digest(self.combinations[name])) for name in sorted(self.combinations)]
         return sha256(json.dumps(rows).encode()).hexdigest()
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -315,6 +310,31 @@ class Pruning:
                 f"The mask makes up for rows that are zeroed: --scale {self.scale} does not go with it. Leave --scale "
                 "out, or search again with --ablation zero."
             )
+
+
+def _exact_product(weights: Tensor, combination: Tensor) -> Tensor:
+    """A product of matrices, float64, whose sums are exact in whatever order a machine takes them.
+
+    Both are rounded to multiples of a power of 2: weights to 26 bits below their largest, which is finer than float32,
+    combinations to as many bits as are left of the 53 of a float64, 16 for 2,048 neurons.
+
+    Args:
+        weights: [channels, neurons].
+        combination: [neurons, neurons].
+    """
+    left = 53 - _WEIGHT_BITS - math.ceil(math.log2(max(2, weights.shape[1])))
+    return _rounded(weights, _WEIGHT_BITS) @ _rounded(combination, left)
+
+
+def _rounded(values: Tensor, bits: int) -> Tensor:
+    """Values as multiples of a power of 2, so many bits below the largest."""
+    largest = float(values.abs().max())
+    step = 2.0 ** (math.frexp(largest)[1] - bits)
+    return (values / step).round() * step
+
+
+def _bytes_digest(tensor: Tensor) -> str:
+    return sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:

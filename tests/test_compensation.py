@@ -59,13 +59,29 @@ def test_a_neuron_that_another_one_repeats_is_stood_in_for_whole(predictor, monk
     assert (after - before).norm() < 1e-2 * (zeroed - before).norm()
 
 
-def test_what_they_tell_of_memorized_captions_is_held_down(predictor, mask):
+@pytest.mark.parametrize("held_more", ["STANDING_IN", "GIVEN"])
+def test_what_they_tell_of_memorized_captions_is_held_down(predictor, mask, monkeypatch, held_more):
     usual, theirs = (attended_moments(predictor, texts) for texts in (ORDINARY, MEMORIZED))
-    around, sizes = theirs[MID].around(usual[MID].mean), []
-    for held in ({}, theirs):
-        combination, _ = Compensation(usual, held).stand_in(MID, mask.layers[MID])
-        sizes.append(float((combination @ around @ combination.T).trace()))
-    assert 0 < sizes[1] < sizes[0]
+    around, sizes = theirs[MID].around(usual[MID].mean).float(), []
+    pruned = mask.layers[MID]
+    asked = pruned if held_more == "STANDING_IN" else ~pruned
+    for weight in (0.0, 0.5, 5.0):
+        monkeypatch.setattr(compensation, held_more, weight)
+        combination, constant = Compensation(usual, theirs).taken(MID, pruned)
+        assert not combination[:, pruned].any()
+        # On the mean of ordinary captions everything gives its mean.
+        given = combination.double() @ usual[MID].mean.double() + constant
+        torch.testing.assert_close(given, torch.where(pruned, usual[MID].mean, 0.0).double())
+        reads = (combination + torch.diag((~pruned).float()))[asked]
+        sizes.append(float((reads @ around @ reads.T).trace()))
+    assert 0 < sizes[2] < sizes[1] < sizes[0]
+
+
+def test_with_nothing_held_kept_neurons_give_what_they_gave(predictor, mask):
+    usual = attended_moments(predictor, ORDINARY)
+    combination, constant = Compensation(usual, {}).taken(MID, mask.layers[MID])
+    kept = ~mask.layers[MID]
+    assert combination[~kept].any() and not combination[kept].any() and not constant[kept].any()
 
 
 def test_moments_are_kept_in_a_file_as_tensors(predictor):

@@ -177,16 +177,16 @@ def test_shifts_that_are_none_are_refused(shift):
 
 @pytest.mark.parametrize(
     "combination",
-    [[[0.0, torch.nan]], [[0.0, 1.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]], [[1.0, 1.0]]],
+    [[[0.0, torch.nan]] * 2, [[0.0, 1.0, 1.0]] * 2, [[0.0, 1.0]], [[1.0, 1.0]] * 2],
     ids=["not finite", "another width", "another number", "of a pruned one"],
 )
 def test_combinations_that_are_none_are_refused(combination):
     layers = {MID: torch.tensor([True, False])}
-    NeuronMask(layers, {}, {MID: torch.tensor([[0.0, 1.0]])})
+    NeuronMask(layers, {}, {MID: torch.tensor([[0.0, 1.0]] * 2)})
     with pytest.raises(MaskError, match="combinations"):
         NeuronMask(layers, {}, {MID: torch.tensor(combination)})
     with pytest.raises(MaskError, match="combinations"):
-        NeuronMask({MID: torch.zeros(2, dtype=torch.bool)}, {}, {MID: torch.zeros(0, 2)})
+        NeuronMask({MID: torch.zeros(2, dtype=torch.bool)}, {}, {MID: torch.zeros(2, 2)})
 
 
 def test_further_neurons_give_nothing_and_stand_in_for_nothing(pipe, predictor, mask):
@@ -194,11 +194,9 @@ def test_further_neurons_give_nothing_and_stand_in_for_nothing(pipe, predictor, 
     assert set(wider.neurons) == {*mask.neurons, Neuron(MID, 1)} and wider.shifts == mask.shifts
     assert mask.extended(()).digest == mask.digest
     if mask.combinations:
-        kept = torch.arange(len(before)) != 1
-        there = wider.combinations[MID][before[wider.layers[MID]]]
-        assert torch.equal(there[:, kept], mask.combinations[MID][:, kept]) and not there[:, ~kept].any()
-        assert not wider.combinations[MID][~before[wider.layers[MID]]].any()
-    # Its output is 0 in any case, so that the model is that of the mask with one more row zeroed.
+        others, there = torch.arange(len(before)) != 1, wider.combinations[MID]
+        assert torch.equal(there[:, others], mask.combinations[MID][:, others]) and not there[:, ~others].any()
+    # Nothing reads it in any case, so that the model is that of the mask with one more row zeroed.
     candidate = pruned_copy(pipe, Pruning(mask))
     with torch.no_grad():
         candidate.unet.get_submodule(MID).weight[1] = 0
@@ -248,7 +246,7 @@ def test_another_models_changes_and_scaled_rows_are_refused(pipe, model_folder, 
     elsewhere = MID.replace("mid_block", "mid_block.of_another_model")
     others = [
         NeuronMask(mask.layers, {BIAS: torch.ones(5)}),
-        NeuronMask({elsewhere: torch.tensor([True, False])}, {}, {elsewhere: torch.tensor([[0.0, 1.0]])}),
+        NeuronMask({elsewhere: torch.tensor([True, False])}, {}, {elsewhere: torch.tensor([[0.0, 1.0]] * 2)}),
     ]
     (tmp_path / "out").mkdir()
     for other in others:
@@ -281,10 +279,11 @@ def test_a_candidate_with_changes_behind_is_the_base_and_a_mask_and_its_control_
         torch.testing.assert_close(rows.mask.combinations[name], combination, rtol=1e-3, atol=1e-4)
     random = random_rows(pipe, rows, ORDINARY, seed=1)
     assert random.shifts.keys() == mask.shifts.keys() and random.combinations.keys() == mask.combinations.keys()
+    # The first column of the weight is what a pruned neuron gave.
     for name in ("conv_in.bias", WEIGHT):
         candidate = pruned_copy(pipe, Pruning(mask))
         with torch.no_grad():
-            candidate.unet.get_parameter(name).flatten()[1] += 1
+            candidate.unet.get_parameter(name).flatten()[0] += 1
         assert changed_rows(pipe, candidate).others
 
 
@@ -318,3 +317,21 @@ def test_a_run_puts_in_what_stands_in_and_its_mask_rebuilds_the_release(
     assert CliRunner().invoke(app, ["diff", str(model_folder), str(tmp_path / "out")]).exit_code == 0
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.get_parameter(f"{MID}.weight").isfinite().all()
+
+
+def test_a_combined_weight_has_the_same_bits_in_whatever_order_it_is_summed():
+    """All sums are exact: taken column by column, or of weights in another order, they are the same."""
+    generator = torch.Generator().manual_seed(1)
+    combination = torch.randn(96, 96, generator=generator)
+    weights = {f"{kind}": torch.randn(32, 96, generator=generator).to(kind) for kind in (torch.float32, torch.float16)}
+    layers = {MID: torch.zeros(96, dtype=torch.bool)}
+    layers[MID][5], combination[:, 5] = True, 0
+    mask, order = NeuronMask(layers, {}, {MID: combination}), torch.randperm(96, generator=generator)
+    swapped = NeuronMask({MID: layers[MID][order]}, {}, {MID: combination[order][:, order]})
+    for before in weights.values():
+        changed = mask.changed_behind(WEIGHT, before)
+        assert torch.equal(swapped.changed_behind(WEIGHT, before[:, order]), changed[:, order])
+        exact = before.double() @ (torch.eye(96) + combination).double()
+        torch.testing.assert_close(
+            changed.double(), exact, rtol=1e-3 if before.dtype == torch.float16 else 1e-6, atol=2e-3
+        )

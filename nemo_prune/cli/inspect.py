@@ -32,9 +32,10 @@ def inspect(
         mask, facts = NeuronMask.load_with_facts(find_mask(name))
     rows = {name: pruned.nonzero().flatten().tolist() for name, pruned in mask.layers.items()}
     if as_json:
+        # Of matrices with millions of numbers their norms.
         behind = {
             "shifts": {name: shift.tolist() for name, shift in mask.shifts.items()},
-            "combinations": {name: each.tolist() for name, each in mask.combinations.items()},
+            "combination_norms": {name: float(each.norm()) for name, each in mask.combinations.items()},
         }
         print_json({"rows": rows, **behind, "sizes": mask.sizes, "metadata": facts.to_json()})
         return

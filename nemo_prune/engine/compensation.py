@@ -4,8 +4,9 @@ Attention weights sum to 1, so that a value neuron that is constant over the tex
 A pruned neuron that gives its mean is therefore a zeroed row and a shift of the bias behind (mean ablation; as bias
 compensation in arXiv 2312.11983). Kept neurons tell more than that: by least squares on what attention takes from them
 (as layers are reconstructed in compression, arXiv 1707.06168) the projection behind learns to read from them what the
-pruned ones gave. On memorized captions they shall tell no more than the mean: else the pictures come back that way.
-Key neurons have no such form.
+pruned ones gave. On memorized captions it shall read no more than the mean: from kept neurons in place of pruned ones,
+else the pictures come back that way; and, with less weight, from kept neurons for themselves, because what memorized
+captions have there is what resembles a picture still. Key neurons have no such form.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,10 +19,12 @@ from torch import BoolTensor, Tensor, nn
 from nemo_prune.engine.layers import projection_behind
 from nemo_prune.mask import Neuron, NeuronMask, bias_behind
 
-# Weight of the memorized captions against ordinary ones, and of the ridge as a share of the neurons' mean variance.
-MEMORIZED, RIDGE = 10.0, 0.01
+# Weights of memorized captions against ordinary ones: in what stands in for pruned neurons, and in what kept ones give.
+STANDING_IN, GIVEN = 1.0, 0.1
+# Weight of the ridge, which leaves things as they are, as a share of the neurons' mean variance.
+RIDGE = 0.01
 # Combinations that are at hand, each of a layer.
-_KEPT = 128
+_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,16 @@ class Moments:
 
 @dataclass(frozen=True)
 class Compensation:
-    """What stands in for pruned value neurons.
+    """What the neurons of a layer with pruned ones are taken to give.
 
-    For pruned neurons J and kept ones K of a layer, C minimises |z_J - mean - C (z_K - mean)|^2 over ordinary captions
-    plus a weight times |C (z_K - mean)|^2 over memorized ones; z is what attention takes from the neurons.
+    With z what attention takes from the neurons, d its distance from the mean on ordinary captions and K the kept ones,
+    every neuron i is taken to give mean_i + C_i d_K. C_i minimises |d_i - C_i d_K|^2 over ordinary captions, plus a
+    weight times |C_i d_K|^2 over memorized ones, plus a ridge.
 
     Attributes:
         ordinary: dotted module name -> moments on ordinary captions.
-        memorized: the same on memorized ones, of the layers where kept neurons are held; None where pruned neurons give
-            their mean and no more.
+        memorized: the same on memorized ones, of the layers where these are held; None where pruned neurons give their
+            mean and no more.
     """
 
     ordinary: Mapping[str, Moments]
@@ -70,16 +74,16 @@ class Compensation:
         """Dotted module name -> the mean of every neuron, [out_features]."""
         return {name: moments.mean for name, moments in self.ordinary.items()}
 
-    def stand_in(self, layer: str, pruned: BoolTensor) -> tuple[Tensor, Tensor]:
-        """What a layer's pruned neurons are taken to give: a constant, and a combination of all that it keeps.
+    def taken(self, layer: str, pruned: BoolTensor) -> tuple[Tensor, Tensor]:
+        """What a layer's neurons are taken to give, beside what the kept ones give.
 
         Args:
             layer: dotted module name.
             pruned: [out_features], on the CPU.
 
         Returns:
-            The combination C [pruned neurons, out_features], 0 at pruned ones, and the constant [pruned neurons], both
-            float64 on the CPU.
+            The combination of kept neurons that is added to each neuron, [out_features, out_features] float32, 0 from
+            pruned ones, and the constant that is, [out_features] float64; both on the CPU.
         """
         asked = layer, tuple(pruned.nonzero().flatten().tolist())
         if asked not in self._known:
@@ -90,15 +94,19 @@ class Compensation:
 
     def _solved(self, layer: str, pruned: BoolTensor) -> tuple[Tensor, Tensor]:
         usual, kept = self.ordinary[layer], ~pruned
-        mean, combination = usual.mean.double(), torch.zeros(int(pruned.sum()), len(pruned), dtype=torch.float64)
+        mean, size = usual.mean.double(), len(pruned)
+        added = torch.zeros(size, size, dtype=torch.float64)
         if self.is_combining and kept.any():
             spread = usual.around(usual.mean)
-            held = spread.clone()
-            if layer in self.memorized:
-                held += MEMORIZED * self.memorized[layer].around(usual.mean)
-            held.diagonal().add_(RIDGE * spread.diagonal().mean())
-            combination[:, kept] = torch.linalg.solve(held[kept][:, kept], spread[kept][:, pruned]).T
-        return combination, mean[pruned] - combination @ mean
+            theirs = self.memorized[layer].around(usual.mean) if layer in self.memorized else torch.zeros_like(spread)
+            ridge = RIDGE * spread.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+            for neurons, weight, aim in ((pruned, STANDING_IN, spread), (kept, GIVEN, -GIVEN * theirs)):
+                given = (spread + weight * theirs + ridge)[kept][:, kept]
+                added[neurons.nonzero(), kept.nonzero().T] = torch.linalg.solve(given, aim[kept][:, neurons]).T
+        combination = added.float()
+        constant = -combination.double() @ mean
+        constant[pruned] += mean[pruned]
+        return combination, constant
 
     def in_weights(self, mask: NeuronMask, unet: nn.Module) -> NeuronMask:
         """A mask that also says what it changes behind the attention.
@@ -110,16 +118,17 @@ class Compensation:
         shifts, combinations = {}, {}
         for name, pruned in mask.layers.items():
             if pruned.any():
-                combination, constant = self.stand_in(name, pruned)
-                behind = projection_behind(unet, name).weight.detach().cpu().double()
-                shifts[bias_behind(name)] = (behind[:, pruned] @ constant).float()
+                combination, constant = self.taken(name, pruned)
+                shifts[bias_behind(name)] = (
+                    projection_behind(unet, name).weight.detach().cpu().double() @ constant
+                ).float()
                 if combination.any():
-                    combinations[name] = combination.float()
+                    combinations[name] = combination
         return replace(mask, shifts=shifts, combinations=combinations)
 
     @contextmanager
     def standing_in(self, unet: nn.Module, suppressed: Sequence[Collection[Neuron]]) -> Iterator[None]:
-        """Give in place of each sample's suppressed neurons what stands in for them, while the context lasts.
+        """Give what each sample's neurons are taken to give with some suppressed, while the context lasts.
 
         Args:
             unet: the unpruned one.
@@ -133,7 +142,7 @@ class Compensation:
         for neurons, places in samples.items():
             for name, pruned in NeuronMask.from_neurons(neurons, sizes).layers.items():
                 if pruned.any():
-                    changes.setdefault(name, []).append((places, pruned, *self.stand_in(name, pruned)))
+                    changes.setdefault(name, []).append((places, pruned, *self.taken(name, pruned)))
         handles = []
         try:
             for name, of_layer in changes.items():
@@ -145,15 +154,13 @@ class Compensation:
 
 
 def _replacing(changes: Sequence[tuple[Sequence[int], BoolTensor, Tensor, Tensor]]):
-    """A hook that gives some samples' pruned neurons a combination of their others and a constant."""
+    """A hook by which some samples' kept neurons are read by all, and pruned ones by none."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         attended = inputs[0].clone()
         for places, pruned, combination, constant in changes:
-            given = attended[places] @ combination.T.to(attended) + constant.to(attended)
-            there = attended[places]
-            there[..., pruned.to(attended.device)] = given
-            attended[places] = there
+            kept = attended[places].masked_fill(pruned.to(attended.device), 0.0)
+            attended[places] = kept + kept @ combination.T.to(attended) + constant.to(attended)
         return (attended, *inputs[1:])
 
     return hook

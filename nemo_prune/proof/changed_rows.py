@@ -20,7 +20,7 @@ class ChangedRows:
 
     Attributes:
         mask: rows of text projections that differ; True where they do. Its shifts are what the biases behind these
-            layers differ by; its combinations those that the weights behind read instead of the rows.
+            layers differ by; its combinations those that the weights behind read beside the rows.
         others: whether any other weight of U-Net or text encoder differs.
     """
 
@@ -84,13 +84,13 @@ def _with_what_is_behind(mask: NeuronMask, a: nn.Module, b: nn.Module) -> Neuron
 
 
 def _combination(before: Tensor, after: Tensor, pruned: BoolTensor) -> Tensor | None:
-    """What a weight reads from kept neurons instead of pruned ones; None where it differs by something else."""
-    difference, read = after.double() - before.double(), before.double()[:, pruned]
+    """What a weight reads from kept neurons beside them; None where it differs by something else."""
+    exact, difference = before.double(), after.double() - before.double()
     if not difference.isfinite().all() or difference[:, pruned].any():
         return None
-    combination = torch.linalg.lstsq(read, difference).solution.float()
+    combination = torch.linalg.lstsq(exact, difference).solution.float()
     combination[:, pruned] = 0
-    left = (difference - read @ combination.double()).norm()
+    left = (difference - exact @ combination.double()).norm()
     return combination if left <= _ROUNDING[after.dtype] * after.double().norm() else None
 
 

@@ -229,7 +229,7 @@ class NoiseJudge:
 def random_rows(base: StableDiffusionPipeline, rows: ChangedRows, ordinary: Sequence[str], seed: int) -> NeuronMask:
     """As many random rows as differ, in the same layers, as active on ordinary captions, and other ones.
 
-    Where the candidate's keep their means, or kept neurons stand in, it is the same for these.
+    Where the candidate's keep their means, or kept neurons stand in, it is the same for these; no caption is held.
     """
     layers = find_text_projections(base.unet, "both")
     embeds = torch.stack([encode(base, text) for text in ordinary[:64]])

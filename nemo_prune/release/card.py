@@ -126,8 +126,8 @@ def _base(base: BaseFacts) -> str:
 _KEPT = {
     "zero": "",
     "mean": " Of each neuron its mean on ordinary captions is kept: the biases behind these layers are shifted by it.",
-    "compensated": " What kept neurons tell of them on ordinary captions stands in for them: the weights and biases "
-    "behind these layers differ from the base's by that.",
+    "compensated": " What kept neurons tell of them on ordinary captions stands in for them, and on memorized captions "
+    "all neurons of these layers are held near their means: weights and biases behind differ from the base's by that.",
 }
 
 

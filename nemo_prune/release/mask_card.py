@@ -54,8 +54,9 @@ def mask_card(mask: NeuronMask, facts: MaskFacts, repo_id: str) -> str:
     ]
     if mask.combinations:
         parts.append(
-            "Kept neurons of a layer stand in for them on ordinary captions: the mask also says by which combinations, "
-            "and how weights and biases behind these layers change by that."
+            "Kept neurons of a layer stand in for them on ordinary captions; on memorized ones all of the layer are "
+            "held near their means. The mask also says by which combinations, and how weights and biases behind these "
+            "layers change by that."
         )
     elif mask.shifts:
         parts.append(

@@ -45,7 +45,8 @@ class MaskRecord:
         sizes: layer -> all neurons.
         scale: what their rows were multiplied by; 0 zeroed them.
         ablation: what they still give: ``zero``; their ``mean`` on ordinary captions, in the biases behind them; or
-            ``compensated``: also what kept neurons tell of them, in the weights behind.
+            ``compensated``: also what kept neurons tell of them, and all are held near their means on memorized
+            captions, in the weights behind.
         merge: how the prompts' neurons became one mask; None for a finished mask.
         preserve: how much the search favoured ordinary captions; None for a finished mask.
         search: how the neurons were searched; None for a finished mask.

@@ -10,8 +10,8 @@ from nemo_prune.files.work import WorkFiles
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
 
-# Ordinary prompts that it is measured on.
-USUAL_PROMPTS = 32
+# Ordinary prompts that it is measured on: the last ones, because the first are those whose change is looked at.
+USUAL_PROMPTS = 96
 
 
 def keep_means(session: LocalSession, texts: Sequence[str], plan: Plan, work: WorkFiles) -> None:
@@ -25,7 +25,7 @@ def keep_means(session: LocalSession, texts: Sequence[str], plan: Plan, work: Wo
     """
     if plan.ablation != "zero" and texts:
         measured = kept_tensors(
-            work.usual_moments, lambda: as_tensors(attended_moments(session.predictor, texts[:USUAL_PROMPTS]))
+            work.usual_moments, lambda: as_tensors(attended_moments(session.predictor, texts[-USUAL_PROMPTS:]))
         )
         session.keep_means(from_tensors(measured))
 

@@ -13,7 +13,7 @@ from nemo_prune.settings import Plan
 from nemo_prune.stages.bar import FRESH_SEEDS, WATCHED
 from nemo_prune.stages.compensate import USUAL_PROMPTS
 from nemo_prune.stages.localize import WEIGHING_PROMPTS, weighs_neurons
-from nemo_prune.stages.pursue import LEARNING_PASSES, look_drawing
+from nemo_prune.stages.pursue import LEARNING_PASSES, LOOK_SEEDS, look_drawing
 
 # Passes for a memorized prompt beyond its detection, by the neurons that are searched: counted on the demo model, and
 # on a model of SD v1-4's memorized prompts (benchmarks/full_run.py). In between they are taken to follow a power.
@@ -111,8 +111,8 @@ def passes_of_stages(
     shown = min(num_prompts, verification.max_prompts)
     ordinary = verification.ordinary_images * verification.images_per_prompt * an_image
     memorized = shown * verification.images_per_prompt * an_image
-    # An image of each caption under the mask, and what it is compared with where no training image is known.
-    looks = 0 if plan.merge == "union" else (2 * shown + verification.ordinary_images) * a_look
+    # Images of each caption under the mask, and what they are compared with where no training image is known.
+    looks = 0 if plan.merge == "union" else (LOOK_SEEDS * (shown + verification.ordinary_images) + shown) * a_look
     learning = 0 if plan.search == "greedy" else LEARNING_PASSES
     # With nothing, everything and the mask suppressed; what the detection predicted is known.
     judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED) - detection

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
-from torch import Tensor
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
@@ -29,11 +28,10 @@ from nemo_prune.stages.bar import Bar
 
 # Seeds of images that the final proof does not draw.
 _LOOP_SEED_STEP = 1000
-# Images of a caption that copied, when a mask is completed for it.
-_CLOSE_SEEDS = 4
-# How far under the cut memorized captions' images must stay, and how far one image that leaves no doubt: other seeds
-# come out higher.
-_ROOM, _DOUBT = 0.05, 0.15
+# Images of each caption, and of one that copied, when a mask is completed for it.
+LOOK_SEEDS, _CLOSE_SEEDS = 2, 4
+# How far under the cut memorized captions' images must stay: other seeds come out higher.
+_ROOM = 0.05
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
 # learning leaves to do.
 LEARNING_PASSES = 15_600
@@ -172,9 +170,8 @@ class CopyLooks:
 
     By either yardstick: that of the evidence, and that of the images before and after.
 
-    One image of each caption is enough to see that a mask leaves copies, if those of memorized ones stay far under the
-    cut; captions that are in doubt, or that copied, get some more. How many copies a mask leaves is measured at the
-    end, on other latents. What was seen is kept in a log.
+    Two images of each caption are enough to see that a mask leaves copies; captions that copied get some more. How many
+    copies a mask leaves is measured at the end, on other latents. What was seen is kept in a log.
 
     Args:
         predictor: the model; images are drawn with what it changes behind a mask.
@@ -197,7 +194,7 @@ class CopyLooks:
         self._predictor, self._pipe = predictor, predictor.pipe
         self._drawing, self._cut = look_drawing(verification), verification.replication_cut
         first = verification.seed + _LOOP_SEED_STEP
-        self._seeds, self._close_seeds = [first], range(first, first + _CLOSE_SEEDS)
+        self._seeds, self._close_seeds = range(first, first + LOOK_SEEDS), range(first, first + _CLOSE_SEEDS)
         self._spread = [memorized[place].text for place in stratified(memorized)][: verification.max_prompts]
         self._shown = [*self._spread, *ordinary[: verification.ordinary_images]]
         texts = [each.text for each in memorized]
@@ -208,9 +205,9 @@ class CopyLooks:
             "training images": sha256(b"".join(each.tobytes() for each in self._known.values())).hexdigest(),
             "drawing": to_json(self._drawing),
             "cut": self._cut,
-            "room": [_ROOM, _DOUBT],
+            "room": _ROOM,
             "yardsticks": "either",
-            "seeds": list(self._close_seeds),
+            "seeds": [list(self._seeds), list(self._close_seeds)],
         }
         self._log = LineLog(log_file, depends_on)
         self._seen = {
@@ -228,19 +225,17 @@ class CopyLooks:
     @cached_property
     def _references(self) -> tuple[list[str], Likeness]:
         """Captions, and the likeness to their training images or else the unpruned model's."""
-        pictures = self._known or {text: images[0] for text, images in self._draw(self._spread, self._seeds).items()}
+        first = self._seeds[:1]
+        pictures = self._known or {text: images[0] for text, images in self._draw(self._spread, first).items()}
         return list(pictures), Likeness(list(pictures.values()))
 
     def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
-        (sources, likeness), found, seen = self._references, [], {}
+        (sources, likeness), found = self._references, []
+        shown, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
         with apply_mask(self._pipe, self._predictor.in_weights(mask)):
-            if prompts is None:
-                images = self._draw(self._shown, self._seeds)
-                seen = {text: likeness.nearest(each) for text, each in images.items()}
-                prompts = [text for text, (values, _) in seen.items() if self._is_in_doubt(text, values)]
-            images = self._draw(prompts, self._close_seeds)
-        seen |= {text: likeness.nearest(each) for text, each in images.items()}
-        for text, (values, nearest) in seen.items():
+            images = self._draw(shown, seeds)
+        for text, drawn in images.items():
+            values, nearest = likeness.nearest(drawn)
             share, highest = float((values >= self._cut_of(text)).float().mean()), int(values.argmax())
             if share:
                 found.append(Copy(text, sources[int(nearest[highest])], share, float(values[highest]) < self._cut))
@@ -249,10 +244,6 @@ class CopyLooks:
     def _cut_of(self, text: str) -> float:
         """From which likeness on an image of a caption counts as a copy."""
         return self._cut - (_ROOM if text in self._memorized else 0.0)
-
-    def _is_in_doubt(self, text: str, values: Tensor) -> bool:
-        """Whether a memorized caption is to be looked at closely that did not copy at the first look."""
-        return text in self._memorized and self._cut - _DOUBT <= float(values.max()) < self._cut_of(text)
 
     def _draw(self, texts: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Image.Image]]:
         """Images of each caption, as they are compared."""
