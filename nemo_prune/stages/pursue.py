@@ -159,10 +159,10 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
 def look_drawing(verification: VerificationSettings) -> Drawing:
     """How an image is drawn that is looked at for copies while a mask is searched.
 
-    Half of the steps of the images that are shown are enough: whether an image copies is decided early.
+    A third of the steps of the images that are shown is enough: whether an image copies is decided early.
     """
     shown = Drawing.of(verification)
-    return replace(shown, num_inference_steps=max(1, shown.num_inference_steps // 2))
+    return replace(shown, num_inference_steps=max(1, shown.num_inference_steps // 3))
 
 
 class CopyLooks:
