@@ -272,7 +272,7 @@ class NeuronMask:
             raise MaskError(f"There is no mask at {path}.")
         try:
             if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"it has {path.stat().st_size} bytes, a mask has a few megabytes at most")
+                raise ValueError(f"it has {path.stat().st_size} bytes, a mask has 64 MB at most")
             metadata, tensors = _read(path)
             facts = MaskFacts.from_json(metadata)
             layers = _in_order(metadata, [name for name, each in tensors.items() if each.dtype == torch.bool])
