@@ -6,7 +6,7 @@ import torch
 from benchmarks.closed_form import replaced_weights
 from nemo_prune.engine import compensation
 from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
-from nemo_prune.engine.compensation import Compensation
+from nemo_prune.engine.compensation import Compensation, Moments
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
@@ -82,6 +82,16 @@ def test_with_nothing_held_kept_neurons_give_what_they_gave(predictor, mask):
     combination, constant = Compensation(usual, {}).taken(MID, mask.layers[MID])
     kept = ~mask.layers[MID]
     assert combination[~kept].any() and not combination[kept].any() and not constant[kept].any()
+
+
+def test_a_layer_in_which_nothing_varies_keeps_its_means(predictor, mask):
+    usual = attended_moments(predictor, ORDINARY)
+    mean = usual[MID].mean
+    constant = {MID: Moments(mean, torch.outer(mean.double(), mean.double()))}
+    combination, given = Compensation(constant, constant).taken(MID, mask.layers[MID])
+    pruned = mask.layers[MID]
+    assert combination.abs().max() < 1e-6
+    torch.testing.assert_close(given.float(), torch.where(pruned, mean, 0.0), rtol=1e-5, atol=1e-5)
 
 
 def test_moments_are_kept_in_a_file_as_tensors(predictor):

@@ -1,12 +1,12 @@
-"""What pruned neurons still give: their mean on ordinary captions, or what the kept ones of their layer tell of them.
+"""What the neurons of a layer are taken to give where some are pruned: means, or what the kept ones tell.
 
 Attention weights sum to 1, so that a value neuron that is constant over the text adds a constant behind the attention.
-A pruned neuron that gives its mean is therefore a zeroed row and a shift of the bias behind (mean ablation; as bias
-compensation in arXiv 2312.11983). Kept neurons tell more than that: by least squares on what attention takes from them
-(as layers are reconstructed in compression, arXiv 1707.06168) the projection behind learns to read from them what the
-pruned ones gave. On memorized captions it shall read no more than the mean: from kept neurons in place of pruned ones,
-else the pictures come back that way; and, with less weight, from kept neurons for themselves, because what memorized
-captions have there is what resembles a picture still. Key neurons have no such form.
+A pruned neuron that gives its mean on ordinary captions is therefore a zeroed row and a shift of the bias behind (mean
+ablation; as bias compensation in arXiv 2312.11983). Kept neurons tell more than that: by least squares on what
+attention takes from them (as layers are reconstructed in compression, arXiv 1707.06168) the projection behind learns to
+read from them what the pruned ones gave. On memorized captions it shall read little but means: from kept neurons in
+place of pruned ones, else the pictures come back that way; and, with less weight, from kept neurons for themselves,
+because what they give there still resembles a picture. Key neurons have no such form.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -99,7 +99,8 @@ class Compensation:
         if self.is_combining and kept.any():
             spread = usual.around(usual.mean)
             theirs = self.memorized[layer].around(usual.mean) if layer in self.memorized else torch.zeros_like(spread)
-            ridge = RIDGE * spread.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+            # Where nothing varies there is nothing to solve for, and any ridge does.
+            ridge = RIDGE * (float(spread.diagonal().mean()) or 1.0) * torch.eye(size, dtype=torch.float64)
             for neurons, weight, aim in ((pruned, STANDING_IN, spread), (kept, GIVEN, -GIVEN * theirs)):
                 given = (spread + weight * theirs + ridge)[kept][:, kept]
                 added[neurons.nonzero(), kept.nonzero().T] = torch.linalg.solve(given, aim[kept][:, neurons]).T
@@ -119,9 +120,8 @@ class Compensation:
         for name, pruned in mask.layers.items():
             if pruned.any():
                 combination, constant = self.taken(name, pruned)
-                shifts[bias_behind(name)] = (
-                    projection_behind(unet, name).weight.detach().cpu().double() @ constant
-                ).float()
+                behind = projection_behind(unet, name).weight.detach().cpu().double()
+                shifts[bias_behind(name)] = (behind @ constant).float()
                 if combination.any():
                     combinations[name] = combination
         return replace(mask, shifts=shifts, combinations=combinations)
