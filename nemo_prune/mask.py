@@ -3,28 +3,22 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
 from nemo_prune.errors import MaskError, ModelError, SettingsError
 from nemo_prune.facts import MaskFacts
-from nemo_prune.files.safetensors_header import read_header
+from nemo_prune.files.mask_tensors import FORMAT_VERSIONS, METADATA_KEY, layers_in_order, read_mask_tensors
 from nemo_prune.files.staging import staged_file
-from nemo_prune.files.untrusted import parse_json
 
-# Version 2 has shifts of biases beside the rows, version 3 combinations of kept neurons, too.
-FORMAT_VERSIONS = (1, 2, 3)
-METADATA_KEY = "nemo_prune"
-# A mask of SD 1.x with everything in it takes a third of this.
-_MAX_BYTES = 64 << 20
 # Bits of weights that are combined; float32 has 24 of each weight.
 _WEIGHT_BITS = 26
 # What a mask file calls the combinations of a layer.
@@ -271,11 +265,9 @@ class NeuronMask:
         if not path.is_file():
             raise MaskError(f"There is no mask at {path}.")
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"it has {path.stat().st_size} bytes, a mask has 64 MB at most")
-            metadata, tensors = _read(path)
+            metadata, tensors = read_mask_tensors(path)
             facts = MaskFacts.from_json(metadata)
-            layers = _in_order(metadata, [name for name, each in tensors.items() if each.dtype == torch.bool])
+            layers = layers_in_order(metadata, [name for name, each in tensors.items() if each.dtype == torch.bool])
             behind = {name: each for name, each in tensors.items() if each.dtype != torch.bool}
             mask = cls(
                 {name: tensors[name] for name in layers},
@@ -335,34 +327,3 @@ def _rounded(values: Tensor, bits: int) -> Tensor:
 
 def _bytes_digest(tensor: Tensor) -> str:
     return sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
-
-
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Metadata and tensors, which are bits or refused."""
-    stored = read_header(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}").encode())
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata are not a JSON object")
-        if type(version := metadata.get("format_version")) is not int or version not in FORMAT_VERSIONS:
-            raise ValueError(
-                f"it has format {version!r}, this version reads {FORMAT_VERSIONS[-1]} and older ones. Is it a mask, "
-                "and made by a newer nemo-prune?"
-            )
-        expected = {"BOOL"} if version == FORMAT_VERSIONS[0] else {"BOOL", "F32"}
-        if other := {tensor.dtype for tensor in stored.values()} - expected:
-            raise ValueError(f"it holds {', '.join(sorted(other))}, expected BOOL, where True means pruned")
-        tensors = {name: file.get_tensor(name) for name in stored}
-    if any((tensor.view(torch.uint8) > 1).any() for tensor in tensors.values() if tensor.dtype == torch.bool):
-        raise ValueError("it holds bytes that are neither 0 nor 1")
-    return metadata, tensors
-
-
-def _in_order(metadata: dict, found: Collection[str]) -> list[str]:
-    """The layers in the order of execution, which is saved beside them: the header lists them by name."""
-    names = metadata.get("layers", sorted(found))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("`layers` of its metadata are not names")
-    if sorted(names) != sorted(found):
-        raise ValueError("`layers` of its metadata are not those that it holds")
-    return names

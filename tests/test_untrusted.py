@@ -28,8 +28,9 @@ from nemo_prune.engine.merge import union_mask
 from nemo_prune.engine.results import ResultsFile, ResultsHeader, read_results
 from nemo_prune.errors import MaskError, ModelError, NemoPruneError, PromptError
 from nemo_prune.facts import BaseFacts, MaskFacts, StatusCounts
+from nemo_prune.files.mask_tensors import METADATA_KEY
 from nemo_prune.files.safetensors_header import copy_with_metadata, read_header, read_metadata
-from nemo_prune.mask import METADATA_KEY, Neuron, NeuronMask
+from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.models.source import ModelSource, resolve_model
 from nemo_prune.publish.parcel import pack
 from nemo_prune.release.from_mask import export_model

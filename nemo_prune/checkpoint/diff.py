@@ -14,9 +14,10 @@ from nemo_prune.checkpoint.tensors import TensorBytes, differing_rows, equal_byt
 from nemo_prune.checkpoint.twins import base_rows, files_with_rows
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import CARD_FILE, RECORD_FILE, SAFETENSORS, has_ending, is_licence_file
+from nemo_prune.files.mask_tensors import METADATA_KEY
 from nemo_prune.files.safetensors_header import StoredTensor, read_header, read_metadata
 from nemo_prune.files.untrusted import read_json
-from nemo_prune.mask import METADATA_KEY, NeuronMask
+from nemo_prune.mask import NeuronMask
 
 # What a release adds to the base's files, and what it may rewrite.
 _OF_THE_RELEASE = (CARD_FILE, RECORD_FILE, "nemo_prune/")

@@ -25,9 +25,10 @@ from nemo_prune.checkpoint.tensors import (
 from nemo_prune.checkpoint.weights import safetensors_of
 from nemo_prune.errors import MaskError, OutputError
 from nemo_prune.files.layout import SAFETENSORS, has_ending
+from nemo_prune.files.mask_tensors import METADATA_KEY
 from nemo_prune.files.pointers import refuse_pointer
 from nemo_prune.files.safetensors_header import read_header
-from nemo_prune.mask import METADATA_KEY, NeuronMask, Pruning, bias_behind, tensor_names, weight_behind
+from nemo_prune.mask import NeuronMask, Pruning, bias_behind, tensor_names, weight_behind
 
 SUFFIXES = (SAFETENSORS, ".ckpt")
 
