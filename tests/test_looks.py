@@ -9,7 +9,7 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.pursuit import Pursuit
 from nemo_prune.mask import NeuronMask
 from nemo_prune.settings import LocalizationSettings, VerificationSettings
-from nemo_prune.stages.pursue import CopyLooks
+from nemo_prune.stages.pursue import CopyLooks, look_drawing
 
 # Likeness of each caption's images on four seeds to the picture of `a`.
 LIKENESSES = {
@@ -56,6 +56,12 @@ def test_memorized_captions_must_stay_well_under_the_cut_and_those_that_copied_a
     assert looks(mask) == copies and not looks.drawn
     assert looks(mask, ["a"]) == [Copy("a", "a", 0.5)]
     assert looks.drawn == [("a", seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize(("shown", "looked_at"), [(50, 16), (25, 8), (12, 8), (4, 4), (1, 1)])
+def test_looks_take_a_third_of_the_steps_and_never_too_few(shown, looked_at):
+    drawing = look_drawing(VerificationSettings(num_inference_steps=shown, guidance_scale=3.0))
+    assert drawing.num_inference_steps == looked_at
 
 
 def test_the_best_round_has_the_fewest_copies_whatever_only_comes_close():

@@ -30,6 +30,8 @@ from nemo_prune.stages.bar import Bar
 _LOOP_SEED_STEP = 1000
 # Images of each caption, and of one that copied, when a mask is completed for it.
 LOOK_SEEDS, _CLOSE_SEEDS = 2, 4
+# Steps that say what an image will be; of fewer all images of a model are much the same.
+_FEW_STEPS = 8
 # How far under the cut memorized captions' images must stay: other seeds come out higher.
 _ROOM = 0.05
 # Passes of a search by learned gates, counted on 25 captions (docs/masks.md); it grows with the captions that the
@@ -159,10 +161,12 @@ def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Lis
 def look_drawing(verification: VerificationSettings) -> Drawing:
     """How an image is drawn that is looked at for copies while a mask is searched.
 
-    A third of the steps of the images that are shown is enough: whether an image copies is decided early.
+    A third of the steps of the images that are shown is enough, if these are not few: whether an image copies is
+    decided early.
     """
     shown = Drawing.of(verification)
-    return replace(shown, num_inference_steps=max(1, shown.num_inference_steps // 3))
+    few = min(_FEW_STEPS, shown.num_inference_steps)
+    return replace(shown, num_inference_steps=max(few, shown.num_inference_steps // 3))
 
 
 class CopyLooks:
