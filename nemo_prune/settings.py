@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from nemo_prune.errors import SettingsError
-from nemo_prune.files.layout import ReleaseLayout, has_ending
+from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.files.licence_ids import LICENCE_IDS, OTHER, known_licence
 
 MIN_CALIBRATION_PROMPTS = 50
@@ -18,8 +18,6 @@ SEARCHES = ("greedy", "gradient", "learned")
 PROJECTIONS = ("value", "key", "both")
 DATA_RANGES = ("joint", "one")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-SIEVES = ("norm", "anisotropy")
-SCREENED_SUFFIXES = (".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -62,16 +60,16 @@ class LocalizationSettings:
     layers_backwards: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.projections in PROJECTIONS, "projections", self.projections, " or ".join(PROJECTIONS))
-        _require(self.data_range in DATA_RANGES, "data_range", self.data_range, " or ".join(DATA_RANGES))
-        _require(self.num_samples >= 2, "num_samples", self.num_samples, "at least 2 (pairs)")
-        _require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "at least 1")
+        require(self.projections in PROJECTIONS, "projections", self.projections, " or ".join(PROJECTIONS))
+        require(self.data_range in DATA_RANGES, "data_range", self.data_range, " or ".join(DATA_RANGES))
+        require(self.num_samples >= 2, "num_samples", self.num_samples, "at least 2 (pairs)")
+        require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "at least 1")
         in_schedule = 0 <= self.timestep_index < self.num_inference_steps
-        _require(in_schedule, "timestep_index", self.timestep_index, "below num_inference_steps")
-        _require(self.theta_step > 0, "theta_step", self.theta_step, "above 0")
-        _require(self.theta >= self.theta_min > 0, "theta_min", self.theta_min, "above 0, up to theta")
+        require(in_schedule, "timestep_index", self.timestep_index, "below num_inference_steps")
+        require(self.theta_step > 0, "theta_step", self.theta_step, "above 0")
+        require(self.theta >= self.theta_min > 0, "theta_min", self.theta_min, "above 0, up to theta")
         in_range = self.threshold is None or 0 < self.threshold < 1
-        _require(in_range, "threshold", self.threshold, "between 0 and 1 (it is a similarity)")
+        require(in_range, "threshold", self.threshold, "between 0 and 1 (it is a similarity)")
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> "LocalizationSettings":
@@ -145,11 +143,11 @@ class ModelOptions:
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
+        require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
         in_range = self.batch_size is None or self.batch_size >= 1
-        _require(in_range, "batch_size", self.batch_size, "at least 1")
+        require(in_range, "batch_size", self.batch_size, "at least 1")
         in_range = self.margin is None or 0 <= self.margin < 1
-        _require(in_range, "margin", self.margin, "at least 0 and below 1")
+        require(in_range, "margin", self.margin, "at least 0 and below 1")
 
     def on(self, device: str) -> "ModelOptions":
         """The same options on a device that was found: nothing is left open.
@@ -193,11 +191,11 @@ class Statement:
         for name, value in stated.items():
             if name in _STATED:
                 pattern, expected = _STATED[name]
-                _require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
+                require(re.fullmatch(pattern, value, re.ASCII) is not None, name, repr(value), expected)
         for name in ("license_name", "license_link"):
-            _require(name not in stated or "license" in stated, name, stated.get(name), "none without --license")
+            require(name not in stated or "license" in stated, name, stated.get(name), "none without --license")
         named = self.license != OTHER or self.license_name is not None
-        _require(named, "license_name", None, "the licence's name, because --license is `other`")
+        require(named, "license_name", None, "the licence's name, because --license is `other`")
 
 
 def _stated_licence(stated: str) -> str:
@@ -284,22 +282,20 @@ class Plan:
         object.__setattr__(self, "work", Path(self.work or ReleaseLayout.of(self.out).work).absolute())
         if self.merge is None:
             object.__setattr__(self, "merge", "union" if self.include_unresolved else "thinned")
-        _require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
-        _require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
+        require(self.merge in MERGES, "merge", self.merge, " or ".join(MERGES))
+        require(self.search in SEARCHES, "search", self.search, " or ".join(SEARCHES))
         holds = self.settings.projections == "value" and not self.scale
         if self.ablation is None:
             object.__setattr__(self, "ablation", "compensated" if holds and self.merge != "union" else "zero")
-        _require(self.ablation in ABLATIONS, "ablation", self.ablation, " or ".join(ABLATIONS))
-        _require(holds or self.ablation == "zero", "ablation", self.ablation, "zero with key rows or --scale")
+        require(self.ablation in ABLATIONS, "ablation", self.ablation, " or ".join(ABLATIONS))
+        require(holds or self.ablation == "zero", "ablation", self.ablation, "zero with key rows or --scale")
         limit = self.max_utility_loss
-        _require(limit is None or 0 <= limit <= 1, "max_utility_loss", limit, "between 0 and 1")
+        require(limit is None or 0 <= limit <= 1, "max_utility_loss", limit, "between 0 and 1")
         changes = isfinite(self.scale) and self.scale != 1
-        _require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")
-        _require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
+        require(changes, "scale", self.scale, "a number other than 1, such as 0 or -0.25")
+        require(0 <= self.preserve <= 1, "preserve", self.preserve, "between 0 and 1")
         contradict = self.merge != "union" and self.include_unresolved
-        _require(
-            not contradict, "include_unresolved", True, f"False with the {self.merge} merge, which leaves them out"
-        )
+        require(not contradict, "include_unresolved", True, f"False with the {self.merge} merge, which leaves them out")
 
     def fitted_to(self, guidance_scale: float) -> "Plan":
         """The same plan, with the model's own guidance if none is given."""
@@ -328,70 +324,6 @@ class LocalizationPlan:
     include_unresolved: bool = False
 
 
-@dataclass(frozen=True)
-class SieveSettings:
-    """The values of the sieves; the defaults are those published for SD v1-4.
-
-    Attributes:
-        sieve: ``anisotropy`` (arXiv 2601.20642), two passes per caption, computes ``norm`` too; ``norm`` (arXiv
-            2407.21720), one pass.
-        num_samples: number of initial latents whose mean is a caption's value; each costs its passes.
-        norm_step: step of 50 at which the norm is taken, 0 being the noisiest. (default: what suits the model: 0, as
-            published for SD v1-4; the demo 25)
-        cosine_step: place at which anisotropy's cosine is taken; the authors' third last of 50.
-        cosine_weight: weight of the cosine that ``anisotropy`` adds at little noise: 2 is published for SD v1-4, 0.1
-            for SD 2.
-    """
-
-    sieve: str = "anisotropy"
-    num_samples: int = 1
-    norm_step: int | None = None
-    cosine_step: int = 47
-    cosine_weight: float = 2.0
-
-    def __post_init__(self) -> None:
-        _require(self.sieve in SIEVES, "sieve", self.sieve, " or ".join(SIEVES))
-        _require(self.num_samples >= 1, "sieve_samples", self.num_samples, "at least 1")
-        for name in ("norm_step", "cosine_step"):
-            step = getattr(self, name)
-            _require(step is None or step >= 0, name, step, "at least 0")
-
-    def fitted_to(self, norm_step: int) -> "SieveSettings":
-        """The same settings, with the step that suits the model if none is given."""
-        return self if self.norm_step is not None else replace(self, norm_step=norm_step)
-
-
-@dataclass(frozen=True)
-class ScreenOptions:
-    """What to do in a screening, apart from the numbers of the sieves.
-
-    Attributes:
-        out: the file to write, .parquet or .jsonl, the likeliest captions first.
-        work: folder of all that the screening finds out, not for publication. (default: OUT.work)
-        model: how the model is computed.
-        fdr: accepted share of false alarms among what passes.
-        confirm: draw four images of what passes and measure whether they agree.
-        overwrite: replace OUT, and discard a work folder of other settings.
-        captions_at_once: captions per record of the log, filled up to whole batches: what a kill may lose.
-    """
-
-    out: Path
-    work: Path | None = None
-    model: ModelOptions = field(default_factory=ModelOptions)
-    fdr: float = 0.1
-    confirm: bool = False
-    overwrite: bool = False
-    captions_at_once: int = 80
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out).absolute())
-        object.__setattr__(self, "work", Path(self.work or self.out.with_name(f"{self.out.name}.work")).absolute())
-        _require(
-            has_ending(self.out, *SCREENED_SUFFIXES), "out", self.out, f"a name in {' or '.join(SCREENED_SUFFIXES)}"
-        )
-        _require(0 < self.fdr < 1, "fdr", self.fdr, "between 0 and 1")
-
-
 def description(owner: type, name: str) -> str:
     """What an attribute's docstring says, as a sentence: the help of the option that sets it."""
     section = inspect.getdoc(owner).split("Attributes:\n")[1]
@@ -404,7 +336,18 @@ def description(owner: type, name: str) -> str:
 _WITHOUT_OPTION = ("num_inference_steps", "timestep_index", "theta_step", "theta_min", "cosine_step")
 
 
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Refuse a value that makes no sense.
+
+    Args:
+        holds: whether it makes sense.
+        name: of the setting.
+        value: that is given.
+        expected: what would make sense.
+
+    Raises:
+        SettingsError: it does not hold.
+    """
     if not holds:
         called = f"`{name}`" if name in _WITHOUT_OPTION else f"--{name.replace('_', '-')}"
         raise SettingsError(f"{called} is {'not given' if value is None else value}, expected: {expected}.")

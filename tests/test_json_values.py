@@ -16,7 +16,8 @@ from nemo_prune.files.json_values import from_json, to_json
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.proof.scores import ScoresUnderMask
 from nemo_prune.release.record import Record
-from nemo_prune.settings import LocalizationSettings, SieveSettings, VerificationSettings
+from nemo_prune.screening.settings import SieveSettings
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
 from records import changed, run_record
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

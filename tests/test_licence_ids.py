@@ -9,7 +9,8 @@ from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.licence_ids import LICENCE_IDS, known_licence
 from nemo_prune.models.source import ModelSource
 from nemo_prune.release.licence import licence_notice, licence_of
-from nemo_prune.settings import LocalizationSettings, SieveSettings, Statement
+from nemo_prune.screening.settings import SieveSettings
+from nemo_prune.settings import LocalizationSettings, Statement
 
 
 def base(folder, card=None):

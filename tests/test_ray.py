@@ -24,7 +24,8 @@ from nemo_prune.models.source import ModelSource, find_again, resolve_model
 from nemo_prune.progress import Listener, Stage, ignored
 from nemo_prune.run import localize_model
 from nemo_prune.screening.screen import sieve_chunk
-from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, SieveSettings
+from nemo_prune.screening.settings import SieveSettings
+from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 

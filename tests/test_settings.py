@@ -1,7 +1,8 @@
 import pytest
 
 from nemo_prune.errors import SettingsError
-from nemo_prune.settings import PRESETS, LocalizationSettings, ModelOptions, Plan, SieveSettings
+from nemo_prune.screening.settings import SieveSettings
+from nemo_prune.settings import PRESETS, LocalizationSettings, ModelOptions, Plan
 
 
 @pytest.mark.parametrize(

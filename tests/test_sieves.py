@@ -9,8 +9,9 @@ from nemo_prune.errors import SettingsError
 from nemo_prune.models.demo import PROMPTS_FILE, TEST_FILE, demo_folder
 from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline
+from nemo_prune.screening.settings import SieveSettings
 from nemo_prune.screening.sieves import Sieves, guidance_alignment, guidance_norm
-from nemo_prune.settings import LocalizationSettings, SieveSettings
+from nemo_prune.settings import LocalizationSettings
 
 CAPTIONS = ["a cat", "a dog", "a rather long caption of a bird", "b"]
 

@@ -17,7 +17,7 @@ from nemo_prune.checkpoint.single_file import is_single_file, read_tensors, writ
 from nemo_prune.errors import ModelError, SettingsError
 from nemo_prune.files.layout import ReleaseLayout, has_ending
 from nemo_prune.models.mask_source import find_mask
-from nemo_prune.settings import ScreenOptions
+from nemo_prune.screening.settings import ScreenOptions
 
 WEIGHTS = {f"layer.{place}.weight": torch.full((2, 2), float(place)) for place in range(6)}
 AVERAGES = {name: tensor + 100 for name, tensor in WEIGHTS.items()}

@@ -8,6 +8,7 @@ import typer
 
 from nemo_prune.cli.console import tell
 from nemo_prune.errors import PromptError
+from nemo_prune.screening.settings import SIEVES, SieveSettings
 from nemo_prune.settings import (
     ABLATIONS,
     DTYPES,
@@ -15,11 +16,9 @@ from nemo_prune.settings import (
     PRESETS,
     PROJECTIONS,
     SEARCHES,
-    SIEVES,
     LocalizationSettings,
     ModelOptions,
     Plan,
-    SieveSettings,
     description,
 )
 

@@ -42,7 +42,8 @@ from nemo_prune.cli.options import (
     ordinary_captions,
     setting,
 )
-from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettings
+from nemo_prune.screening.settings import ScreenOptions, SieveSettings
+from nemo_prune.settings import VerificationSettings
 
 _SIEVE_DEFAULTS = SieveSettings()
 

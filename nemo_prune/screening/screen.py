@@ -21,8 +21,9 @@ from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.images import draw_images, seed_agreement
 from nemo_prune.screening.detection import Cut, Separation, fdr_cut, separation
 from nemo_prune.screening.screened import PASSED_COLUMN, PROMPT_COLUMN, caption_table, write_screened
+from nemo_prune.screening.settings import ScreenOptions, SieveSettings
 from nemo_prune.screening.sieves import Sieves
-from nemo_prune.settings import ScreenOptions, SieveSettings, VerificationSettings
+from nemo_prune.settings import VerificationSettings
 
 Numbered = tuple[int, str]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.errors import ModelError, SettingsError
-from nemo_prune.settings import SieveSettings
+from nemo_prune.screening.settings import SieveSettings
 
 
 def guidance_norm(noise_pred: Tensor, unconditional: Tensor) -> Tensor:
