@@ -56,7 +56,7 @@ from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
 from nemo_prune.stages.bar import AFFORDED
-from nemo_prune.stages.compensate import USUAL_PROMPTS
+from nemo_prune.stages.compensate import usual_moments
 from nemo_prune.stages.localize import WEIGHING_PROMPTS
 from nemo_prune.stages.pursue import CopyLooks
 
@@ -133,7 +133,7 @@ class Comparison:
         self.test = [prompt.text for prompt in read_prompts(folder / TEST_FILE)]
         self.compensation = None
         if arguments.ablation != "zero":
-            self.compensation = Compensation(attended_moments(self.predictor, self.ordinary[-USUAL_PROMPTS:]))
+            self.compensation = Compensation(usual_moments(self.predictor, self.ordinary))
             self.predictor.compensation = self.compensation
         if arguments.ablation == "compensated":
             memorized = attended_moments(self.predictor, self.prompts)

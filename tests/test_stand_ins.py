@@ -320,15 +320,15 @@ def test_a_run_puts_in_what_stands_in_and_its_mask_rebuilds_the_release(
 
 
 def test_a_combined_weight_has_the_same_bits_in_whatever_order_it_is_summed():
-    """All sums are exact: taken column by column, or of weights in another order, they are the same."""
+    """All sums are exact: with the neurons in another order they are the same."""
     generator = torch.Generator().manual_seed(1)
     combination = torch.randn(96, 96, generator=generator)
-    weights = {f"{kind}": torch.randn(32, 96, generator=generator).to(kind) for kind in (torch.float32, torch.float16)}
+    weights = [torch.randn(32, 96, generator=generator).to(kind) for kind in (torch.float32, torch.float16)]
     layers = {MID: torch.zeros(96, dtype=torch.bool)}
     layers[MID][5], combination[:, 5] = True, 0
     mask, order = NeuronMask(layers, {}, {MID: combination}), torch.randperm(96, generator=generator)
     swapped = NeuronMask({MID: layers[MID][order]}, {}, {MID: combination[order][:, order]})
-    for before in weights.values():
+    for before in weights:
         changed = mask.changed_behind(WEIGHT, before)
         assert torch.equal(swapped.changed_behind(WEIGHT, before[:, order]), changed[:, order])
         exact = before.double() @ (torch.eye(96) + combination).double()

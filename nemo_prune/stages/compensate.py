@@ -4,14 +4,25 @@ from collections.abc import Sequence
 
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
+from nemo_prune.engine.compensation import Moments
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.files.kept_tensors import kept_tensors
 from nemo_prune.files.work import WorkFiles
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
 
-# Ordinary prompts that it is measured on: the last ones, because the first are those whose change is looked at.
+# Ordinary prompts that it is measured on.
 USUAL_PROMPTS = 96
+
+
+def usual_moments(predictor: NoisePredictor, texts: Sequence[str]) -> dict[str, Moments]:
+    """What attention takes on ordinary prompts: the last ones, because of the first the change is looked at.
+
+    Args:
+        predictor: the model.
+        texts: ordinary prompts.
+    """
+    return attended_moments(predictor, texts[-USUAL_PROMPTS:])
 
 
 def keep_means(session: LocalSession, texts: Sequence[str], plan: Plan, work: WorkFiles) -> None:
@@ -24,9 +35,7 @@ def keep_means(session: LocalSession, texts: Sequence[str], plan: Plan, work: Wo
         work: where what was measured is kept.
     """
     if plan.ablation != "zero" and texts:
-        measured = kept_tensors(
-            work.usual_moments, lambda: as_tensors(attended_moments(session.predictor, texts[-USUAL_PROMPTS:]))
-        )
+        measured = kept_tensors(work.usual_moments, lambda: as_tensors(usual_moments(session.predictor, texts)))
         session.keep_means(from_tensors(measured))
 
 
