@@ -127,7 +127,8 @@ _KEPT = {
     "zero": "",
     "mean": " Of each neuron its mean on ordinary captions is kept: the biases behind these layers are shifted by it.",
     "compensated": " What kept neurons tell of them on ordinary captions stands in for them, and on memorized captions "
-    "all neurons of these layers are held near their means: weights and biases behind differ from the base's by that.",
+    "all neurons of these layers are held near their means: weights and biases behind differ from the base's by that. "
+    "The mask in this release says by what: this part can be undone without the base, the rows set to zero can't.",
 }
 
 
