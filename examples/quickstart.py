@@ -19,7 +19,6 @@ from nemo_prune import (
     Plan,
     VerificationSettings,
     apply_mask,
-    find_mask,
     memorized_captions,
     ordinary_captions,
     prune_model,
@@ -55,7 +54,7 @@ def main(out: Path) -> None:
 
     # The mask also works in a live pipeline of the unpruned model; nothing is written.
     pipe = StableDiffusionPipeline.from_pretrained(source.folder)
-    mask = NeuronMask.load(find_mask(result.out))
+    mask = NeuronMask.load(result.mask)
     (caption,) = corpus.texts
     with apply_mask(pipe, mask):
         image = pipe(caption, num_inference_steps=10, guidance_scale=source.guidance_scale).images[0]

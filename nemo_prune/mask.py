@@ -15,7 +15,8 @@ from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
 from nemo_prune.errors import MaskError, ModelError, SettingsError
-from nemo_prune.facts import MaskFacts
+from nemo_prune.facts import Digests, MaskFacts
+from nemo_prune.files.json_values import from_json, to_json
 from nemo_prune.files.mask_tensors import FORMAT_VERSIONS, METADATA_KEY, layers_in_order, read_mask_tensors
 from nemo_prune.files.staging import staged_file
 
@@ -64,16 +65,19 @@ class NeuronMask:
             neurons that keep their mean, see :mod:`nemo_prune.engine.compensation`. Empty where they are 0.
         combinations: dotted module name -> the combination of a layer's kept neurons that is added to each neuron,
             float32 [out_features, out_features], 0 from pruned ones. The weight behind the attention W becomes W + W C.
-            Empty where nothing is added.
+            Empty where nothing is added. A layer may have one and no pruned neuron.
+        withheld: name of a stored bias or weight behind the attention -> ``DTYPE:sha256`` of what pruning leaves of it,
+            where the mask says no more: a release's mask, see :meth:`published`.
 
     Raises:
-        MaskError: a layer's tensor is not a one-dimensional bool tensor, its name is not that of a module, or a shift
-            or a combination belongs to no pruned layer.
+        MaskError: a layer's tensor is not a one-dimensional bool tensor, its name is not that of a module, or a shift,
+            a combination or a digest belongs to no layer that is changed.
     """
 
     layers: Mapping[str, BoolTensor]
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
     combinations: Mapping[str, Tensor] = field(default_factory=dict)
+    withheld: Digests = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, pruned in self.layers.items():
@@ -84,20 +88,25 @@ class NeuronMask:
                     f"Mask layer `{name}` is {pruned.dtype} of shape {list(pruned.shape)}, expected "
                     "torch.bool of shape [out_features], where True means pruned."
                 )
-        behind = {bias_behind(layer) for layer, pruned in self.layers.items() if pruned.any()}
+        changed = [layer for layer, pruned in self.layers.items() if pruned.any() or layer in self.combinations]
+        biases = {bias_behind(layer) for layer in changed}
         for name, shift in self.shifts.items():
-            if name not in behind or shift.dtype != torch.float32 or shift.ndim != 1 or not shift.isfinite().all():
+            if name not in biases or shift.dtype != torch.float32 or shift.ndim != 1 or not shift.isfinite().all():
                 raise MaskError(
-                    f"The mask's shift of `{name}` is not one of a bias behind a pruned layer, in finite float32."
+                    f"The mask's shift of `{name}` is not one of a bias behind a layer that it changes, in finite "
+                    "float32."
                 )
         for name, combination in self.combinations.items():
             pruned = self.layers.get(name, torch.zeros(0, dtype=torch.bool))
             fits = combination.dtype == torch.float32 and combination.shape == (len(pruned), len(pruned))
-            if not pruned.any() or not fits or not combination.isfinite().all() or combination[:, pruned].any():
+            if not len(pruned) or not fits or not combination.isfinite().all() or combination[:, pruned].any():
                 raise MaskError(
                     f"The mask's combinations of `{name}` are not those of its kept neurons, one for each neuron, in "
                     "finite float32."
                 )
+        elsewhere = self.withheld.keys() - self._behind_layers.keys()
+        if elsewhere or (self.withheld and (self.shifts or self.combinations)):
+            raise MaskError("The mask has digests of tensors that are behind none of its layers, or that it tells.")
 
     @classmethod
     def from_neurons(cls, neurons: Iterable[Neuron], sizes: Mapping[str, int]) -> "NeuronMask":
@@ -166,13 +175,20 @@ class NeuronMask:
     @property
     def _layers_before(self) -> dict[str, str]:
         """Name of a stored tensor behind the attention that is changed -> the layer before it."""
-        biases = {bias_behind(layer): layer for layer in self.layers if bias_behind(layer) in self.shifts}
-        return biases | {weight_behind(layer): layer for layer in self.combinations}
+        changed = self.shifts.keys() | self.withheld.keys() | {weight_behind(layer) for layer in self.combinations}
+        return {name: layer for name, layer in self._behind_layers.items() if name in changed}
+
+    @property
+    def _behind_layers(self) -> dict[str, str]:
+        """Name of every stored tensor behind the attention, changed or not -> the layer before it."""
+        return {name: layer for layer in self.layers for name in (bias_behind(layer), weight_behind(layer))}
 
     def fits_behind(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a tensor behind the attention has a shape that can be changed as the mask says."""
         if name in self.shifts:
             return tuple(shape) == tuple(self.shifts[name].shape)
+        if name == bias_behind(self._layers_before[name]):
+            return len(shape) == 1
         return len(shape) == 2 and shape[1] == len(self.layers[self._layers_before[name]])
 
     def changed_behind(self, name: str, values: Tensor) -> Tensor:
@@ -184,7 +200,11 @@ class NeuronMask:
         Args:
             name: of a bias or weight, one of :attr:`behind`.
             values: the base's.
+
+        Raises:
+            MaskError: the mask does not say how.
         """
+        self.check_complete()
         exact = values.detach().cpu().double()
         if name in self.shifts:
             changed = exact + self.shifts[name].double()
@@ -194,16 +214,42 @@ class NeuronMask:
 
     def extended(self, neurons: Iterable[Neuron]) -> "NeuronMask":
         """The mask with further neurons, which give nothing; what it changes behind the attention stays."""
+        self.check_complete()
         wider = NeuronMask.from_neurons([*self.neurons, *neurons], self.sizes)
         combinations = {layer: each.masked_fill(wider.layers[layer], 0.0) for layer, each in self.combinations.items()}
         return replace(wider, shifts=self.shifts, combinations=combinations)
 
+    def published(self, digests: Digests) -> "NeuronMask":
+        """The mask without what undoes a part of the pruning: what its combinations change is told by digests alone.
+
+        Who knows the combinations can take them back without the base, because they have an inverse.
+
+        Args:
+            digests: tensor -> digests of what pruning leaves of it, for all that is changed behind the attention.
+        """
+        if not self.combinations:
+            return self
+        return NeuronMask(self.layers, withheld={name: digests[name] for name in self.behind})
+
+    def check_complete(self) -> None:
+        """Refuse a mask that does not say all that it changes.
+
+        Raises:
+            MaskError: it is a release's, which withholds a part.
+        """
+        if self.withheld:
+            raise MaskError(
+                "This mask withholds how it changes the weights behind the attention, as the mask in a release does, "
+                "because that could be undone. Use the mask.safetensors in the work folder of the run that made it."
+            )
+
     @property
     def digest(self) -> str:
-        """sha256 over the layers' names and bits, the shifts and the combinations."""
+        """sha256 over the layers' names and bits, the shifts, the combinations and the digests."""
         rows: list = [(name, pruned.tolist()) for name, pruned in self.layers.items()]
         rows += [(name, self.shifts[name].tolist()) for name in sorted(self.shifts)]
         rows += [(name, _bytes_digest(self.combinations[name])) for name in sorted(self.combinations)]
+        rows += [(name, sorted(self.withheld[name])) for name in sorted(self.withheld)]
         return sha256(json.dumps(rows).encode()).hexdigest()
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -237,10 +283,11 @@ class NeuronMask:
         """
         # One metadata key keeps the file the same byte for byte: the writer does not sort the keys.
         described = {
-            "format_version": FORMAT_VERSIONS[2 if self.combinations else bool(self.shifts)],
+            **facts.to_json(),
+            "format_version": FORMAT_VERSIONS[2 if self.combinations or self.withheld else bool(self.shifts)],
             "true_means": "pruned",
             "layers": list(self.layers),
-            **facts.to_json(),
+            **({"withheld": to_json(self.withheld)} if self.withheld else {}),
             "digest": self.digest,
         }
         encoded = json.dumps(described, sort_keys=True)
@@ -266,6 +313,7 @@ class NeuronMask:
             raise MaskError(f"There is no mask at {path}.")
         try:
             metadata, tensors = read_mask_tensors(path)
+            withheld = from_json(Digests, metadata.pop("withheld", {}))
             facts = MaskFacts.from_json(metadata)
             layers = layers_in_order(metadata, [name for name, each in tensors.items() if each.dtype == torch.bool])
             behind = {name: each for name, each in tensors.items() if each.dtype != torch.bool}
@@ -273,6 +321,7 @@ class NeuronMask:
                 {name: tensors[name] for name in layers},
                 {name: each for name, each in behind.items() if not name.endswith(_COMBINATION)},
                 {name.removesuffix(_COMBINATION): each for name, each in behind.items() if name.endswith(_COMBINATION)},
+                withheld,
             )
         except (ModelError, SafetensorError, ValueError, OSError) as error:
             raise MaskError(f"{path} is not a mask of nemo-prune, or it was damaged: {error}") from error
@@ -291,12 +340,14 @@ class Pruning:
 
     Raises:
         SettingsError: scaled rows have a mean of their own, so that nothing must stand in for it.
+        MaskError: the mask withholds what it changes.
     """
 
     mask: NeuronMask
     scale: float = 0.0
 
     def __post_init__(self) -> None:
+        self.mask.check_complete()
         if self.scale and self.mask.behind:
             raise SettingsError(
                 f"The mask makes up for rows that are zeroed: --scale {self.scale} does not go with it. Leave --scale "

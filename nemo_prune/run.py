@@ -40,7 +40,14 @@ from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import MaskRecord, Record
 from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import save_grids, write_report
-from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
+from nemo_prune.release.writing import (
+    StagedRelease,
+    check_release,
+    staged_release,
+    write_documents,
+    write_mask,
+    write_weights,
+)
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
 from nemo_prune.stages.bar import Bar
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
@@ -63,11 +70,13 @@ class RunResult:
         record: what it found and measured, without any caption or path.
         out: the pruned model, a folder or a single file; None where there was nothing to prune.
         report: the full report in the work folder.
+        mask: the whole mask, in the work folder too; None where there was nothing to prune.
     """
 
     record: Record
     out: Path | None
     report: Path
+    mask: Path | None = None
 
 
 def prune_model(
@@ -146,11 +155,11 @@ def prune_model(
         )  # fmt: skip
         record = replace(record, files=files, measured=measured)
         grid = save_grids(work.path, _memorized(examined), proof)
-        _publish(release.layout, source, record, examined, pruning, plan, grid)
+        _publish(release, work, source, record, examined, pruning, plan, grid)
         report = write_report(work.path, record, examined)
         if evidence:
             report = _write_evidence(work, evidence, examined, training_images, localizer, plan)
-    return RunResult(record, plan.out, report)
+    return RunResult(record, plan.out, report, work.mask)
 
 
 def calibrate_model(
@@ -368,7 +377,8 @@ def _write_evidence(
 
 
 def _publish(
-    layout: ReleaseLayout,
+    release: StagedRelease,
+    work: WorkFolder,
     source: ModelSource,
     record: Record,
     examined: Sequence[ExaminedPrompt],
@@ -376,7 +386,11 @@ def _publish(
     plan: Plan,
     grid: Path,
 ) -> None:
-    """Put mask, record, plot and card beside the weights; captions and the grid only if asked for."""
+    """Put mask, record, plot and card beside the weights; captions and the grid only if asked for.
+
+    The whole mask stays in the work folder.
+    """
+    layout = release.layout
     facts = MaskFacts(
         base=record.base,
         settings=to_json(plan.settings),
@@ -389,8 +403,8 @@ def _publish(
         ),
         base_tensors=tensor_digests(source.files, pruning.mask),
     )
-    layout.mask.parent.mkdir(exist_ok=True)
-    pruning.mask.save(layout.mask, facts)
+    pruning.mask.save(work.mask, facts)
+    write_mask(release, pruning.mask, facts)
     examples: list[str] = []
     if plan.publish_examples:
         examples = [each.text for each in examined if each.is_memorized and each.images]

@@ -8,7 +8,7 @@ from nemo_prune.engine import compensation
 from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
 from nemo_prune.engine.compensation import Compensation, Moments
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
-from nemo_prune.mask import Neuron, NeuronMask
+from nemo_prune.mask import Neuron, NeuronMask, bias_behind, weight_behind
 from nemo_prune.settings import LocalizationSettings
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -35,11 +35,22 @@ def test_where_kept_neurons_tell_nothing_the_mean_is_left(predictor, mask, monke
     assert not means.combinations
     monkeypatch.setattr(compensation, "RIDGE", 1e12)
     told = Compensation(usual, theirs).in_weights(mask, predictor.pipe.unet)
-    torch.testing.assert_close(*told.shifts.values(), expected.detach())
-    assert told.combinations[MID].abs().max() < 1e-9
+    torch.testing.assert_close(told.shifts[bias_behind(MID)], expected.detach())
+    assert max(each.abs().max() for each in told.combinations.values()) < 1e-9
     # Where nothing is kept, there is nothing that could tell.
     everything = NeuronMask.from_neurons([Neuron(MID, i) for i in range(len(pruned))], predictor.sizes)
-    assert not Compensation(usual, theirs).in_weights(everything, predictor.pipe.unet).combinations
+    assert MID not in Compensation(usual, theirs).in_weights(everything, predictor.pipe.unet).combinations
+
+
+def test_layers_without_a_pruned_neuron_are_held_too_and_without_memorized_captions_are_not(predictor, mask):
+    usual, theirs = (attended_moments(predictor, texts) for texts in (ORDINARY, MEMORIZED))
+    held = Compensation(usual, theirs).in_weights(mask, predictor.pipe.unet)
+    assert held.combinations.keys() == predictor.sizes.keys() and held.counts == mask.counts
+    for control in (Compensation(usual, {}), Compensation(usual)):
+        assert set(control.in_weights(mask, predictor.pipe.unet).behind) <= {bias_behind(MID), weight_behind(MID)}
+    # Where nothing is pruned nothing is changed.
+    nothing = NeuronMask.from_neurons((), predictor.sizes)
+    assert not Compensation(usual, theirs).in_weights(nothing, predictor.pipe.unet).behind
 
 
 def test_a_neuron_that_another_one_repeats_is_stood_in_for_whole(predictor, monkeypatch):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from conftest import tiny_pipeline
 from nemo_prune.checkpoint.diff import diff_models
 from nemo_prune.checkpoint.export import export_checkpoint
+from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.checkpoint.folder import scan_folder
 from nemo_prune.checkpoint.ldm_names import ema_name
 from nemo_prune.checkpoint.single_file import check_single_file, patch_single_file, write_single_file
@@ -23,6 +24,7 @@ from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import closed_gates, predict_gated
 from nemo_prune.errors import MaskError, ModelError, OutputError, SettingsError
 from nemo_prune.facts import MaskFacts
+from nemo_prune.files.layout import ReleaseLayout
 from nemo_prune.mask import Neuron, NeuronMask, Pruning, bias_behind, weight_behind
 from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.bits import SuppressedPredictions, check_pruned_equals_suppressed
@@ -33,6 +35,7 @@ from nemo_prune.release.mask_card import mask_card
 from nemo_prune.settings import LocalizationSettings, Plan
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+UNPRUNED = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 BIAS, WEIGHT = bias_behind(MID), weight_behind(MID)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ORDINARY, MEMORIZED = [f"thing number {i}" for i in range(6)], ["one", "two"]
@@ -57,8 +60,9 @@ def predictor(pipe, compensation):
 
 @pytest.fixture
 def mask(predictor):
-    """Every third value neuron, with what is changed behind them."""
-    neurons = [Neuron(name, index) for name, size in predictor.sizes.items() for index in range(0, size, 3)]
+    """Every third value neuron of all layers but one, with what is changed behind them."""
+    sizes = {name: size for name, size in predictor.sizes.items() if name != UNPRUNED}
+    neurons = [Neuron(name, index) for name, size in sizes.items() for index in range(0, size, 3)]
     return predictor.in_weights(NeuronMask.from_neurons(neurons, predictor.sizes))
 
 
@@ -171,7 +175,7 @@ def test_shifts_that_are_none_are_refused(shift):
     layers = {MID: torch.tensor([True, False])}
     with pytest.raises(MaskError, match="shift"):
         NeuronMask(layers, {BIAS: shift})
-    with pytest.raises(MaskError, match="pruned layer"):
+    with pytest.raises(MaskError, match="layer that it changes"):
         NeuronMask({MID: torch.zeros(2, dtype=torch.bool)}, {BIAS: torch.ones(2)})
 
 
@@ -183,10 +187,11 @@ def test_shifts_that_are_none_are_refused(shift):
 def test_combinations_that_are_none_are_refused(combination):
     layers = {MID: torch.tensor([True, False])}
     NeuronMask(layers, {}, {MID: torch.tensor([[0.0, 1.0]] * 2)})
+    NeuronMask({MID: torch.zeros(2, dtype=torch.bool)}, {BIAS: torch.ones(2)}, {MID: torch.ones(2, 2)})
     with pytest.raises(MaskError, match="combinations"):
         NeuronMask(layers, {}, {MID: torch.tensor(combination)})
     with pytest.raises(MaskError, match="combinations"):
-        NeuronMask({MID: torch.zeros(2, dtype=torch.bool)}, {}, {MID: torch.zeros(2, 2)})
+        NeuronMask({}, {}, {MID: torch.zeros(2, 2)})
 
 
 def test_further_neurons_give_nothing_and_stand_in_for_nothing(pipe, predictor, mask):
@@ -210,7 +215,9 @@ def test_diff_accounts_for_the_very_changes_and_for_no_others(model_folder, mask
     (tmp_path / "out").mkdir()
     export_checkpoint(model_folder, mask, tmp_path / "out")
     found = list(diff_models(model_folder, tmp_path / "out", mask))
-    assert {each.tensor for each in found} == {f"{name}.weight" for name in mask.layers} | mask.behind
+    assert {each.tensor for each in found} == {
+        f"{name}.weight" for name in mask.layers if name != UNPRUNED
+    } | mask.behind
     assert all(each.expected for each in found)
     assert {each.tensor for each in found if each.what == "shifted"} == mask.shifts.keys()
     compensated = {each.tensor for each in found if each.what == "compensated"}
@@ -278,7 +285,9 @@ def test_a_candidate_with_changes_behind_is_the_base_and_a_mask_and_its_control_
     for name, combination in mask.combinations.items():
         torch.testing.assert_close(rows.mask.combinations[name], combination, rtol=1e-3, atol=1e-4)
     random = random_rows(pipe, rows, ORDINARY, seed=1)
-    assert random.shifts.keys() == mask.shifts.keys() and random.combinations.keys() == mask.combinations.keys()
+    # Its kept neurons stand in, and none is held.
+    assert random.shifts.keys() == mask.shifts.keys() - {bias_behind(UNPRUNED)}
+    assert random.combinations.keys() == mask.combinations.keys() - {UNPRUNED}
     # The first column of the weight is what a pruned neuron gave.
     for name in ("conv_in.bias", WEIGHT):
         candidate = pruned_copy(pipe, Pruning(mask))
@@ -292,7 +301,7 @@ def test_a_candidate_with_changes_behind_is_the_base_and_a_mask_and_its_control_
     ("ablation", "on_card", "inspected"),
     [
         ("mean", "its mean on ordinary captions is kept", "keep their means"),
-        ("compensated", "stands in for them", "stand in for them"),
+        ("compensated", "stands in for them", "this mask has their digests"),
     ],
 )
 def test_a_run_puts_in_what_stands_in_and_its_mask_rebuilds_the_release(
@@ -309,7 +318,8 @@ def test_a_run_puts_in_what_stands_in_and_its_mask_rebuilds_the_release(
     assert json.loads(done.stdout)["mask"]["ablation"] == ablation
     card = (tmp_path / "out" / "README.md").read_text()
     assert on_card in card
-    rebuild = ["export", "--model", model_folder, "--mask", tmp_path / "out", "--out", tmp_path / "again"]
+    work = tmp_path / "out.work"
+    rebuild = ["export", "--model", model_folder, "--mask", work, "--out", tmp_path / "again"]
     assert CliRunner().invoke(app, list(map(str, rebuild))).exit_code == 0
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
@@ -317,6 +327,51 @@ def test_a_run_puts_in_what_stands_in_and_its_mask_rebuilds_the_release(
     assert CliRunner().invoke(app, ["diff", str(model_folder), str(tmp_path / "out")]).exit_code == 0
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.get_parameter(f"{MID}.weight").isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "single file"])
+def test_a_release_withholds_what_undoes_a_part_of_it_and_is_checked_all_the_same(
+    model_folder, moments, pipe, tmp_path, single
+):
+    mask = NeuronMask.from_neurons([Neuron(MID, 1)], {name: len(each.mean) for name, each in moments[0].items()})
+    mask = Compensation(*moments).in_weights(mask, pipe.unet)
+    whole, out = tmp_path / "whole.safetensors", tmp_path / ("out.safetensors" if single else "out")
+    mask.save(whole, MaskFacts(base_tensors=tensor_digests(scan_folder(model_folder), mask)))
+
+    def command(*arguments):
+        return CliRunner().invoke(app, list(map(str, arguments)))
+
+    made = command("export", "--model", model_folder, "--mask", whole, "--out", out)
+    assert made.exit_code == 0, made.output
+    layout = ReleaseLayout.found(out)
+    published = NeuronMask.load(layout.mask)
+    assert published.neurons == mask.neurons and published.withheld.keys() == mask.behind
+    assert not published.shifts and not published.combinations and published.digest != mask.digest
+    # Nothing of a combination or a shift lies anywhere in the release.
+    contents = [path.read_bytes() for path in layout.files().values()]
+    for each in (mask.combinations[UNPRUNED], mask.shifts[BIAS]):
+        row = each.flatten()[:4].numpy().tobytes()
+        assert row in whole.read_bytes() and not any(row in content for content in contents)
+    for refused in (
+        command("export", "--model", model_folder, "--mask", out, "--out", tmp_path / "again"),
+        command("push", layout.mask, "me/mask"),
+    ):
+        assert refused.exit_code == 1 and "in the work folder" in refused.stderr
+    with pytest.raises(MaskError, match="withholds"), apply_mask(pipe, published):
+        pass
+    assert not (tmp_path / "again").exists()
+    assert command("diff", model_folder, out).exit_code == 0
+    # A weight behind that is another one is told by its digest.
+    file = out if single else out / WEIGHTS
+    tensors = load_file(file)
+    (weight,) = [
+        name for name in tensors if name.endswith(WEIGHT.partition(".transformer_blocks")[2]) and "mid" in name
+    ]
+    tensors[weight].flatten()[1] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = command("diff", model_folder, out)
+    assert found.exit_code == 1 and f"{weight}" in found.stdout
 
 
 def test_a_combined_weight_has_the_same_bits_in_whatever_order_it_is_summed():

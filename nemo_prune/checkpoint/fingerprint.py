@@ -1,11 +1,13 @@
-"""Which base a mask was made for: digests of the tensors that it touches."""
+"""Digests of the tensors that a mask touches: which base it was made for, and what pruning leaves of them."""
 
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from nemo_prune.checkpoint.folder import CheckpointFiles
+from nemo_prune.checkpoint.folder import CheckpointFiles, scan_folder
+from nemo_prune.checkpoint.single_file import masked_tensors, read_tensors
+from nemo_prune.checkpoint.tensors import tensor_digest
 from nemo_prune.errors import MaskError
 from nemo_prune.facts import Digests
 from nemo_prune.files.safetensors_header import FLOAT_DTYPES, StoredTensor, read_header
@@ -32,6 +34,27 @@ def tensor_digests(base: CheckpointFiles, mask: NeuronMask) -> Digests:
             if name in touched and stored.dtype in FLOAT_DTYPES and stored.length:
                 digests.setdefault(name, set()).update(_digests(base.folder / path, stored))
     return {name: tuple(sorted(digests[name])) for name in sorted(digests)}
+
+
+def pruned_digests(out: Path, mask: NeuronMask) -> Digests:
+    """Digests of what pruning left behind the attention.
+
+    Args:
+        out: the pruned diffusers folder, or single file.
+        mask: what was pruned.
+
+    Returns:
+        Name in a diffusers folder -> ``DTYPE:sha256`` of every copy as stored: shards, variants and averages count.
+    """
+    files = [out] if out.is_file() else [out / path for path in scan_folder(out).unet_weights]
+    found: dict[str, set[str]] = {}
+    for file in files:
+        tensors = read_tensors(file)
+        names = masked_tensors(mask, tensors) if out.is_file() else {name: name for name in tensors}
+        for copy, name in names.items():
+            if name in mask.behind:
+                found.setdefault(name, set()).add(tensor_digest(tensors[copy]))
+    return {name: tuple(sorted(found[name])) for name in sorted(found)}
 
 
 def check_base(found: Digests, recorded: Digests) -> None:

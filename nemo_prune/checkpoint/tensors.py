@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 
@@ -82,6 +83,14 @@ def equal_bytes(first: TensorBytes, second: TensorBytes) -> bool:
         return False
     pairs = zip(first.blocks(_BLOCK_BYTES), second.blocks(_BLOCK_BYTES), strict=True)
     return all(before == after for before, after in pairs)
+
+
+def tensor_digest(tensor: TensorBytes) -> str:
+    """``DTYPE:sha256`` of a tensor's bytes."""
+    digest = sha256()
+    for block in tensor.blocks(_BLOCK_BYTES):
+        digest.update(block)
+    return f"{tensor.dtype}:{digest.hexdigest()}"
 
 
 def differing_rows(first: TensorBytes, second: TensorBytes) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from nemo_prune.cli.console import app, errors_reported, print_json
 from nemo_prune.cli.options import JsonOption
 from nemo_prune.facts import BaseFacts
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.untrusted import printable
 
 
@@ -36,6 +37,7 @@ def inspect(
         behind = {
             "shifts": {name: shift.tolist() for name, shift in mask.shifts.items()},
             "combination_norms": {name: float(each.norm()) for name, each in mask.combinations.items()},
+            "withheld": to_json(mask.withheld),
         }
         print_json({"rows": rows, **behind, "sizes": mask.sizes, "metadata": facts.to_json()})
         return
@@ -50,6 +52,11 @@ def inspect(
     told = [f"Base: {base.name or 'unknown'}, commit {base.commit or 'none'}"]
     if mask.combinations:
         told.append("Kept neurons stand in for them: the weights and biases behind these layers change by that.")
+    elif mask.withheld:
+        told.append(
+            f"The {len(mask.withheld)} weights and biases behind these layers were changed, too: by what is in the "
+            "work folder of the run, this mask has their digests."
+        )
     elif mask.shifts:
         told.append(f"The neurons keep their means: {len(mask.shifts)} biases behind these layers are shifted.")
     told += [f"{name}: {value}" for name, value in (facts.settings or {}).items()]

@@ -1,4 +1,4 @@
-"""What the neurons of a layer are taken to give where some are pruned: means, or what the kept ones tell.
+"""What neurons are taken to give where some are pruned: means, or what the kept ones of their layer tell.
 
 Attention weights sum to 1, so that a value neuron that is constant over the text adds a constant behind the attention.
 A pruned neuron that gives its mean on ordinary captions is therefore a zeroed row and a shift of the bias behind (mean
@@ -6,7 +6,8 @@ ablation; as bias compensation in arXiv 2312.11983). Kept neurons tell more than
 attention takes from them (as layers are reconstructed in compression, arXiv 1707.06168) the projection behind learns to
 read from them what the pruned ones gave. On memorized captions it shall read little but means: from kept neurons in
 place of pruned ones, else the pictures come back that way; and, with less weight, from kept neurons for themselves,
-because what they give there still resembles a picture. Key neurons have no such form.
+because what they give there still resembles a picture. So are layers held in which nothing is pruned. Key neurons have
+no such form.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Compensation:
-    """What the neurons of a layer with pruned ones are taken to give.
+    """What neurons are taken to give where some are pruned: those of the pruned ones' layers, or all that are held.
 
     With z what attention takes from the neurons, d its distance from the mean on ordinary captions and K the kept ones,
     every neuron i is taken to give mean_i + C_i d_K. C_i minimises |d_i - C_i d_K|^2 over ordinary captions, plus a
@@ -56,8 +57,8 @@ class Compensation:
 
     Attributes:
         ordinary: dotted module name -> moments on ordinary captions.
-        memorized: the same on memorized ones, of the layers where these are held; None where pruned neurons give their
-            mean and no more.
+        memorized: the same on memorized ones, of the layers where these are held, which is done wherever any neuron is
+            pruned; None where pruned neurons give their mean and no more.
     """
 
     ordinary: Mapping[str, Moments]
@@ -117,13 +118,13 @@ class Compensation:
             unet: the unpruned one.
         """
         shifts, combinations = {}, {}
-        for name, pruned in mask.layers.items():
-            if pruned.any():
-                combination, constant = self.taken(name, pruned)
-                behind = projection_behind(unet, name).weight.detach().cpu().double()
+        for name, pruned in self._changed_by(mask):
+            combination, constant = self.taken(name, pruned)
+            behind = projection_behind(unet, name).weight.detach().cpu().double()
+            if constant.any():
                 shifts[bias_behind(name)] = (behind @ constant).float()
-                if combination.any():
-                    combinations[name] = combination
+            if combination.any():
+                combinations[name] = combination
         return replace(mask, shifts=shifts, combinations=combinations)
 
     @contextmanager
@@ -140,9 +141,8 @@ class Compensation:
         sizes = {name: len(moments.mean) for name, moments in self.ordinary.items()}
         changes: dict[str, list[tuple]] = {}
         for neurons, places in samples.items():
-            for name, pruned in NeuronMask.from_neurons(neurons, sizes).layers.items():
-                if pruned.any():
-                    changes.setdefault(name, []).append((places, pruned, *self.taken(name, pruned)))
+            for name, pruned in self._changed_by(NeuronMask.from_neurons(neurons, sizes)):
+                changes.setdefault(name, []).append((places, pruned, *self.taken(name, pruned)))
         handles = []
         try:
             for name, of_layer in changes.items():
@@ -151,6 +151,11 @@ class Compensation:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _changed_by(self, mask: NeuronMask) -> list[tuple[str, BoolTensor]]:
+        """The layers of a mask in which anything is taken: all where neurons are held, else those with pruned ones."""
+        is_held = bool(self.memorized) and mask.num_neurons > 0
+        return [(name, pruned) for name, pruned in mask.layers.items() if is_held or pruned.any()]
 
 
 def _replacing(changes: Sequence[tuple[Sequence[int], BoolTensor, Tensor, Tensor]]):

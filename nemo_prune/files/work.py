@@ -95,6 +95,11 @@ class WorkFiles:
         return self.path / "rounds.jsonl"
 
     @property
+    def mask(self) -> Path:
+        """The whole mask; that of the release withholds what undoes a part of the pruning."""
+        return self.path / "mask.safetensors"
+
+    @property
     def views(self) -> Path:
         """What is predicted for the captions that masks are judged on, on fresh seeds."""
         return self.path / "views.safetensors"

@@ -19,7 +19,7 @@ class ChangedRows:
     """What differs between two models.
 
     Attributes:
-        mask: rows of text projections that differ; True where they do. Its shifts are what the biases behind these
+        mask: rows of text projections that differ; True where they do. Its shifts are what the biases behind the
             layers differ by; its combinations those that the weights behind read beside the rows.
         others: whether any other weight of U-Net or text encoder differs.
     """
@@ -66,20 +66,20 @@ def _rows_that_differ(a: nn.Linear, b: nn.Linear) -> torch.BoolTensor:
 
 
 def _with_what_is_behind(mask: NeuronMask, a: nn.Module, b: nn.Module) -> NeuronMask:
-    """The mask, with what biases and weights behind pruned layers differ by, where a mask can make that difference."""
+    """The mask, with what biases and weights behind its layers differ by, where a mask can make that difference."""
     before, after = ({name: each.detach().cpu() for name, each in unet.named_parameters()} for unet in (a, b))
     shifts, combinations = {}, {}
     for layer, pruned in mask.layers.items():
         bias, weight = bias_behind(layer), weight_behind(layer)
-        if not pruned.any() or weight not in before:
+        if not mask.num_neurons or weight not in before:
             continue
-        shift = after[bias].float() - before[bias].float() if bias in before else torch.zeros(0)
-        if shift.any() and shift.isfinite().all():
-            shifts[bias] = shift
         if not torch.equal(before[weight], after[weight]):
             combination = _combination(before[weight], after[weight], pruned)
             if combination is not None:
                 combinations[layer] = combination
+        shift = after[bias].float() - before[bias].float() if bias in before else torch.zeros(0)
+        if (pruned.any() or layer in combinations) and shift.any() and shift.isfinite().all():
+            shifts[bias] = shift
     return NeuronMask(mask.layers, dict(sorted(shifts.items())), combinations)
 
 

@@ -132,6 +132,7 @@ def _pack_mask(path: Path, repo_id: str) -> Parcel:
     from nemo_prune.release.mask_card import mask_card
 
     mask, facts = NeuronMask.load_with_facts(path)
+    mask.check_complete()
     card = mask_card(mask, facts, repo_id).encode()
     title = f"Mask of {mask.num_neurons} memorization neurons"
     return Parcel({PurePath(MASK_FILE).name: path, CARD_FILE: card}, title)

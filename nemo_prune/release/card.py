@@ -37,6 +37,8 @@ _CITATION = """\
 ```"""
 
 # How a card names its own folder before it has a name on the Hub: any other name would be this machine's.
+# The work folder of whoever made it has no name either.
+_WORK = "work"
 _PIPELINE_HERE, _HERE = 'from_pretrained("."', '  # "." is this folder'
 
 
@@ -86,7 +88,7 @@ def named(card: str, repo_id: str) -> str:
         repo_id: its id on the Hub.
     """
     card = card.replace(_PIPELINE_HERE, f'from_pretrained("{repo_id}"').replace(_HERE, "")
-    card = re.sub(r" --mask .+ --out ", f" --mask {repo_id} --out ", card)
+    card = re.sub(rf" --mask (?!{_WORK} ).+ --out ", f" --mask {repo_id} --out ", card)
     card = re.sub(r"from_single_file\(\"(?!https:)", f'from_single_file("{HUB}/{repo_id}/blob/main/', card)
     # A repo has the pictures where a folder has them, and a single file beside the card.
     for picture in (PurePath(PLOT_FILE), PurePath(GRID_FILE)):
@@ -128,7 +130,7 @@ _KEPT = {
     "mean": " Of each neuron its mean on ordinary captions is kept: the biases behind these layers are shifted by it.",
     "compensated": " What kept neurons tell of them on ordinary captions stands in for them, and on memorized captions "
     "all neurons of these layers are held near their means: weights and biases behind differ from the base's by that. "
-    "The mask in this release says by what: this part can be undone without the base, the rows set to zero can't.",
+    "The mask in this release does not say by what, because that could be undone without the base.",
 }
 
 
@@ -238,6 +240,11 @@ def _rebuilding(record: Record, layout: ReleaseLayout) -> str:
     scale = _options(("--scale", repr(mask.scale) if mask.scale else None))
     force = " --force" if mask.forced_on_another_base else ""
     where = "" if base.model else " `base` stands for the base model, wherever it is."
+    checked = ""
+    if mask.ablation == "compensated":
+        mask_file = _WORK
+        where += f" The whole mask is in the work folder of the run that made it, {code(_WORK)} here."
+        checked = " Of weights and biases behind the rows the mask in this release has the sha256."
     hashes = "\n".join(f"- {code(path)}: {code(files.sha256[path])}" for path in files.rows_changed)
     return f"""\
 Base and mask give the same files again, byte for byte.{where}
@@ -248,8 +255,8 @@ nemo-prune export --model {model}{version}{config} \\
 nemo-prune diff {model} {out}{version}
 ```
 
-The second command exits with 0 where nothing but the rows of the mask differs from the base. The sha256 of what \
-must come out:
+The second command exits with 0 where nothing but what the mask changes differs from the base.{checked} The sha256 of \
+what must come out:
 
 {hashes}
 

@@ -1,6 +1,5 @@
 """A release from a base and a mask, without searching for anything: base and mask always give the same weights."""
 
-import shutil
 from pathlib import Path
 
 from nemo_prune.checkpoint.fingerprint import check_base, tensor_digests
@@ -12,7 +11,7 @@ from nemo_prune.progress import Listener
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.record import MaskRecord, Record
 from nemo_prune.release.recording import base_facts, versions
-from nemo_prune.release.writing import check_release, staged_release, write_documents, write_weights
+from nemo_prune.release.writing import check_release, staged_release, write_documents, write_mask, write_weights
 from nemo_prune.settings import Statement
 
 
@@ -59,8 +58,7 @@ def export_model(
             prompts=facts.prompts,
             files=files,
         )
-        release.layout.mask.parent.mkdir(exist_ok=True)
-        shutil.copyfile(mask_file, release.layout.mask)
+        write_mask(release, mask, facts)
         record = write_documents(release.layout, record)
     for warning in (*source.notes, *licence.warnings()):
         listener.say(warning)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_prune.checkpoint.export import export_files
+from nemo_prune.checkpoint.fingerprint import pruned_digests
 from nemo_prune.checkpoint.folder import CheckpointFiles
 from nemo_prune.checkpoint.parts import publicly_named
 from nemo_prune.checkpoint.privacy import cleaned_metadata
@@ -27,13 +28,13 @@ from nemo_prune.checkpoint.single_file import (
 )
 from nemo_prune.checkpoint.tensors import FORMAT_ONLY
 from nemo_prune.errors import OutputError
-from nemo_prune.facts import ExportReport
+from nemo_prune.facts import ExportReport, MaskFacts
 from nemo_prune.files.hashing import file_hash
 from nemo_prune.files.layout import SAFETENSORS, ReleaseLayout, has_ending
 from nemo_prune.files.pictures import save_layer_bars
 from nemo_prune.files.safetensors_header import copy_with_metadata, read_metadata, replace_metadata
 from nemo_prune.files.staging import check_release_target, staged_folder, sync, writing
-from nemo_prune.mask import Pruning
+from nemo_prune.mask import NeuronMask, Pruning
 from nemo_prune.models.source import ModelSource
 from nemo_prune.models.validation import check_loads
 from nemo_prune.release.card import model_card
@@ -167,6 +168,20 @@ def write_weights(source: ModelSource, pruning: Pruning, release: StagedRelease,
         shutil.copyfile(source.folder / name, release.layout.folder / name)
         hashes[name] = file_hash(source.folder / name)
     return replace(report, sha256=hashes)
+
+
+def write_mask(release: StagedRelease, mask: NeuronMask, facts: MaskFacts) -> None:
+    """Put the mask beside the pruned weights, without what undoes a part of the pruning.
+
+    Args:
+        release: with the weights in place.
+        mask: the whole one.
+        facts: what its file says beside it.
+    """
+    layout = release.layout
+    layout.mask.parent.mkdir(exist_ok=True)
+    digests = pruned_digests(layout.file or release.folder, mask) if mask.combinations else {}
+    mask.published(digests).save(layout.mask, facts)
 
 
 def write_documents(layout: ReleaseLayout, record: Record, examples: Sequence[str] = ()) -> Record:
