@@ -243,8 +243,8 @@ class Plan:
             is the paper's, is left as it is.
         ablation: what a pruned neuron still gives: ``zero``: nothing, as in the paper; ``mean``: its mean on ordinary
             captions: its row is zeroed, and the bias behind the attention is shifted; ``compensated``: also what the
-            kept neurons of its layer tell of it on ordinary captions; on memorized ones all of the layer are held near
-            their means: the weight behind the attention changes, too. (default: compensated; zero with the union, with
+            kept neurons of its layer tell of it on ordinary captions; on memorized ones all neurons are held near
+            their means: the weights behind the attention change, too. (default: compensated; zero with the union, with
             key rows and with --scale)
         max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
             suppressed changes: the most costly neurons are spared until it is kept, and the record says what that

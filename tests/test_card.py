@@ -36,6 +36,7 @@ from nemo_prune.errors import OutputError, SettingsError
 from nemo_prune.facts import BaseFacts, Cost, MaskFacts
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import GRID_FILE, MASK_FILE, PLOT_FILE, RECORD_FILE, ReleaseLayout
+from nemo_prune.files.work import WorkFiles
 from nemo_prune.mask import Neuron, NeuronMask, Pruning
 from nemo_prune.models.source import ModelSource, resolve_model
 from nemo_prune.proof.images import ImageEvidence
@@ -47,6 +48,7 @@ from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import MaskRecord, Record
 from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import run_report, write_report
+from nemo_prune.release.writing import StagedRelease
 from nemo_prune.run import _publish
 from nemo_prune.settings import LocalizationSettings, Plan, Statement
 from nemo_prune.stages.examined import ExaminedPrompt
@@ -248,7 +250,12 @@ def test_versions_are_those_that_are_installed_and_need_no_metadata(monkeypatch)
 @pytest.fixture(scope="module")
 def published(found):
     """The release of these findings, as a run publishes it, without examples."""
-    _publish(found.layout, found.source, found.record, found.examined, Pruning(found.mask), found.plan, Path("no grid"))
+    release, work = StagedRelease(found.layout, found.plan.out), WorkFiles(found.plan.work)
+    work.path.mkdir()
+    _publish(
+        release, work, found.source, found.record, found.examined, Pruning(found.mask), found.plan, Path("no grid")
+    )
+    assert work.mask.is_file()
     return found.plan.out
 
 

@@ -27,7 +27,10 @@ from nemo_prune.settings import Statement
 def export(
     model: ModelOption,
     mask: Annotated[
-        str, option(RELEASE, "A mask file, a release, or a Hub id of either: owner/name or owner/name@revision.")
+        str,
+        option(
+            RELEASE, "A mask file, the work folder of a run, a release, or a Hub id: owner/name or owner/name@revision."
+        ),
     ],
     out: OutOption,
     scale: ScaleOption = 0.0,

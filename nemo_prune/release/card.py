@@ -129,7 +129,7 @@ _KEPT = {
     "zero": "",
     "mean": " Of each neuron its mean on ordinary captions is kept: the biases behind these layers are shifted by it.",
     "compensated": " What kept neurons tell of them on ordinary captions stands in for them, and on memorized captions "
-    "all neurons of these layers are held near their means: weights and biases behind differ from the base's by that. "
+    "all neurons of these layers are held near their means: weights and biases behind them differ by that. "
     "The mask in this release does not say by what, because that could be undone without the base.",
 }
 

@@ -54,9 +54,9 @@ def mask_card(mask: NeuronMask, facts: MaskFacts, repo_id: str) -> str:
     ]
     if mask.combinations:
         parts.append(
-            "Kept neurons of a layer stand in for them on ordinary captions; on memorized ones all of the layer are "
-            "held near their means. The mask also says by which combinations, and how weights and biases behind these "
-            "layers change by that: who has it and a model that was pruned by it can undo that part without the base. "
+            "Kept neurons of a layer stand in for them on ordinary captions; on memorized ones all neurons are held "
+            "near their means. The mask also says by which combinations, and how weights and biases behind the layers "
+            "change by that: who has it and a model that was pruned by it can undo that part without the base. "
             "Publish it only if the base is public anyway."
         )
     elif mask.shifts:
