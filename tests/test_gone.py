@@ -89,6 +89,20 @@ def test_seeds_just_under_tau_leave_no_room_to_spare(corpus):
     assert verdict(0, far, corpus).is_gone
 
 
+def test_ordinary_captions_are_usual_by_their_highest_seed(corpus):
+    """Of captions like those hardly any is over the limit, on however many seeds it is asked."""
+    generator = torch.Generator().manual_seed(0)
+    for seeds in (5, 20):
+        values = 0.3 + 0.1 * torch.randn(516, seeds, generator=generator)
+        views = replace(corpus.memorized, seeds=Seeds.of(torch.zeros(seeds, 1), 961))
+        usual = replace(corpus.usual, resemblance=values[:16])
+        limit = replace(corpus, memorized=views, usual=usual).usual_resemblance
+        assert limit.shape == (1, seeds)
+        highest = values[:16].max(dim=1).values
+        assert limit[0].tolist() == pytest.approx([float(highest.mean() + 3 * highest.std())] * seeds)
+        assert (values[16:] > limit).any(dim=1).float().mean() < 0.02
+
+
 def test_a_stricter_limit_refuses_what_was_gone(corpus):
     strict = replace(corpus, strictness=torch.tensor([0.6, 0.0]))
     first, second = judged(strict, various(500), various(600))

@@ -21,7 +21,7 @@ from nemo_prune.mask import Neuron
 FRESH_SEED = 3001
 # By how many of the seeds' standard deviations their mean must stay under tau.
 SPREADS = 2.0
-# By how many deviations above their mean ordinary captions' seeds resemble a memorized caption, at most.
+# By how many deviations above the mean an ordinary caption resembles a memorized one, at most, on its highest seed.
 USUAL_SPREADS = 3.0
 
 
@@ -71,11 +71,12 @@ class Corpus:
     def usual_resemblance(self) -> Tensor:
         """What ordinary captions may resemble a memorized one by before anything is suppressed, [1, S].
 
-        Their mean plus three deviations: with hundreds of captions and seeds, the highest of a few ordinary ones is
-        exceeded by chance.
+        The mean over captions of their highest seed, plus three deviations. A caption is judged by its highest seed,
+        and a corpus has hundreds: a limit for single seeds, or the highest of a few captions, is exceeded by chance.
         """
-        groups = self._of_same_timestep(self.usual.resemblance)
-        return torch.stack([group.mean() + USUAL_SPREADS * group.std() for group in groups])[None]
+        highest = torch.stack([group.max(dim=1).values for group in self._of_same_timestep(self.usual.resemblance)])
+        few = min(1, highest.shape[1] - 1)
+        return (highest.mean(dim=1) + USUAL_SPREADS * highest.std(dim=1, correction=few))[None]
 
     @cached_property
     def resemblance_limits(self) -> Tensor:
