@@ -90,17 +90,20 @@ def test_seeds_just_under_tau_leave_no_room_to_spare(corpus):
 
 
 def test_ordinary_captions_are_usual_by_their_highest_seed(corpus):
-    """Of captions like those hardly any is over the limit, on however many seeds it is asked."""
-    generator = torch.Generator().manual_seed(0)
-    for seeds in (5, 20):
-        values = 0.3 + 0.1 * torch.randn(516, seeds, generator=generator)
-        views = replace(corpus.memorized, seeds=Seeds.of(torch.zeros(seeds, 1), 961))
+    """Of captions like those that say what is usual about one in a hundred is over the limit on any of its seeds."""
+    generator, over = torch.Generator().manual_seed(0), []
+    views = replace(corpus.memorized, seeds=Seeds.of(torch.zeros(20, 1), 961))
+    for _ in range(100):
+        # Captions are not alike: half of the variance is between them.
+        values = 0.3 + 0.07 * (torch.randn(216, 1, generator=generator) + torch.randn(216, 20, generator=generator))
         usual = replace(corpus.usual, resemblance=values[:16])
         limit = replace(corpus, memorized=views, usual=usual).usual_resemblance
-        assert limit.shape == (1, seeds)
-        highest = values[:16].max(dim=1).values
-        assert limit[0].tolist() == pytest.approx([float(highest.mean() + 3 * highest.std())] * seeds)
-        assert (values[16:] > limit).any(dim=1).float().mean() < 0.02
+        assert limit.shape == (1, 20)
+        over.append(float((values[16:] > limit).any(dim=1).float().mean()))
+    assert sum(over) / len(over) < 0.015
+    # One ordinary caption alone says what is usual without a deviation.
+    alone = replace(corpus, memorized=views, usual=replace(corpus.usual, resemblance=values[:1]))
+    assert alone.usual_resemblance[0].tolist() == pytest.approx([float(values[0].max())] * 20)
 
 
 def test_a_stricter_limit_refuses_what_was_gone(corpus):
