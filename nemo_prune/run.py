@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.checkpoint.weights import stored_dtypes
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.compute.session import Session
@@ -17,9 +16,8 @@ from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import Localizer, PromptLocalization
 from nemo_prune.engine.memo import Memo
-from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.errors import OutputError
-from nemo_prune.facts import ExportReport, MaskFacts, SparedPoint
+from nemo_prune.facts import ExportReport, SparedPoint
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
 from nemo_prune.files.layout import ReleaseLayout
@@ -38,7 +36,7 @@ from nemo_prune.release.evidence_report import REPORT_FILE, PromptNeurons, Repor
 from nemo_prune.release.licence import licence_of
 from nemo_prune.release.prompt_hashes import prompt_references, secret_key
 from nemo_prune.release.record import MaskRecord, Record
-from nemo_prune.release.recording import base_facts, measured_by_a_run, prompt_facts, versions
+from nemo_prune.release.recording import base_facts, mask_facts, measured_by_a_run, prompt_facts, versions
 from nemo_prune.release.report import save_grids, write_report
 from nemo_prune.release.writing import (
     StagedRelease,
@@ -391,18 +389,7 @@ def _publish(
     The whole mask stays in the work folder.
     """
     layout = release.layout
-    facts = MaskFacts(
-        base=record.base,
-        settings=to_json(plan.settings),
-        prompts=record.prompts,
-        versions=record.versions,
-        scale=pruning.scale,
-        merge=plan.merge,
-        prompts_per_neuron=prompts_per_neuron(
-            [each.localization for each in examined], pruning.mask, plan.include_unresolved
-        ),
-        base_tensors=tensor_digests(source.files, pruning.mask),
-    )
+    facts = mask_facts(source, record, examined, pruning, plan)
     pruning.mask.save(work.mask, facts)
     write_mask(release, pruning.mask, facts)
     examples: list[str] = []

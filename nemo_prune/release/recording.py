@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from statistics import mean, median
 
+from nemo_prune.checkpoint.fingerprint import tensor_digests
 from nemo_prune.corpus.prompts import MOST_PROMPTS_COMPARED, near_duplicates
 from nemo_prune.engine.gone import Verdict
 from nemo_prune.engine.localize import Localizer, PromptLocalization, count_statuses
+from nemo_prune.engine.merge import prompts_per_neuron
 from nemo_prune.errors import SettingsError
-from nemo_prune.facts import BaseFacts, Cost, EvidenceFacts, GoneFacts, PromptFacts, SparedPoint
+from nemo_prune.facts import BaseFacts, Cost, EvidenceFacts, GoneFacts, MaskFacts, PromptFacts, SparedPoint
+from nemo_prune.files.json_values import to_json
+from nemo_prune.mask import Pruning
 from nemo_prune.models.source import ModelSource
 from nemo_prune.proof.images import ImageEvidence
 from nemo_prune.proof.scores import ScoresUnderMask
@@ -24,6 +28,7 @@ from nemo_prune.release.record import (
     ImageFacts,
     Measured,
     PromptResult,
+    Record,
     ScoreFacts,
 )
 from nemo_prune.settings import Plan, Statement
@@ -60,6 +65,31 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """
     asked = {name: import_module(name.replace("-", "_")).__version__ for name in packages}
     return {"python": platform.python_version()} | asked
+
+
+def mask_facts(
+    source: ModelSource, record: Record, examined: Sequence[ExaminedPrompt], pruning: Pruning, plan: Plan
+) -> MaskFacts:
+    """What the file of a run's mask says beside its rows.
+
+    Args:
+        source: the base.
+        record: of the run.
+        examined: the prompts.
+        pruning: the mask, and what its rows are multiplied by.
+        plan: names the way of merging.
+    """
+    localizations = [each.localization for each in examined]
+    return MaskFacts(
+        base=record.base,
+        settings=to_json(plan.settings),
+        prompts=record.prompts,
+        versions=record.versions,
+        scale=pruning.scale,
+        merge=plan.merge,
+        prompts_per_neuron=prompts_per_neuron(localizations, pruning.mask, plan.include_unresolved),
+        base_tensors=tensor_digests(source.files, pruning.mask),
+    )
 
 
 def prompt_facts(examined: Sequence[ExaminedPrompt], num_duplicates: int, unresolved_included: bool) -> PromptFacts:
