@@ -88,8 +88,9 @@ class NeuronMask:
                     f"Mask layer `{name}` is {pruned.dtype} of shape {list(pruned.shape)}, expected "
                     "torch.bool of shape [out_features], where True means pruned."
                 )
-        changed = [layer for layer, pruned in self.layers.items() if pruned.any() or layer in self.combinations]
-        biases = {bias_behind(layer) for layer in changed}
+        biases = {
+            bias_behind(layer) for layer, pruned in self.layers.items() if pruned.any() or layer in self.combinations
+        }
         for name, shift in self.shifts.items():
             if name not in biases or shift.dtype != torch.float32 or shift.ndim != 1 or not shift.isfinite().all():
                 raise MaskError(

@@ -54,8 +54,8 @@ def inspect(
         told.append("Kept neurons stand in for them: the weights and biases behind these layers change by that.")
     elif mask.withheld:
         told.append(
-            f"The {len(mask.withheld)} weights and biases behind these layers were changed, too: by what is in the "
-            "work folder of the run, this mask has their digests."
+            f"The {len(mask.withheld)} weights and biases behind these layers were changed, too. The work folder of "
+            "the run says how; this mask has their digests."
         )
     elif mask.shifts:
         told.append(f"The neurons keep their means: {len(mask.shifts)} biases behind these layers are shifted.")
