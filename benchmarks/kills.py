@@ -125,8 +125,7 @@ def kill_until_done(
         try:
             process.wait(moments.uniform(0, longest) if len(places) < most_kills else None)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
             places.append(place(out, began))
             if places[-1] == FINISHED:
                 return places
@@ -136,11 +135,36 @@ def kill_until_done(
             return places
 
 
+def kill_when(there_is: str, options: Sequence[str], out: Path, command: str = "run") -> None:
+    """Start a command and kill it as soon as its work folder holds something.
+
+    Args:
+        there_is: pattern of the file's name.
+        options: of the command, without --out.
+        out: the folder of the pruned model.
+        command: `run` or `export`.
+
+    Raises:
+        RuntimeError: the command ended before.
+    """
+    process, work = start(options, out, command), out.with_name(f"{out.name}.work")
+    while not any(work.glob(there_is)):
+        if process.poll() is not None:
+            raise RuntimeError(f"The command ended with {process.returncode}, without {there_is}.")
+        time.sleep(0.01)
+    _kill(process)
+
+
 def start(options: Sequence[str], out: Path, command: str) -> subprocess.Popen:
     """A command as a group of processes of its own."""
     program = f"from benchmarks.kills import run_counted; run_counted({str(_tally(out))!r})"
     typed = [sys.executable, "-c", program, command, *options, "--out", str(out)]
     return subprocess.Popen(typed, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_counted(tally: str) -> None:
