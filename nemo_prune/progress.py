@@ -31,6 +31,7 @@ class Stage(Enum):
     LOCALIZE = "localize", "Localize"
     MERGE = "merge", "Merge"
     COMPENSATE = "compensate", "Compensate for what is pruned"
+    HOLD = "hold", "Hold what is left"
     PURSUE = "pursue", "Search until nothing copies"
     SPARE = "spare", "Spare ordinary captions"
     JUDGE = "judge", "Judge what is gone"

@@ -49,7 +49,7 @@ from nemo_prune.release.writing import (
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
 from nemo_prune.stages.bar import Bar
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
-from nemo_prune.stages.compensate import released_predictor
+from nemo_prune.stages.compensate import hold_what_is_left, released_predictor
 from nemo_prune.stages.estimate import estimate_run
 from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_verdicts
 from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
@@ -235,6 +235,7 @@ def _find_mask(
         # The union is the paper's: it stays what the paper makes it.
         if plan.merge == "union":
             return bar, first, found
+        hold_what_is_left(bar, first, plan, work, listener)
     return bar, *pursue_mask(bar, corpus.prompts, found, first, training_images, plan, work, listener)
 
 

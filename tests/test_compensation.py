@@ -70,15 +70,17 @@ def test_a_neuron_that_another_one_repeats_is_stood_in_for_whole(predictor, monk
     assert (after - before).norm() < 1e-2 * (zeroed - before).norm()
 
 
-@pytest.mark.parametrize("held_more", ["STANDING_IN", "GIVEN"])
+@pytest.mark.parametrize("held_more", ["STANDING_IN", "GIVEN", "hold"])
 def test_what_they_tell_of_memorized_captions_is_held_down(predictor, mask, monkeypatch, held_more):
     usual, theirs = (attended_moments(predictor, texts) for texts in (ORDINARY, MEMORIZED))
     around, sizes = theirs[MID].around(usual[MID].mean).float(), []
     pruned = mask.layers[MID]
     asked = pruned if held_more == "STANDING_IN" else ~pruned
     for weight in (0.0, 0.5, 5.0):
-        monkeypatch.setattr(compensation, held_more, weight)
-        combination, constant = Compensation(usual, theirs).taken(MID, pruned)
+        if held_more != "hold":
+            monkeypatch.setattr(compensation, held_more, weight)
+        hold = weight if held_more == "hold" else 1.0
+        combination, constant = Compensation(usual, theirs, hold).taken(MID, pruned)
         assert not combination[:, pruned].any()
         # On the mean of ordinary captions everything gives its mean.
         given = combination.double() @ usual[MID].mean.double() + constant
@@ -103,6 +105,13 @@ def test_a_layer_in_which_nothing_varies_keeps_its_means(predictor, mask):
     pruned = mask.layers[MID]
     assert combination.abs().max() < 1e-6
     torch.testing.assert_close(given.float(), torch.where(pruned, mean, 0.0), rtol=1e-5, atol=1e-5)
+
+
+def test_captions_count_by_their_weights(predictor, mask):
+    first, second, both = (attended_moments(predictor, MEMORIZED, weights) for weights in ([1, 0], [0, 2], [1, 3]))
+    for name, found in both.items():
+        torch.testing.assert_close(found.mean, first[name].mean / 4 + second[name].mean * 3 / 4)
+        torch.testing.assert_close(found.products, first[name].products / 4 + second[name].products * 3 / 4)
 
 
 def test_moments_are_kept_in_a_file_as_tensors(predictor):

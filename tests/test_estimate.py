@@ -19,8 +19,8 @@ def test_a_pass_is_measured_and_every_stage_is_in_it(pipe):
     assert predictor.sample_passes == 2 * predictor.batch_size == 16
     assert found.passes[Stage.CALIBRATE] == (240, 240)
     assert {*found.passes} == {
-        Stage.CALIBRATE, Stage.WEIGH, Stage.LOCALIZE, Stage.MERGE, Stage.COMPENSATE, Stage.PURSUE, Stage.JUDGE,
-        Stage.SCORE_AGAIN, Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER, Stage.ATTACK,
+        Stage.CALIBRATE, Stage.WEIGH, Stage.LOCALIZE, Stage.MERGE, Stage.COMPENSATE, Stage.HOLD, Stage.PURSUE,
+        Stage.JUDGE, Stage.SCORE_AGAIN, Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER, Stage.ATTACK,
     }  # fmt: skip
     assert found.passes[Stage.ATTACK] == (0, PLAN.verification.evidence_budget)
     assert found.seconds[0] < found.seconds[1] and not found.is_long

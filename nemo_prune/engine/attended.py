@@ -17,7 +17,9 @@ POINTS, SEED = 8, 3001
 
 
 @torch.no_grad()
-def attended_moments(predictor: NoisePredictor, texts: Sequence[str], at_once: int = 32) -> dict[str, Moments]:
+def attended_moments(
+    predictor: NoisePredictor, texts: Sequence[str], weights: Sequence[float] | None = None, at_once: int = 32
+) -> dict[str, Moments]:
     """Means and products of what attention takes from the neurons of a layer, over places, captions and their ways.
 
     One sample pass a point.
@@ -25,6 +27,7 @@ def attended_moments(predictor: NoisePredictor, texts: Sequence[str], at_once: i
     Args:
         predictor: the model; its value projections are searched.
         texts: captions.
+        weights: of the captions in the mean over them; all count the same unless given.
         at_once: captions that go through the U-Net together.
 
     Returns:
@@ -34,6 +37,8 @@ def attended_moments(predictor: NoisePredictor, texts: Sequence[str], at_once: i
         ModelError: the device's memory does not take a single sample.
     """
     first = predictor.initial_latents(SEED, len(texts))
+    shares = torch.ones(len(texts)) if weights is None else torch.tensor(weights)
+    shares = shares / (shares.sum() * POINTS)
 
     def walk(part: slice) -> dict[str, Moments]:
         sums = {
@@ -43,19 +48,19 @@ def attended_moments(predictor: NoisePredictor, texts: Sequence[str], at_once: i
 
         def add(name: str, attended: Tensor) -> None:
             values = attended.float()
-            sums[name].mean.add_(values.mean(dim=1).sum(dim=0).cpu())
-            sums[name].products.add_(torch.einsum("bpi,bpj->ij", values, values).cpu() / values.shape[1])
+            weighted = values * (shares[part] / values.shape[1]).to(values.device)[:, None, None]
+            sums[name].mean.add_(weighted.sum(dim=(0, 1)).cpu())
+            sums[name].products.add_(torch.einsum("bpi,bpj->ij", weighted, values).cpu())
 
         with seeing_attended(predictor, add):
             for _ in points_of_ways(predictor, predictor.encode(texts[part]), first[part], POINTS):
                 pass
         return sums
 
-    parts, number = in_parts(walk, len(texts), at_once, "the model and one sample"), len(texts) * POINTS
+    parts = in_parts(walk, len(texts), at_once, "the model and one sample")
     return {
         name: Moments(
-            (sum(part[name].mean for part in parts) / number).float(),
-            (sum(part[name].products for part in parts) / number).float(),
+            sum(part[name].mean for part in parts).float(), sum(part[name].products for part in parts).float()
         )
         for name in predictor.sizes
     }

@@ -59,10 +59,12 @@ class Compensation:
         ordinary: dotted module name -> moments on ordinary captions.
         memorized: the same on memorized ones, of the layers where these are held, which is done wherever any neuron is
             pruned; None where pruned neurons give their mean and no more.
+        hold: by how much more than ``GIVEN`` and ``STANDING_IN`` they weigh, see :mod:`nemo_prune.engine.holding`.
     """
 
     ordinary: Mapping[str, Moments]
     memorized: Mapping[str, Moments] | None = None
+    hold: float = 1.0
     _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -99,7 +101,9 @@ class Compensation:
         added = torch.zeros(size, size, dtype=torch.float64)
         if self.is_combining and kept.any():
             spread = usual.around(usual.mean)
-            theirs = self.memorized[layer].around(usual.mean) if layer in self.memorized else torch.zeros_like(spread)
+            theirs = torch.zeros_like(spread)
+            if layer in self.memorized:
+                theirs = self.hold * self.memorized[layer].around(usual.mean)
             # Where nothing varies there is nothing to solve for, and any ridge does.
             ridge = RIDGE * (float(spread.diagonal().mean()) or 1.0) * torch.eye(size, dtype=torch.float64)
             for neurons, weight, aim in ((pruned, STANDING_IN, spread), (kept, GIVEN, -GIVEN * theirs)):

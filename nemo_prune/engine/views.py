@@ -183,7 +183,9 @@ def measure_under(
         log: where the measures are kept as they come.
     """
     betas = predictor.settings.ssim_betas
-    name = f"{NeuronMask.from_neurons(neurons, predictor.sizes).digest} {predictor.scale}"
+    mask = NeuronMask.from_neurons(neurons, predictor.sizes)
+    # What is taken in their place depends on the captions that are held, too.
+    name = f"{mask.digest if log is None else predictor.in_weights(mask).digest} {predictor.scale}"
     known = {record["prompt"]: record for record in log or () if record["mask"] == name}
     places = {prompt: place for place, prompt in enumerate(memorized.prompts)}
     waiting = [prompt for prompt in prompts if prompt not in known]

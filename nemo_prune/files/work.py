@@ -90,6 +90,11 @@ class WorkFiles:
         return self.path / "thinned.jsonl"
 
     @property
+    def held(self) -> Path:
+        """How hard memorized prompts were held, one line a round."""
+        return self.path / "held.jsonl"
+
+    @property
     def rounds(self) -> Path:
         """The masks that were completed for what copied, one line each."""
         return self.path / "rounds.jsonl"

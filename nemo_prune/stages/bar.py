@@ -19,6 +19,8 @@ _JUDGE_SEED = 4001
 FRESH_SEEDS, WATCHED = 5, 16
 # What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
 AFFORDED = 0.15
+# The same with what is still left held harder.
+AFFORDED_HELD = 0.2
 
 
 class Bar:

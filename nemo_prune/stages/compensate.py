@@ -1,4 +1,4 @@
-"""What pruned neurons still give: measured on ordinary captions before the search, on memorized ones after it."""
+"""What neurons still give: measured on ordinary captions before the search, on memorized ones after it."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,13 @@ from nemo_prune.compute.local import LocalSession
 from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
 from nemo_prune.engine.compensation import Moments
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.holding import hold_harder
 from nemo_prune.files.kept_tensors import kept_tensors
-from nemo_prune.files.work import WorkFiles
+from nemo_prune.files.work import LineLog, WorkFiles
+from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
+from nemo_prune.stages.bar import AFFORDED_HELD, Bar
 
 # Ordinary prompts that it is measured on.
 USUAL_PROMPTS = 96
@@ -58,3 +61,30 @@ def released_predictor(
             work.memorized_moments, lambda: as_tensors(attended_moments(session.predictor, memorized))
         )
         return session.released(from_tensors(measured))
+
+
+def hold_what_is_left(bar: Bar, mask: NeuronMask, plan: Plan, work: WorkFiles, listener: Listener) -> None:
+    """Hold memorized prompts harder that are not gone under a mask, from now on, as far as ordinary ones afford it.
+
+    Args:
+        bar: what the mask is judged against; its predictor's compensation is replaced.
+        mask: what is pruned.
+        plan: names the limit on what ordinary prompts may lose, if there is one.
+        work: where the rounds are kept.
+        listener: hears the stage, and what it did.
+    """
+    compensation = bar.released.compensation
+    if compensation is None or not compensation.is_combining or not mask.num_neurons:
+        return
+    limit = AFFORDED_HELD if plan.max_utility_loss is None else plan.max_utility_loss
+    log = LineLog(work.held, {"mask": mask.digest, "limit": limit})
+    with listener.stage(Stage.HOLD) as advance:
+        first, taken = hold_harder(
+            bar.released, bar.corpus, bar.states, mask.neurons, limit, log, bar.log, advance
+        )  # fmt: skip
+    if taken is not first:
+        listener.say(
+            f"Prompts that were not gone are held harder: {len(taken.left)} of {len(bar.memorized)} are left, "
+            f"{len(first.left)} before; ordinary prompts change by {taken.change:.2f} of what everything suppressed "
+            f"changes, {first.change:.2f} before."
+        )

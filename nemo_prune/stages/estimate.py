@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from nemo_prune.engine.attended import POINTS
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.holding import ROUNDS
+from nemo_prune.engine.pursuit import PursuitSettings
 from nemo_prune.progress import Stage
 from nemo_prune.proof.drawing import Drawing
 from nemo_prune.settings import Plan
@@ -114,6 +116,9 @@ def passes_of_stages(
     # Images of each caption under the mask, and what they are compared with where no training image is known.
     looks = 0 if plan.merge == "union" else (LOOK_SEEDS * (shown + verification.ordinary_images) + shown) * a_look
     learning = 0 if plan.search == "greedy" else LEARNING_PASSES
+    # Where captions are not gone at once: judged again, and measured again for what is held, in every round.
+    walk = PursuitSettings().walked * PursuitSettings().points
+    holding = ROUNDS * (num_prompts * (seeds + FRESH_SEEDS + POINTS) + walk) if compensating else 0
     # With nothing, everything and the mask suppressed; what the detection predicted is known.
     judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED) - detection
     return {
@@ -122,6 +127,7 @@ def passes_of_stages(
         Stage.LOCALIZE: (detection, detection + searching),
         Stage.MERGE: (0, merging),
         Stage.COMPENSATE: (0, compensating),
+        Stage.HOLD: (0, holding),
         Stage.PURSUE: (0, learning + looks),
         Stage.JUDGE: (0, judging),
         # Fresh latents with the mask and without, and of memorized prompts the kept seeds.

@@ -1,0 +1,97 @@
+"""Memorized captions that a mask leaves are held harder, each by itself, as long as ordinary captions can afford it.
+
+All memorized captions share one weight against the ordinary ones (:mod:`nemo_prune.engine.compensation`), so that each
+is held the less the more there are. Most need less than their share. So those that are not gone count for more, round
+after round, as in boosting; the others stay as they are.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+
+from nemo_prune.engine.attended import attended_moments
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.gone import Corpus, judge
+from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
+from nemo_prune.files.work import LineLog
+from nemo_prune.mask import Neuron
+from nemo_prune.progress import Advance, ignored
+
+# By what factor a caption counts for more with every round in which it is not gone; rounds after the first.
+HARDER, ROUNDS = 4.0, 4
+
+
+@dataclass(frozen=True)
+class HeldRound:
+    """How memorized captions were held, and what that did.
+
+    Attributes:
+        weights: memorized caption -> how much more than at first it counts.
+        change: on ordinary captions, as a share of what everything suppressed changes.
+        left: memorized captions that are not gone; those of the round before, where the change is beyond the limit.
+    """
+
+    weights: dict[str, float]
+    change: float
+    left: tuple[str, ...]
+
+    @property
+    def harder(self) -> dict[str, float]:
+        """The weights of the next round."""
+        return self.weights | {prompt: HARDER * self.weights[prompt] for prompt in self.left}
+
+
+def hold_harder(
+    predictor: NoisePredictor,
+    corpus: Corpus,
+    states: OrdinaryStates,
+    neurons: Collection[Neuron],
+    limit: float,
+    log: LineLog | None = None,
+    judged: LineLog | None = None,
+    advance: Advance = ignored,
+) -> tuple[HeldRound, HeldRound]:
+    """Hold captions harder that are not gone under a mask, until all are or ordinary ones change by more than a limit.
+
+    The predictor's compensation is replaced by the one under which most are gone, of several the first. A round takes a
+    sample pass a memorized caption and seed, as many a caption as its moments take, and one a point of the ordinary
+    captions' ways.
+
+    Args:
+        predictor: the model; its compensation combines kept neurons.
+        corpus: what captions are judged against.
+        states: points on ordinary captions' ways.
+        neurons: the mask.
+        limit: share of what everything suppressed changes, 0 to 1.
+        log: where the rounds are kept as they end.
+        judged: where the measures of the captions are kept.
+        advance: called with the rounds done and their number.
+
+    Returns:
+        The first round, with all captions held alike, and the one that was taken; the same, if nothing was better.
+    """
+    first, rounds = predictor.compensation, [HeldRound(**each | {"left": tuple(each["left"])}) for each in log or ()]
+
+    def hold(weights: dict[str, float]) -> None:
+        moments = attended_moments(predictor, list(weights), list(weights.values()))
+        predictor.compensation = replace(first, memorized=moments, hold=mean(weights.values()))
+
+    held = dict.fromkeys(corpus.memorized.prompts, 1.0)
+    while not rounds or (rounds[-1].left and rounds[-1].change <= limit and len(rounds) <= ROUNDS):
+        if rounds:
+            held = rounds[-1].harder
+            hold(held)
+        change = mean_change(predictor, states, neurons)
+        left = rounds[-1].left if rounds else ()
+        if change <= limit or not rounds:
+            left = tuple(each.prompt for each in judge(predictor, corpus, neurons, judged) if not each.is_gone)
+        rounds.append(HeldRound(held, change, left))
+        if log is not None:
+            log.append(asdict(rounds[-1]))
+        advance(len(rounds), ROUNDS + 1)
+    best = min((each for each in rounds if each.change <= limit), key=lambda each: len(each.left), default=rounds[0])
+    if best.weights != held:
+        predictor.compensation = first
+        if best is not rounds[0]:
+            hold(best.weights)
+    return rounds[0], best
