@@ -39,6 +39,7 @@ from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import all_neurons, split_by_layer
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
+from nemo_prune.engine.holding import hold_harder
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts, not_memorized
 from nemo_prune.engine.merge import settle_mask, union_mask
@@ -55,7 +56,7 @@ from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
-from nemo_prune.stages.bar import AFFORDED
+from nemo_prune.stages.bar import AFFORDED, AFFORDED_HELD, FRESH_SEEDS
 from nemo_prune.stages.compensate import usual_moments
 from nemo_prune.stages.localize import WEIGHING_PROMPTS
 from nemo_prune.stages.pursue import CopyLooks
@@ -108,6 +109,7 @@ class Way:
         seconds: likewise.
         rounds: searches that it took, where images are looked at in between.
         scale: what the outputs of the mask's neurons are multiplied by.
+        compensation: what stands in for them, where it is not that of all ways.
     """
 
     mask: NeuronMask | None
@@ -116,6 +118,7 @@ class Way:
     seconds: float = 0.0
     rounds: int = 1
     scale: float = 0.0
+    compensation: Compensation | None = None
 
 
 class Comparison:
@@ -187,7 +190,7 @@ class Comparison:
         if name in ("minimal", "thinned"):
             return self.settled(name)
         if name == "default":
-            return self.pursued("learned", self.found.get("thinned") or self.find("thinned"))
+            return self.pursued("learned", self.held(self.found.get("thinned") or self.find("thinned")))
         if name == "preserve 1":
             preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 1.0)
             localizer = replace(self.localizer, preserve=preserve)
@@ -226,6 +229,25 @@ class Comparison:
         passes += self.predictor.sample_passes + released.sample_passes - before
         return Way(mask, sample_passes=passes, seconds=seconds + time.perf_counter() - began)
 
+    def held(self, way: Way) -> Way:
+        """The same mask with captions held harder that are not gone, as a run does it where it holds any."""
+        released = self.released()
+        if self.compensation is None or not self.compensation.is_combining:
+            return way
+        settings, began = PursuitSettings(), time.perf_counter()
+        seeds = Seeds.draw(released) + Seeds.draw(released, settings.seed, FRESH_SEEDS)
+        corpus = gather_corpus(
+            self.predictor, self.prompts, self.ordinary[:WATCHED], seeds, self.calibration.threshold
+        )  # fmt: skip
+        states = settings.states(released, self.ordinary)
+        hold_harder(released, corpus, states, way.mask.neurons, AFFORDED_HELD)
+        return replace(
+            way,
+            compensation=released.compensation,
+            sample_passes=way.sample_passes + released.sample_passes,
+            seconds=way.seconds + time.perf_counter() - began,
+        )
+
     def matched(self) -> NeuronMask:
         """The mask that the random one has as many neurons as."""
         unmatched = ("unpruned", "random", "everything")
@@ -258,8 +280,9 @@ class Comparison:
     def pursued(self, search: str, first: Way | None = None) -> Way:
         """The search for what is gone, with the loop over images; from a mask on, if one is given."""
         settings, mask = PursuitSettings(search=search), first and first.mask
+        held = first and first.compensation
         with TemporaryDirectory() as folder:
-            released = self.released()
+            released = self.released(compensation=held)
             looks = CopyLooks(
                 released, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
             )
@@ -268,7 +291,8 @@ class Comparison:
                 looks if self.arguments.images else lambda mask, prompts=None: (), first=mask,
             )  # fmt: skip
         passes = (first.sample_passes if first else 0) + sum(each.sample_passes for each in result.rounds)
-        return Way(result.best.mask if result.rounds else mask, sample_passes=passes, rounds=len(result.rounds))
+        mask = result.best.mask if result.rounds else mask
+        return Way(mask, sample_passes=passes, rounds=len(result.rounds), compensation=held)
 
     def scaled_rows(self) -> dict[str, Tensor]:
         """Rows scaled from -.5 to 1 instead of zeroed: gates that are learned and never rounded."""
@@ -290,7 +314,7 @@ class Comparison:
     def measure(self, way: Way) -> dict:
         """Every row of the table for one way."""
         neurons = way.mask.neurons if way.mask is not None and way.weights is None else ()
-        released = self.released(way.scale)
+        released = self.released(way.scale, way.compensation)
         with replaced_weights(self.predictor, way.weights or {}):
             verdicts = judge(released, self.corpus, neurons)
             ordinary = judge_ordinary(released, self.corpus, neurons)
@@ -354,9 +378,9 @@ class Comparison:
             "diversity_ordinary": mean(_diversity(after[prompt]) for prompt in shown),
         }
 
-    def released(self, scale: float = 0.0) -> NoisePredictor:
+    def released(self, scale: float = 0.0, compensation: Compensation | None = None) -> NoisePredictor:
         """The model; what it suppresses is multiplied or stood in for, as a release does."""
-        return NoisePredictor(self.pipe, self.predictor.settings, None, scale, self.compensation)
+        return NoisePredictor(self.pipe, self.predictor.settings, None, scale, compensation or self.compensation)
 
     def applied(self, way: Way) -> AbstractContextManager:
         """The way's model while the context lasts."""
@@ -364,7 +388,8 @@ class Comparison:
             return replaced_weights(self.predictor, way.weights)
         if way.mask is None:
             return nullcontext()
-        return apply_mask(self.pipe, self.released().in_weights(way.mask), way.scale)
+        released = self.released(way.scale, way.compensation)
+        return apply_mask(self.pipe, released.in_weights(way.mask), way.scale)
 
 
 def _diversity(images: Sequence[Image.Image]) -> float:
