@@ -42,6 +42,7 @@ from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordin
 from nemo_prune.engine.holding import hold_harder
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.localize import Localizer, PromptLocalization, localize_prompts, not_memorized
+from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.merge import settle_mask, union_mask
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
 from nemo_prune.engine.preserve import Preserve, neuron_costs
@@ -222,7 +223,8 @@ class Comparison:
         if name == "thinned":
             states = PursuitSettings().states(released, self.ordinary)
             thin = partial(thinned, released, states, max_utility_loss=AFFORDED)
-            mask = settle_mask(self.localizer, found, thin=thin).mask
+            as_released = replace(self.localizer, scorer=Scorer(released), memo=Memo())
+            mask = settle_mask(self.localizer, found, thin=thin, released=as_released).mask
         else:
             preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 0.0)
             mask = settle_mask(replace(self.localizer, preserve=preserve), found).mask

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -47,15 +46,13 @@ from nemo_prune.release.writing import (
     write_weights,
 )
 from nemo_prune.settings import LocalizationPlan, LocalizationSettings, ModelOptions, Plan
-from nemo_prune.stages.bar import Bar
 from nemo_prune.stages.calibrate import calibrate_session, measure_calibration
-from nemo_prune.stages.compensate import hold_what_is_left, released_predictor
 from nemo_prune.stages.estimate import estimate_run
 from nemo_prune.stages.examined import ExaminedPrompt, refuse_no_effect, with_verdicts
-from nemo_prune.stages.localize import localize_corpus, localize_for_a_mask, weigh_neurons
-from nemo_prune.stages.merge import merge_localizations
+from nemo_prune.stages.find_mask import find_mask
+from nemo_prune.stages.localize import localize_corpus, weigh_neurons
 from nemo_prune.stages.prove import ImageProof, measure_cost, score_again
-from nemo_prune.stages.pursue import detect_corpus, judge_mask, pursue_mask, spare_ordinary
+from nemo_prune.stages.pursue import judge_mask, spare_ordinary
 from nemo_prune.stages.run_evidence import gather_for_a_run
 from nemo_prune.stages.verify_bench import IMAGES_FOLDER
 
@@ -104,7 +101,7 @@ def prune_model(
     localizer = _calibrated(session, ordinary, plan, work, timed)
     for warning in (*source.notes, *licence.warnings()):
         timed.say(warning)
-    bar, mask, localizations = _find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
+    bar, mask, localizations = find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
     spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
 
@@ -208,35 +205,6 @@ def localize_model(
         session, corpus.texts, calibration, threshold, work.localizations, listener, plan.include_unresolved
     )
     return work.localizations, found
-
-
-def _find_mask(
-    session: LocalSession,
-    localizer: Localizer,
-    corpus: Corpus,
-    ordinary: OrdinaryCaptions,
-    training_images: Mapping[str, Image.Image],
-    plan: Plan,
-    work: WorkFolder,
-    listener: Listener,
-) -> tuple[Bar, NeuronMask, Sequence[PromptLocalization]]:
-    """The mask that the plan's search finds, with what it is judged against, and the prompts as they are under it."""
-    if plan.search == "greedy":
-        found = localize_for_a_mask(session, localizer, corpus.texts, work.localizations, listener)
-    else:
-        with listener.stage(Stage.LOCALIZE):
-            found = detect_corpus(localizer, corpus.texts)
-    memorized, first = [each.prompt for each in found if each.is_memorized], None
-    released = released_predictor(session, memorized, plan, work, listener)
-    bar = Bar(localizer, released, memorized, ordinary.texts, work)
-    if plan.search == "greedy":
-        thin = partial(bar.thinned, max_utility_loss=plan.max_utility_loss)
-        first, found = merge_localizations(localizer, found, thin, plan, listener)
-        # The union is the paper's: it stays what the paper makes it.
-        if plan.merge == "union":
-            return bar, first, found
-        hold_what_is_left(bar, first, plan, work, listener)
-    return bar, *pursue_mask(bar, corpus.prompts, found, first, training_images, plan, work, listener)
 
 
 def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:

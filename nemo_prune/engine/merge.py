@@ -83,6 +83,7 @@ def settle_mask(
     localizations: Sequence[PromptLocalization],
     advance: Advance = ignored,
     thin: Thin | None = None,
+    released: Localizer | None = None,
 ) -> SettledMask:
     """Score every memorized prompt under the merged mask, localize what came back, thin or drop what is not needed.
 
@@ -93,10 +94,13 @@ def settle_mask(
         advance: called with the neurons that were tried and their number.
         thin: thins the union, and what comes back is localized on top; without it all neurons are dropped that no
             prompt needs to be silent.
+        released: asks whether prompts are silent under a thinned mask, where what it suppresses is stood in for as a
+            release does; the localizer itself unless given.
     """
     sizes = localizer.scorer.predictor.sizes
     results = {each.prompt: each for each in localizations}
-    silence = Silence(localizer, {each.prompt: each.kept_seeds for each in localizations if each.is_memorized})
+    asked = localizer if thin is None or released is None else released
+    silence = Silence(asked, {each.prompt: each.kept_seeds for each in localizations if each.is_memorized})
     neurons = set(union_mask(localizations, sizes).neurons)
     awake, rounds = _localize_what_is_awake(localizer, silence, results, neurons)
     whole = set(neurons)

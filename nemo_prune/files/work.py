@@ -65,6 +65,11 @@ class WorkFiles:
         return self.path / "answers.jsonl"
 
     @property
+    def released_answers(self) -> Path:
+        """The same of what a release would answer, where other neurons stand in for suppressed ones."""
+        return self.path / "released_answers.jsonl"
+
+    @property
     def detected(self) -> Path:
         """Where memorized prompts are as they were detected, one file per prompt."""
         return self.path / "detected"

@@ -10,12 +10,18 @@ from nemo_prune.settings import Plan
 
 
 def merge_localizations(
-    localizer: Localizer, localizations: Sequence[PromptLocalization], thin: Thin, plan: Plan, listener: Listener
+    localizer: Localizer,
+    released: Localizer,
+    localizations: Sequence[PromptLocalization],
+    thin: Thin,
+    plan: Plan,
+    listener: Listener,
 ) -> tuple[NeuronMask, Sequence[PromptLocalization]]:
     """The corpus' mask, and the prompts as they are under it.
 
     Args:
         localizer: the model and what is usual for it.
+        released: the same; what it suppresses is stood in for as a release does.
         localizations: one per prompt.
         thin: what is left of neurons without those that cost ordinary prompts most.
         plan: names the way of merging.
@@ -25,5 +31,5 @@ def merge_localizations(
         if plan.merge == "union":
             sizes = localizer.scorer.predictor.sizes
             return union_mask(localizations, sizes, plan.include_unresolved), localizations
-        settled = settle_mask(localizer, localizations, advance, thin if plan.merge == "thinned" else None)
+        settled = settle_mask(localizer, localizations, advance, thin if plan.merge == "thinned" else None, released)
         return settled.mask, settled.localizations
