@@ -36,6 +36,7 @@ from nemo_prune.engine.budget import most_costly_first, thinned, utility_curve
 from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.compensation import Compensation
+from nemo_prune.engine.completing import Looks
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import all_neurons, split_by_layer
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
@@ -191,7 +192,7 @@ class Comparison:
         if name in ("minimal", "thinned"):
             return self.settled(name)
         if name == "default":
-            return self.pursued("learned", self.held(self.found.get("thinned") or self.find("thinned")))
+            return self.pursued("learned", self.found.get("thinned") or self.find("thinned"))
         if name == "preserve 1":
             preserve = Preserve(neuron_costs(self.predictor, self.ordinary[:WEIGHING_PROMPTS]), 1.0)
             localizer = replace(self.localizer, preserve=preserve)
@@ -231,25 +232,6 @@ class Comparison:
         passes += self.predictor.sample_passes + released.sample_passes - before
         return Way(mask, sample_passes=passes, seconds=seconds + time.perf_counter() - began)
 
-    def held(self, way: Way) -> Way:
-        """The same mask with captions held harder that are not gone, as a run does it where it holds any."""
-        released = self.released()
-        if self.compensation is None or not self.compensation.is_combining:
-            return way
-        settings, began = PursuitSettings(), time.perf_counter()
-        seeds = Seeds.draw(released) + Seeds.draw(released, settings.seed, FRESH_SEEDS)
-        corpus = gather_corpus(
-            self.predictor, self.prompts, self.ordinary[:WATCHED], seeds, self.calibration.threshold
-        )  # fmt: skip
-        states = settings.states(released, self.ordinary)
-        hold_harder(released, corpus, states, way.mask.neurons, AFFORDED_HELD)
-        return replace(
-            way,
-            compensation=released.compensation,
-            sample_passes=way.sample_passes + released.sample_passes,
-            seconds=way.seconds + time.perf_counter() - began,
-        )
-
     def matched(self) -> NeuronMask:
         """The mask that the random one has as many neurons as."""
         unmatched = ("unpruned", "random", "everything")
@@ -282,19 +264,29 @@ class Comparison:
     def pursued(self, search: str, first: Way | None = None) -> Way:
         """The search for what is gone, with the loop over images; from a mask on, if one is given."""
         settings, mask = PursuitSettings(search=search), first and first.mask
-        held = first and first.compensation
+        released = self.released()
         with TemporaryDirectory() as folder:
-            released = self.released(compensation=held)
-            looks = CopyLooks(
-                released, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
-            )
+            looks = lambda mask, prompts=None: ()  # noqa: E731
+            if self.arguments.images:
+                looks = CopyLooks(
+                    released, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
+                )
+            if first is not None and self.compensation is not None and self.compensation.is_combining:
+                self.hold(released, first.mask, looks)
             result = pursue(
-                released, self.prompts, self.ordinary, self.calibration.threshold, settings,
-                looks if self.arguments.images else lambda mask, prompts=None: (), first=mask,
-            )  # fmt: skip
-        passes = (first.sample_passes if first else 0) + sum(each.sample_passes for each in result.rounds)
+                released, self.prompts, self.ordinary, self.calibration.threshold, settings, looks, first=mask
+            )
+        passes = (first.sample_passes if first else 0) + released.sample_passes
         mask = result.best.mask if result.rounds else mask
-        return Way(mask, sample_passes=passes, rounds=len(result.rounds), compensation=held)
+        return Way(mask, sample_passes=passes, rounds=len(result.rounds), compensation=released.compensation)
+
+    def hold(self, released: NoisePredictor, mask: NeuronMask, looks: Looks) -> None:
+        """Hold what a mask leaves harder, as a run does."""
+        settings = PursuitSettings()
+        seeds = Seeds.draw(released) + Seeds.draw(released, settings.seed, FRESH_SEEDS)
+        corpus = gather_corpus(self.predictor, self.prompts, self.ordinary[:WATCHED], seeds, self.calibration.threshold)
+        states = settings.states(released, self.ordinary)
+        hold_harder(released, corpus, states, mask.neurons, AFFORDED_HELD, looks)
 
     def scaled_rows(self) -> dict[str, Tensor]:
         """Rows scaled from -.5 to 1 instead of zeroed: gates that are learned and never rounded."""

@@ -8,6 +8,7 @@ from nemo_prune.engine import compensation
 from nemo_prune.engine.attended import POINTS, attended_moments
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.compensation import Compensation
+from nemo_prune.engine.completing import Copy
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.holding import HARDER, hold_harder
@@ -60,21 +61,21 @@ def test_who_is_not_gone_is_held_harder_until_all_are_and_the_log_says_the_same_
     _, corpus, states, _ = ground
     alike = predictor.compensation
     log = tmp_path / "held.jsonl"
-    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, LineLog(log))
+    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, log=LineLog(log))
     assert len(first.left) > len(taken.left) and set(first.weights.values()) == {1.0}
-    assert left_under(predictor, corpus) == taken.left
+    assert left_under(predictor, corpus) == taken.not_gone
     assert first.change < taken.change == pytest.approx(mean_change(predictor, states, NEURONS))
     assert all(taken.weights[prompt] >= HARDER for prompt in first.left)
     # Who goes on judges nothing again, and ends with the same weights.
     again = NoisePredictor(predictor.pipe, SETTINGS, compensation=alike)
-    assert hold_harder(again, corpus, states, NEURONS, 1.0, LineLog(log)) == (first, taken)
+    assert hold_harder(again, corpus, states, NEURONS, 1.0, log=LineLog(log)) == (first, taken)
     assert again.sample_passes == len(taken.weights) * POINTS
     mask = NeuronMask.from_neurons(NEURONS, predictor.sizes)
     assert again.in_weights(mask).digest == predictor.in_weights(mask).digest
     # So does who was stopped after the first round.
     log.write_text(log.read_text().splitlines(keepends=True)[0])
     again.compensation = alike
-    assert hold_harder(again, corpus, states, NEURONS, 1.0, LineLog(log)) == (first, taken)
+    assert hold_harder(again, corpus, states, NEURONS, 1.0, log=LineLog(log)) == (first, taken)
 
 
 @pytest.mark.slow
@@ -84,3 +85,20 @@ def test_what_ordinary_captions_can_not_afford_is_not_done(ground, predictor):
     first, taken = hold_harder(predictor, corpus, states, NEURONS, limit)
     assert first.left and taken is first
     assert predictor.compensation is alike
+
+
+@pytest.mark.slow
+def test_what_copies_and_what_it_copies_is_held_harder_although_it_is_gone(ground, predictor, monkeypatch):
+    monkeypatch.setattr(compensation, "GIVEN", 0.1)
+    _, corpus, states, _ = ground
+    copying, source, *others = corpus.memorized.prompts
+    seen = []
+
+    def copies(mask, prompts=None):
+        seen.append(predictor.compensation.hold)
+        return [Copy(copying, source, 0.5), Copy("an ordinary caption", source, 1.0)] if len(seen) < 3 else []
+
+    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, copies)
+    assert not first.not_gone and first.left == {copying, source}
+    assert taken.weights == {copying: HARDER**2, source: HARDER**2} | dict.fromkeys(others, 1.0)
+    assert seen[0] == 1 < seen[1] < seen[2] == predictor.compensation.hold and not taken.left

@@ -1,8 +1,8 @@
 """Memorized captions that a mask leaves are held harder, each by itself, as long as ordinary captions can afford it.
 
 All memorized captions share one weight against the ordinary ones (:mod:`nemo_prune.engine.compensation`), so that each
-is held the less the more there are. Most need less than their share. So those that are not gone count for more, round
-after round, as in boosting; the others stay as they are.
+is held the less the more there are. Most need less than their share. So those count for more that are not gone, or
+whose images copy, and those that are copied; round after round, as in boosting. The others stay as they are.
 """
 
 from collections.abc import Collection
@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
 from nemo_prune.engine.attended import attended_moments
+from nemo_prune.engine.completing import Looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import Corpus, judge
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
 from nemo_prune.files.work import LineLog
-from nemo_prune.mask import Neuron
+from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
 # By what factor a caption counts for more with every round in which it is not gone; rounds after the first.
@@ -28,17 +29,24 @@ class HeldRound:
     Attributes:
         weights: memorized caption -> how much more than at first it counts.
         change: on ordinary captions, as a share of what everything suppressed changes.
-        left: memorized captions that are not gone; those of the round before, where the change is beyond the limit.
+        not_gone: memorized captions that are not gone, by their predictions.
+        copying: memorized captions whose images copy, and those that are copied.
     """
 
     weights: dict[str, float]
     change: float
-    left: tuple[str, ...]
+    not_gone: tuple[str, ...]
+    copying: tuple[str, ...]
+
+    @property
+    def left(self) -> frozenset[str]:
+        """Memorized captions that are to be held harder."""
+        return frozenset((*self.not_gone, *self.copying))
 
     @property
     def harder(self) -> dict[str, float]:
         """The weights of the next round."""
-        return self.weights | {prompt: HARDER * self.weights[prompt] for prompt in self.left}
+        return {prompt: weight * (HARDER if prompt in self.left else 1.0) for prompt, weight in self.weights.items()}
 
 
 def hold_harder(
@@ -47,15 +55,16 @@ def hold_harder(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     limit: float,
+    copies: Looks = lambda mask, prompts=None: (),
     log: LineLog | None = None,
     judged: LineLog | None = None,
     advance: Advance = ignored,
 ) -> tuple[HeldRound, HeldRound]:
     """Hold captions harder that are not gone under a mask, until all are or ordinary ones change by more than a limit.
 
-    The predictor's compensation is replaced by the one under which most are gone, of several the first. A round takes a
-    sample pass a memorized caption and seed, as many a caption as its moments take, and one a point of the ordinary
-    captions' ways.
+    The predictor's compensation is replaced by the one that leaves fewest captions, of several by the first. A round
+    takes a sample pass a memorized caption and seed, as many a caption as its moments take, one a point of the ordinary
+    captions' ways, and a look at images.
 
     Args:
         predictor: the model; its compensation combines kept neurons.
@@ -63,6 +72,7 @@ def hold_harder(
         states: points on ordinary captions' ways.
         neurons: the mask.
         limit: share of what everything suppressed changes, 0 to 1.
+        copies: draws images under a mask and says what copied.
         log: where the rounds are kept as they end.
         judged: where the measures of the captions are kept.
         advance: called with the rounds done and their number.
@@ -70,22 +80,26 @@ def hold_harder(
     Returns:
         The first round, with all captions held alike, and the one that was taken; the same, if nothing was better.
     """
-    first, rounds = predictor.compensation, [HeldRound(**each | {"left": tuple(each["left"])}) for each in log or ()]
+    first, rounds, mask = predictor.compensation, _kept(log), NeuronMask.from_neurons(neurons, predictor.sizes)
+    held = dict.fromkeys(corpus.memorized.prompts, 1.0)
 
     def hold(weights: dict[str, float]) -> None:
         moments = attended_moments(predictor, list(weights), list(weights.values()))
         predictor.compensation = replace(first, memorized=moments, hold=mean(weights.values()))
 
-    held = dict.fromkeys(corpus.memorized.prompts, 1.0)
+    def judged_round() -> HeldRound:
+        change = mean_change(predictor, states, neurons)
+        if rounds and change > limit:
+            return replace(rounds[-1], weights=held, change=change)
+        not_gone = [each.prompt for each in judge(predictor, corpus, neurons, judged) if not each.is_gone]
+        concerned = {prompt for each in copies(mask) for prompt in (each.prompt, each.source)}
+        return HeldRound(held, change, tuple(not_gone), tuple(prompt for prompt in held if prompt in concerned))
+
     while not rounds or (rounds[-1].left and rounds[-1].change <= limit and len(rounds) <= ROUNDS):
         if rounds:
             held = rounds[-1].harder
             hold(held)
-        change = mean_change(predictor, states, neurons)
-        left = rounds[-1].left if rounds else ()
-        if change <= limit or not rounds:
-            left = tuple(each.prompt for each in judge(predictor, corpus, neurons, judged) if not each.is_gone)
-        rounds.append(HeldRound(held, change, left))
+        rounds.append(judged_round())
         if log is not None:
             log.append(asdict(rounds[-1]))
         advance(len(rounds), ROUNDS + 1)
@@ -95,3 +109,8 @@ def hold_harder(
         if best is not rounds[0]:
             hold(best.weights)
     return rounds[0], best
+
+
+def _kept(log: LineLog | None) -> list[HeldRound]:
+    """The rounds that ended before a stop."""
+    return [HeldRound(**each | {name: tuple(each[name]) for name in ("not_gone", "copying")}) for each in log or ()]

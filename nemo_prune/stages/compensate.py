@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.engine.attended import as_tensors, attended_moments, from_tensors
 from nemo_prune.engine.compensation import Moments
+from nemo_prune.engine.completing import Looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.holding import hold_harder
 from nemo_prune.files.kept_tensors import kept_tensors
@@ -63,12 +64,15 @@ def released_predictor(
         return session.released(from_tensors(measured))
 
 
-def hold_what_is_left(bar: Bar, mask: NeuronMask, plan: Plan, work: WorkFiles, listener: Listener) -> None:
-    """Hold memorized prompts harder that are not gone under a mask, from now on, as far as ordinary ones afford it.
+def hold_what_is_left(
+    bar: Bar, mask: NeuronMask, looks: Looks, plan: Plan, work: WorkFiles, listener: Listener
+) -> None:
+    """Hold memorized prompts harder that a mask leaves, from now on, as far as ordinary ones afford it.
 
     Args:
         bar: what the mask is judged against; its predictor's compensation is replaced.
         mask: what is pruned.
+        looks: draws images under it and says what copies.
         plan: names the limit on what ordinary prompts may lose, if there is one.
         work: where the rounds are kept.
         listener: hears the stage, and what it did.
@@ -80,11 +84,11 @@ def hold_what_is_left(bar: Bar, mask: NeuronMask, plan: Plan, work: WorkFiles, l
     log = LineLog(work.held, {"mask": mask.digest, "limit": limit})
     with listener.stage(Stage.HOLD) as advance:
         first, taken = hold_harder(
-            bar.released, bar.corpus, bar.states, mask.neurons, limit, log, bar.log, advance
+            bar.released, bar.corpus, bar.states, mask.neurons, limit, looks, log, bar.log, advance
         )  # fmt: skip
     if taken is not first:
         listener.say(
-            f"Prompts that were not gone are held harder: {len(taken.left)} of {len(bar.memorized)} are left, "
-            f"{len(first.left)} before; ordinary prompts change by {taken.change:.2f} of what everything suppressed "
-            f"changes, {first.change:.2f} before."
+            f"{len(first.left)} prompts were not gone, or copied in images, and are held harder: {len(taken.left)} are "
+            f"left. Ordinary prompts change by {taken.change:.2f} of what everything suppressed changes, "
+            f"{first.change:.2f} before."
         )

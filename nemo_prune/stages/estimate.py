@@ -116,9 +116,10 @@ def passes_of_stages(
     # Images of each caption under the mask, and what they are compared with where no training image is known.
     looks = 0 if plan.merge == "union" else (LOOK_SEEDS * (shown + verification.ordinary_images) + shown) * a_look
     learning = 0 if plan.search == "greedy" else LEARNING_PASSES
-    # Where captions are not gone at once: judged again, and measured again for what is held, in every round.
+    # Where captions are left at first they are judged, measured and looked at again in every round.
     walk = PursuitSettings().walked * PursuitSettings().points
-    holding = ROUNDS * (num_prompts * (seeds + FRESH_SEEDS + POINTS) + walk) if compensating else 0
+    a_round = num_prompts * (seeds + FRESH_SEEDS + POINTS) + walk + looks
+    holding = ROUNDS * a_round if plan.ablation == "compensated" and plan.search == "greedy" else 0
     # With nothing, everything and the mask suppressed; what the detection predicted is known.
     judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED) - detection
     return {

@@ -20,7 +20,7 @@ from nemo_prune.stages.bar import Bar
 from nemo_prune.stages.compensate import hold_what_is_left, released_predictor
 from nemo_prune.stages.localize import localize_for_a_mask
 from nemo_prune.stages.merge import merge_localizations
-from nemo_prune.stages.pursue import detect_corpus, pursue_mask
+from nemo_prune.stages.pursue import CopyLooks, detect_corpus, pursue_mask
 
 
 def find_mask(
@@ -50,9 +50,14 @@ def find_mask(
     else:
         with listener.stage(Stage.LOCALIZE):
             found = detect_corpus(localizer, corpus.texts)
-    memorized, first = [each.prompt for each in found if each.is_memorized], None
+    memorized = [each.prompt for each in found if each.is_memorized]
     released = released_predictor(session, memorized, plan, work, listener)
     bar = Bar(localizer, released, memorized, ordinary.texts, work)
+    prompts = {each.text: each for each in corpus.prompts}
+    looks = CopyLooks(
+        released, [prompts[text] for text in memorized], ordinary.texts, training_images, plan.verification, work.looks
+    )
+    first = None
     if plan.search == "greedy":
         thin = partial(bar.thinned, max_utility_loss=plan.max_utility_loss)
         as_released = _as_released(session, localizer, released, work)
@@ -60,8 +65,8 @@ def find_mask(
         # The union is the paper's: it stays what the paper makes it.
         if plan.merge == "union":
             return bar, first, found
-        hold_what_is_left(bar, first, plan, work, listener)
-    return bar, *pursue_mask(bar, corpus.prompts, found, first, training_images, plan, work, listener)
+        hold_what_is_left(bar, first, looks, plan, work, listener)
+    return bar, *pursue_mask(bar, found, first, looks, plan, work, listener)
 
 
 def _as_released(session: LocalSession, localizer: Localizer, released: NoisePredictor, work: WorkFolder) -> Localizer:

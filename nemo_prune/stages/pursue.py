@@ -10,7 +10,7 @@ from PIL import Image
 
 from nemo_prune.corpus.prompts import Prompt
 from nemo_prune.engine.budget import CurvePoint, utility_curve, within
-from nemo_prune.engine.completing import Copy
+from nemo_prune.engine.completing import Copy, Looks
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gone import Verdict, judge, judge_ordinary
 from nemo_prune.engine.localize import Localizer, PromptLocalization, detect, not_memorized
@@ -69,10 +69,9 @@ def detect_corpus(localizer: Localizer, texts: Sequence[str]) -> list[PromptLoca
 
 def pursue_mask(
     bar: Bar,
-    examined: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
     first: NeuronMask | None,
-    training_images: Mapping[str, Image.Image],
+    looks: Looks,
     plan: Plan,
     work: WorkFolder,
     listener: Listener,
@@ -81,29 +80,24 @@ def pursue_mask(
 
     Args:
         bar: the model, and what masks are judged against.
-        examined: the prompts.
         localizations: one per prompt.
         first: the mask of the paper's search, which is kept if nothing copies under it; None where there is none.
-        training_images: caption -> its training image, where one is known.
+        looks: draws images under a mask and says what copies.
         plan: names the search.
-        work: where looks and the learning are kept.
+        work: where rounds and the learning are kept.
         listener: hears the stages.
 
     Returns:
         The mask, and the prompts as they are under it.
     """
     predictor = bar.released
-    kinds = {prompt.text: prompt for prompt in examined}
-    memorized = [kinds[each.prompt] for each in localizations if each.is_memorized]
-    if not memorized:
+    if not bar.memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    looks = CopyLooks(predictor, memorized, bar.ordinary, training_images, plan.verification, work.looks)
     settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
-    texts = [each.text for each in memorized]
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
-            predictor, texts, bar.ordinary, bar.localizer.threshold, settings, looks, advance, work.learning, first,
-            work.rounds, lambda: bar.states,
+            predictor, bar.memorized, bar.ordinary, bar.localizer.threshold, settings, looks, advance, work.learning,
+            first, work.rounds, lambda: bar.states,
         )  # fmt: skip
     if first is not None and not pursuit.rounds:
         return first, localizations
@@ -220,9 +214,10 @@ class CopyLooks:
         }
 
     def __call__(self, mask: NeuronMask, prompts: Sequence[str] | None = None) -> list[Copy]:
-        look = mask.digest, tuple(prompts or ())
+        applied = self._predictor.in_weights(mask)
+        look = applied.digest, tuple(prompts or ())
         if look not in self._seen:
-            self._seen[look] = self._copies(mask, prompts)
+            self._seen[look] = self._copies(applied, prompts)
             self._log.append({"mask": look[0], "prompts": look[1], "copies": to_json(self._seen[look])})
         return self._seen[look]
 
@@ -233,10 +228,10 @@ class CopyLooks:
         pictures = self._known or {text: images[0] for text, images in self._draw(self._spread, first).items()}
         return list(pictures), Likeness(list(pictures.values()))
 
-    def _copies(self, mask: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
+    def _copies(self, applied: NeuronMask, prompts: Sequence[str] | None) -> list[Copy]:
         (sources, likeness), found = self._references, []
         shown, seeds = (self._shown, self._seeds) if prompts is None else (prompts, self._close_seeds)
-        with apply_mask(self._pipe, self._predictor.in_weights(mask)):
+        with apply_mask(self._pipe, applied):
             images = self._draw(shown, seeds)
         for text, drawn in images.items():
             values, nearest = likeness.nearest(drawn)
