@@ -12,9 +12,12 @@ from nemo_prune.proof.copies import (
     CopyDetector,
     StructuralSimilarity,
     TiledSimilarity,
+    correlation,
     multiscale_ssim,
+    pixels,
     within_region,
 )
+from nemo_prune.proof.images import copy_similarities, image_similarities, nearest_copies
 from nemo_prune.proof.replication import ReplicationJudge
 from nemo_prune.proof.training_images import (
     TrainingImageFiles,
@@ -29,6 +32,11 @@ def picture(seed, side=64):
     """Smooth colours that belong to a seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def grey(values):
+    """A picture of values in 0..1."""
+    return Image.fromarray((255 * values.clip(0, 1)).astype(np.uint8)).convert("RGB")
 
 
 def noisy(image, seed=0):
@@ -51,6 +59,27 @@ def test_a_noisy_copy_counts_and_another_picture_does_not():
 def test_two_dark_pictures_are_not_copies():
     dark = [Image.fromarray((np.asarray(picture(seed)) // 16).astype(np.uint8)) for seed in (1, 2)]
     assert float(similar(StructuralSimilarity(), dark[:1], dark[1:])) < 0.5
+
+
+def test_a_washed_out_image_is_no_copy_of_a_plain_picture_and_a_faded_copy_is_one():
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    vignette = x * x + y * y
+    spot = 0.3 * np.exp(-60 * ((x - 0.3) ** 2 + (y + 0.3) ** 2))
+    clouds = Image.fromarray(np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32))
+    clouds = np.asarray(clouds.resize((64, 64), Image.Resampling.BICUBIC))
+    plain, washed_out = grey(0.75 - 0.3 * vignette + spot), grey(0.55 - 0.04 * vignette + 0.02 * clouds)
+    faded = Image.blend(Image.new("RGB", (64, 64), (120, 120, 120)), plain, 0.15)
+    a, b = pixels([washed_out], 64), pixels([plain], 64)
+    # What SSIM and correlation say of them as they are.
+    assert min(float(correlation(a, b)), float(image_similarities([washed_out], [plain]))) > 0.5
+    for values in (
+        copy_similarities([washed_out, faded], [plain])[:, 0],
+        nearest_copies([washed_out, faded], [plain])[0],
+        similar(StructuralSimilarity(), [washed_out, faded], [plain])[:, 0],
+    ):
+        assert values[0] < 0.45 and values[1] > 0.9
+    # It does not matter which of both is flatter.
+    torch.testing.assert_close(copy_similarities([faded], [plain]), copy_similarities([plain], [faded]))
 
 
 @pytest.mark.parametrize("side", [64, 48])

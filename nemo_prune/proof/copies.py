@@ -81,17 +81,17 @@ class ImageSimilarity(Protocol):
 
 
 class StructuralSimilarity:
-    """The lower of multi-scale SSIM and the correlation of the pixels, in colour, at 64 pixels.
+    """The lower of multi-scale SSIM at equal contrast and the correlation of the pixels, in colour, at 64 pixels.
 
-    SSIM alone takes any two dark or flat pictures for alike; correlation alone takes any two pictures of the same
-    layout of colours.
+    SSIM alone takes any two dark or flat pictures for alike, and a washed-out image for any plain picture; correlation
+    alone takes any two pictures of the same layout of colours.
 
     Args:
         cut: similarity from which an image counts as a copy.
     """
 
     def __init__(self, cut: float = 0.5) -> None:
-        self.yardstick = Yardstick(f"multi-scale SSIM and correlation at {_SIDE} pixels", cut)
+        self.yardstick = Yardstick(f"multi-scale SSIM at equal contrast and correlation, at {_SIDE} pixels", cut)
 
     def describe(self, images: Sequence[Image.Image]) -> Tensor:
         """Pixels [images, 3, 64, 64], float32 in 0..1."""
@@ -103,7 +103,8 @@ class StructuralSimilarity:
         # SSIM is at least 0 here, so that where the correlation is below 0 it is the lower one.
         rows, columns = (values > 0).nonzero(as_tuple=True)
         for row, column in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True):
-            values[row, column] = torch.minimum(values[row, column], multiscale_ssim(a[row], b[column]))
+            alike = multiscale_ssim(*at_equal_contrast(a[row], b[column]))
+            values[row, column] = torch.minimum(values[row, column], alike)
         return values
 
     def highest(self, a: Tensor, b: Tensor, least: float) -> float:
@@ -113,7 +114,8 @@ class StructuralSimilarity:
         for bound, pairs in zip(bounds.split(_PAIRS_SEARCHED), order.split(_PAIRS_SEARCHED), strict=True):
             if bound[0] <= max(best, least):
                 return max(best, float(bound[0]))
-            found = torch.minimum(bound, multiscale_ssim(a[pairs // len(b)], b[pairs % len(b)]))
+            alike = multiscale_ssim(*at_equal_contrast(a[pairs // len(b)], b[pairs % len(b)]))
+            found = torch.minimum(bound, alike)
             best = max(best, float(found.max()))
         return best
 
@@ -213,6 +215,19 @@ def within_region(image: Image.Image, region: Image.Image) -> Image.Image:
     region = region.convert("L").resize(image.size).point(lambda value: 255 * (value >= 128))
     grey = Image.new("RGB", image.size, (127, 127, 127))
     return Image.composite(image.convert("RGB"), grey, region).crop(region.getbbox())
+
+
+def at_equal_contrast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of images [pairs, channels, height, width], of which the flatter one is stretched around its mean.
+
+    A washed-out image has so little contrast that the constants of SSIM hide what it shows: it is like any plain
+    picture. A faded copy is more like its picture when it is stretched.
+    """
+    means = [each.mean(dim=(1, 2, 3), keepdim=True) for each in (a, b)]
+    shown = [each - mean for each, mean in zip((a, b), means, strict=True)]
+    sizes = [torch.linalg.vector_norm(each, dim=(1, 2, 3), keepdim=True).clamp_min(1e-3) for each in shown]
+    most = torch.maximum(*sizes)
+    return tuple(mean + each * (most / size) for mean, each, size in zip(means, shown, sizes, strict=True))
 
 
 def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from nemo_prune.engine.diffusion import draw_latents
-from nemo_prune.proof.copies import StructuralSimilarity, correlation, pixels
+from nemo_prune.proof.copies import StructuralSimilarity, at_equal_contrast, correlation, pixels
 from nemo_prune.proof.drawing import draw_from
 from nemo_prune.settings import VerificationSettings
 
@@ -45,11 +45,12 @@ def image_similarities(images: Sequence[Image.Image], references: Sequence[Image
 def copy_similarities(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> Tensor:
     """How much images look like copies of training images, [images, training images], at most 1.
 
-    The lower of SSIM and the correlation of the pixels in colour, both at 64 pixels: SSIM alone takes
+    The lower of SSIM at equal contrast and the correlation of the pixels in colour, both at 64 pixels: SSIM alone takes
     any two dark or flat pictures for alike, whatever they show.
     """
-    correlations = correlation(_pixels(images), _pixels(training_images))
-    return torch.minimum(image_similarities(images, training_images), correlations)
+    a, b = _pixels(images), _pixels(training_images)
+    alike = _ssim(*at_equal_contrast(a.repeat_interleave(len(b), dim=0), b.repeat(len(a), 1, 1, 1)))
+    return torch.minimum(alike.reshape(len(a), len(b)), correlation(a, b))
 
 
 def nearest_copies(images: Sequence[Image.Image], training_images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def nearest_copies(images: Sequence[Image.Image], training_images: Sequence[Imag
         rows = (bounds > highest).nonzero().flatten()
         if not len(rows):
             break
-        similarities = _ssim(a[rows], b[candidates[rows]]).minimum(bounds[rows])
+        similarities = _ssim(*at_equal_contrast(a[rows], b[candidates[rows]])).minimum(bounds[rows])
         nearer = similarities > highest[rows]
         highest[rows[nearer]], nearest[rows[nearer]] = similarities[nearer], candidates[rows[nearer]]
     return highest, nearest

@@ -204,7 +204,7 @@ class CopyLooks:
             "drawing": to_json(self._drawing),
             "cut": self._cut,
             "room": _ROOM,
-            "yardsticks": "either",
+            "yardsticks": "either, at equal contrast",
             "seeds": [list(self._seeds), list(self._close_seeds)],
         }
         self._log = LineLog(log_file, depends_on)
