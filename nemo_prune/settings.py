@@ -102,8 +102,8 @@ class VerificationSettings:
         num_inference_steps: DDIM steps per image.
         guidance_scale: classifier-free guidance of the images that are compared; detection uses none. (default: what
             suits the model: 7, the demo 3)
-        replication_cut: similarity (the lower of SSIM at equal contrast and correlation, at 64 pixels) from which an image
-            counts as a copy.
+        replication_cut: similarity (the lower of SSIM at equal contrast and correlation, at 64 pixels) from which an
+            image counts as a copy.
         evidence_budget: passes for the evidence beyond these images: utility beside its baselines, and attacks; 0
             gathers none.
     """
