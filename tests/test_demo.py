@@ -243,7 +243,8 @@ def test_the_whole_way_on_the_demo_model(tmp_path):
     # What fills up batches is not reckoned, and on the demo these are small.
     searching = reckoned.pop(Stage.LOCALIZE)[1] + reckoned.pop(Stage.MERGE)[1]
     assert facts["prompts"]["sample_passes"] / 2 <= searching <= 2 * facts["prompts"]["sample_passes"]
-    # What copies is searched again, which nobody can reckon.
+    # What is left is held again, and what copies is searched again, which nobody can reckon.
+    assert reckoned.pop(Stage.HOLD)[1] <= 2 * made[Stage.HOLD.key]
     del reckoned[Stage.PURSUE]
     for stage, (_, most) in reckoned.items():
         assert made.get(stage.key, 0) / 2 <= most <= 2 * made.get(stage.key, 0), stage

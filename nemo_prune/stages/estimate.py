@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from nemo_prune.engine.attended import POINTS
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.holding import ROUNDS
 from nemo_prune.engine.pursuit import PursuitSettings
 from nemo_prune.progress import Stage
 from nemo_prune.proof.drawing import Drawing
@@ -93,7 +92,7 @@ def estimate_run(predictor: NoisePredictor, num_prompts: int, num_ordinary: int,
 def passes_of_stages(
     num_neurons: int, num_prompts: int, num_ordinary: int, plan: Plan
 ) -> dict[Stage, tuple[float, float]]:
-    """Sample passes of every stage, at least and at most; without what is searched again where images copy.
+    """Sample passes of every stage, at least and at most; without further rounds where captions are left or copy.
 
     Args:
         num_neurons: that are searched.
@@ -116,12 +115,14 @@ def passes_of_stages(
     # Images of each caption under the mask, and what they are compared with where no training image is known.
     looks = 0 if plan.merge == "union" else (LOOK_SEEDS * (shown + verification.ordinary_images) + shown) * a_look
     learning = 0 if plan.search == "greedy" else LEARNING_PASSES
-    # Where captions are left at first they are judged, measured and looked at again in every round.
-    walk = PursuitSettings().walked * PursuitSettings().points
-    a_round = num_prompts * (seeds + FRESH_SEEDS + POINTS) + walk + looks
-    holding = ROUNDS * a_round if plan.ablation == "compensated" and plan.search == "greedy" else 0
     # With nothing, everything and the mask suppressed; what the detection predicted is known.
     judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED) - detection
+    # What is looked at and judged to see what is to be held harder is known from then on, but for ordinary prompts.
+    holding, is_held = 0, plan.ablation == "compensated" and plan.search == "greedy" and plan.merge != "union"
+    if is_held:
+        walk = PursuitSettings().walked * PursuitSettings().points
+        known = judging - (seeds + FRESH_SEEDS) * WATCHED
+        holding, looks, judging = known + looks + walk, 0, judging - known
     return {
         Stage.CALIBRATE: (calibration, calibration),
         Stage.WEIGH: (weighing, weighing),
