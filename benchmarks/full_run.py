@@ -75,7 +75,7 @@ def measure(corpus: Sequence[SimulatedPrompt], merge: str, batch_size: int) -> d
         localizer = Localizer(scorer, calibration, RELEASED_CODE_THRESHOLD, check_way=merge == "union", memo=memo)
         session, plan = _SimulatedSession(scorer), Plan(out=folder / "out", merge=merge)
         found = localize_for_a_mask(session, localizer, texts, folder / "localizations.jsonl", ledger)
-        mask, settled = merge_localizations(localizer, found, partial(without_hubs, found), plan, ledger)
+        mask, settled = merge_localizations(localizer, localizer, found, partial(without_hubs, found), plan, ledger)
         score_again(
             localizer, scorer, settled, Pruning(mask), VerificationSettings(), folder / "verified.jsonl", ledger
         )
