@@ -170,9 +170,12 @@ def export(model_folder, mask_file, tmp_path):
 def killed_everywhere(export, out, kills) -> int:
     """Kill an export at moments all over its time; returns how often it was writing then."""
     whole = out.with_name("undisturbed")
-    began = time.perf_counter()
     os.waitpid(in_child(lambda: export(whole)), 0)
+    # The first one also waits for the disk.
+    began = time.perf_counter()
+    os.waitpid(in_child(lambda: export(out)), 0)
     longest = time.perf_counter() - began
+    shutil.rmtree(out)
     expected, moments, writing = files_of(whole), random.Random(0), 0
     for number in range(kills):
         killed_after(lambda: export(out), longest * (number + moments.random()) / kills)
@@ -188,7 +191,15 @@ def killed_everywhere(export, out, kills) -> int:
 
 
 def test_at_any_moment_nothing_or_the_whole_release_and_the_next_export_succeeds(export, tmp_path):
-    assert killed_everywhere(export, tmp_path / "out", 20) > 3
+    hits = 0
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        # How long an export takes differs, and with it how many kills hit one that is writing.
+        hits += killed_everywhere(export, folder / "out", 20)
+        if hits > 3:
+            break
+    assert hits > 3
 
 
 def test_at_three_moments_of_the_whole_export_too(source, mask_file, tmp_path):
