@@ -77,6 +77,20 @@ def largest_violation(similarities):
     return max((math.inf if math.isnan(each) else each for each in differences), default=0.0)
 
 
+def test_what_the_proof_at_the_end_sees_decides_the_way_again():
+    """The scores are nearly monotone on the way; that they are not shows when nothing more is to be spared."""
+    d0, d3, u0, u1, m0, m1 = (NEURONS[place] for place in (0, 3, 4, 5, 8, 9))
+    order = [d0, m0, m1, d3, u0, u1, *(each for each in NEURONS if each not in (d0, m0, m1, d3, u0, u1))]
+    above_0 = {
+        ((d0, m0, m1), 0): 0.4, ((m0, m1), 0): 0.39, ((m0, m1), 7): 0.4, ((d0,), 0): 0.4, ((d0,), 3): 0.7,
+        ((d0, m1), 0): 0.39, ((d0, m1), 4): 0.4,
+    }  # fmt: skip
+    known = {(frozenset(neurons), seed): value for (neurons, seed), value in above_0.items()}
+    result, _ = search(lambda neurons, seed: known.get((neurons, seed), 0.0), order)
+    assert result.fell_back and result.neurons == (d0, m0)
+    assert outcome(result) == plainly(lambda neurons, seed: known.get((neurons, seed), 0.0), order)
+
+
 weights = st.lists(st.sampled_from([0.0, 0.0, 0.1, 0.2, 0.3, 0.6]), min_size=12, max_size=12)
 
 

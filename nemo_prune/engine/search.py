@@ -111,12 +111,11 @@ def search_neurons(
     if beyond_reach and not options.refine_unresolved:
         selection = Selection(schedule[-1], False, Limit(threshold, strict=False))
         return search_result(record, selection, (), None, beyond_reach=True)
-    selection, neurons, fell_back = yield from _search_as_the_paper(schedule, record, threshold, layer_order, options)
+    selection, neurons, fell_back, spare = yield from _search_as_the_paper(
+        schedule, record, threshold, layer_order, options
+    )
     if not neurons:
         return search_result(record, selection, (), None, fell_back, beyond_reach=beyond_reach)
-    spare: tuple[Neuron, ...] = ()
-    if fell_back:
-        spare = yield from spare_neurons(neurons, selection.limit, record)
     if options.costs is not None:
         pool = schedule[_widened(schedule.index(selection.step), len(schedule), options.widening)].neurons
         cheap = yield from refine(sweep_by_cost(pool, options.costs), selection, record)
@@ -172,22 +171,22 @@ def _search_as_the_paper(
     threshold: float,
     layer_order: Sequence[str],
     options: SearchOptions,
-) -> Search[tuple[Selection, tuple[Neuron, ...], bool]]:
-    """Where the selection ended, the refined set, and whether every set had to be tried in turn."""
+) -> Search[tuple[Selection, tuple[Neuron, ...], bool, tuple[Neuron, ...]]]:
+    """Where the selection ended, the refined set, whether every set had to be tried in turn, and what can be spared."""
     neurons, monotone, rounds, wanted = None, True, 0, options.refine_unresolved
     # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
     while neurons is None and monotone and rounds < len(schedule):
         selection = yield from select(schedule, record, threshold, wanted)
         if not selection.resolved and not wanted:
-            return selection, (), False
+            return selection, (), False, ()
         start = sweep_by_layers(selection.step, layer_order)
         neurons = yield from refine(start, selection, record, options.check_way)
         monotone = not record.contradicts_monotonicity()
         rounds += 1
-    fell_back = neurons is None or not monotone
-    if fell_back:
-        selection, neurons = yield from _search_in_turn(schedule, record, threshold, layer_order, options)
-    return selection, neurons, fell_back
+    if neurons is not None and monotone:
+        return selection, neurons, False, ()
+    selection, neurons, spare = yield from _search_in_turn(schedule, record, threshold, layer_order, options)
+    return selection, neurons, True, spare
 
 
 def _search_in_turn(
@@ -196,22 +195,28 @@ def _search_in_turn(
     threshold: float,
     layer_order: Sequence[str],
     options: SearchOptions,
-) -> Search[tuple[Selection, tuple[Neuron, ...]]]:
+) -> Search[tuple[Selection, tuple[Neuron, ...], tuple[Neuron, ...]]]:
     """The released code's procedure, set by set; a seed is asked unless it is known what it must answer.
 
     It must answer what the trials so far leave no room for, if no score is further from monotone than the
-    furthest that was seen, times the slack. Where a trial on the way is, all of it is decided again with more room.
+    furthest that was seen, times the slack. Where a trial on the way is, or of the proof at its end, all of it is
+    decided again with more room.
     """
     record.slack = options.slack * record.largest_violation()
     while True:
         record.why = Why.IN_TURN
         selection = yield from select_in_turn(schedule, record, threshold, options.refine_unresolved)
         if not selection.resolved and not options.refine_unresolved:
-            return selection, ()
+            return selection, (), ()
         neurons = yield from refine_in_turn(sweep_by_layers(selection.step, layer_order), selection.limit, record)
+        spare: tuple[Neuron, ...] = ()
+        if neurons:
+            spare = yield from spare_neurons(neurons, selection.limit, record)
+            record.why = Why.ENOUGH
+            yield from record.score(frozenset(neurons), selection.limit)
         needed = options.slack * record.largest_violation()
         if needed <= record.slack:
-            return selection, neurons
+            return selection, neurons, spare
         record.slack = needed
 
 
