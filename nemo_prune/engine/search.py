@@ -87,6 +87,23 @@ class SearchOptions:
     slack: float = 2.0
 
 
+@dataclass(frozen=True)
+class _Way:
+    """Where the paper's way ended.
+
+    Attributes:
+        selection: of the initial set.
+        neurons: the refined set; empty where it is not wanted.
+        fell_back: whether every set had to be tried in turn.
+        spare: neurons of the set that could be spared alone; none where it did not fall back.
+    """
+
+    selection: Selection
+    neurons: tuple[Neuron, ...] = ()
+    fell_back: bool = False
+    spare: tuple[Neuron, ...] = ()
+
+
 def search_neurons(
     schedule: Sequence[Candidates],
     seeds: Sequence[int],
@@ -111,9 +128,8 @@ def search_neurons(
     if beyond_reach and not options.refine_unresolved:
         selection = Selection(schedule[-1], False, Limit(threshold, strict=False))
         return search_result(record, selection, (), None, beyond_reach=True)
-    selection, neurons, fell_back, spare = yield from _search_as_the_paper(
-        schedule, record, threshold, layer_order, options
-    )
+    way = yield from _search_as_the_paper(schedule, record, threshold, layer_order, options)
+    selection, neurons, fell_back, spare = way.selection, way.neurons, way.fell_back, way.spare
     if not neurons:
         return search_result(record, selection, (), None, fell_back, beyond_reach=beyond_reach)
     if options.costs is not None:
@@ -171,22 +187,21 @@ def _search_as_the_paper(
     threshold: float,
     layer_order: Sequence[str],
     options: SearchOptions,
-) -> Search[tuple[Selection, tuple[Neuron, ...], bool, tuple[Neuron, ...]]]:
-    """Where the selection ended, the refined set, whether every set had to be tried in turn, and what can be spared."""
+) -> Search[_Way]:
+    """Jump over sets as long as scores are monotone, else try every set in turn."""
     neurons, monotone, rounds, wanted = None, True, 0, options.refine_unresolved
     # A round that ends without neurons has refuted an initial set, so that the next begins with a larger one.
     while neurons is None and monotone and rounds < len(schedule):
         selection = yield from select(schedule, record, threshold, wanted)
         if not selection.resolved and not wanted:
-            return selection, (), False, ()
+            return _Way(selection)
         start = sweep_by_layers(selection.step, layer_order)
         neurons = yield from refine(start, selection, record, options.check_way)
         monotone = not record.contradicts_monotonicity()
         rounds += 1
     if neurons is not None and monotone:
-        return selection, neurons, False, ()
-    selection, neurons, spare = yield from _search_in_turn(schedule, record, threshold, layer_order, options)
-    return selection, neurons, True, spare
+        return _Way(selection, neurons)
+    return (yield from _search_in_turn(schedule, record, threshold, layer_order, options))
 
 
 def _search_in_turn(
@@ -195,7 +210,7 @@ def _search_in_turn(
     threshold: float,
     layer_order: Sequence[str],
     options: SearchOptions,
-) -> Search[tuple[Selection, tuple[Neuron, ...], tuple[Neuron, ...]]]:
+) -> Search[_Way]:
     """The released code's procedure, set by set; a seed is asked unless it is known what it must answer.
 
     It must answer what the trials so far leave no room for, if no score is further from monotone than the
@@ -207,7 +222,7 @@ def _search_in_turn(
         record.why = Why.IN_TURN
         selection = yield from select_in_turn(schedule, record, threshold, options.refine_unresolved)
         if not selection.resolved and not options.refine_unresolved:
-            return selection, (), ()
+            return _Way(selection, fell_back=True)
         neurons = yield from refine_in_turn(sweep_by_layers(selection.step, layer_order), selection.limit, record)
         spare: tuple[Neuron, ...] = ()
         if neurons:
@@ -216,7 +231,7 @@ def _search_in_turn(
             yield from record.score(frozenset(neurons), selection.limit)
         needed = options.slack * record.largest_violation()
         if needed <= record.slack:
-            return selection, neurons, spare
+            return _Way(selection, neurons, True, spare)
         record.slack = needed
 
 
