@@ -94,13 +94,13 @@ def settle_mask(
         advance: called with the neurons that were tried and their number.
         thin: thins the union, and what comes back is localized on top; without it all neurons are dropped that no
             prompt needs to be silent.
-        released: asks whether prompts are silent under a thinned mask, where what it suppresses is stood in for as a
-            release does; the localizer itself unless given.
+        released: asks whether prompts are silent under the mask, where what it suppresses is stood in for as a release
+            does; the localizer itself unless given.
     """
     sizes = localizer.scorer.predictor.sizes
     results = {each.prompt: each for each in localizations}
-    asked = localizer if thin is None or released is None else released
-    silence = Silence(asked, {each.prompt: each.kept_seeds for each in localizations if each.is_memorized})
+    kept_seeds = {each.prompt: each.kept_seeds for each in localizations if each.is_memorized}
+    silence = Silence(released or localizer, kept_seeds)
     neurons = set(union_mask(localizations, sizes).neurons)
     awake, rounds = _localize_what_is_awake(localizer, silence, results, neurons)
     whole = set(neurons)

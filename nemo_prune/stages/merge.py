@@ -21,7 +21,7 @@ def merge_localizations(
 
     Args:
         localizer: the model and what is usual for it.
-        released: the same; what it suppresses is stood in for as a release does.
+        released: the same; what it suppresses is stood in for as a release does. Asked of a thinned mask.
         localizations: one per prompt.
         thin: what is left of neurons without those that cost ordinary prompts most.
         plan: names the way of merging.
@@ -31,5 +31,8 @@ def merge_localizations(
         if plan.merge == "union":
             sizes = localizer.scorer.predictor.sizes
             return union_mask(localizations, sizes, plan.include_unresolved), localizations
-        settled = settle_mask(localizer, localizations, advance, thin if plan.merge == "thinned" else None, released)
+        if plan.merge == "thinned":
+            settled = settle_mask(localizer, localizations, advance, thin, released)
+        else:
+            settled = settle_mask(localizer, localizations, advance)
         return settled.mask, settled.localizations
