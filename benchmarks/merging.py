@@ -36,7 +36,7 @@ from nemo_prune.engine.budget import most_costly_first, thinned, utility_curve
 from nemo_prune.engine.by_gradient import localize_by_gradient
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.compensation import Compensation
-from nemo_prune.engine.completing import Looks
+from nemo_prune.engine.completing import Looks, no_looks
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
 from nemo_prune.engine.gates import all_neurons, split_by_layer
 from nemo_prune.engine.gone import FRESH_SEED, gather_corpus, judge, judge_ordinary
@@ -266,12 +266,12 @@ class Comparison:
         settings, mask = PursuitSettings(search=search), first and first.mask
         released = self.released()
         with TemporaryDirectory() as folder:
-            looks = lambda mask, prompts=None: ()  # noqa: E731
+            looks: Looks = no_looks
             if self.arguments.images:
                 looks = CopyLooks(
                     released, self.items, self.ordinary, self.training, self.drawing, Path(folder) / "looks.jsonl"
                 )
-            if first is not None and self.compensation is not None and self.compensation.is_combining:
+            if first is not None and released.is_combining:
                 self.hold(released, first.mask, looks)
             result = pursue(
                 released, self.prompts, self.ordinary, self.calibration.threshold, settings, looks, first=mask

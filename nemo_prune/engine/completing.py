@@ -46,6 +46,11 @@ class Looks(Protocol):
         """
 
 
+def no_looks(mask: NeuronMask, prompts: Sequence[str] | None = None) -> Sequence[Copy]:
+    """Where no images are drawn, nothing is seen to copy."""
+    return ()
+
+
 # Rounds are told apart by what they are: tensors can't be compared at once.
 @dataclass(frozen=True, eq=False)
 class Round:

@@ -197,6 +197,11 @@ class NoisePredictor:
         """Dotted module name -> what suppressed neurons output instead of 0, [out_features]."""
         return None if self.compensation is None else self.compensation.means
 
+    @property
+    def is_combining(self) -> bool:
+        """Whether kept neurons stand in for suppressed ones."""
+        return self.compensation is not None and self.compensation.is_combining
+
     def in_weights(self, mask: NeuronMask) -> NeuronMask:
         """A mask with what it changes behind the attention, so that a model does what this predictor predicts."""
         return mask if self.compensation is None else self.compensation.in_weights(mask, self.pipe.unet)
@@ -312,7 +317,7 @@ class NoisePredictor:
 
     def _suppressing(self, suppressed: Sequence[Collection[Neuron]]) -> AbstractContextManager:
         """Suppress neurons of each sample of a batch while the context lasts."""
-        if self.compensation is not None and self.compensation.is_combining:
+        if self.is_combining:
             return self.compensation.standing_in(self.pipe.unet, suppressed)
         return suppress(self.layers, self._gates(suppressed), self.scale, self.means)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
 from nemo_prune.engine.attended import attended_moments
-from nemo_prune.engine.completing import Looks
+from nemo_prune.engine.completing import Looks, named, no_looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import Corpus, judge
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
@@ -46,7 +46,7 @@ class HeldRound:
     @property
     def harder(self) -> dict[str, float]:
         """The weights of the next round."""
-        return {prompt: weight * (HARDER if prompt in self.left else 1.0) for prompt, weight in self.weights.items()}
+        return self.weights | {prompt: HARDER * self.weights[prompt] for prompt in self.left}
 
 
 def hold_harder(
@@ -55,7 +55,7 @@ def hold_harder(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     limit: float,
-    copies: Looks = lambda mask, prompts=None: (),
+    copies: Looks = no_looks,
     log: LineLog | None = None,
     judged: LineLog | None = None,
     advance: Advance = ignored,
@@ -92,7 +92,7 @@ def hold_harder(
         if rounds and change > limit:
             return replace(rounds[-1], weights=held, change=change)
         not_gone = [each.prompt for each in judge(predictor, corpus, neurons, judged) if not each.is_gone]
-        concerned = {prompt for each in copies(mask) for prompt in (each.prompt, each.source)}
+        concerned = named(copies(mask))
         return HeldRound(held, change, tuple(not_gone), tuple(prompt for prompt in held if prompt in concerned))
 
     while not rounds or (rounds[-1].left and rounds[-1].change <= limit and len(rounds) <= ROUNDS):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from nemo_prune.engine.completing import Copy, Looks, Round, completed_rounds, named
+from nemo_prune.engine.completing import Copy, Looks, Round, completed_rounds, named, no_looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, judged_by
@@ -100,7 +100,7 @@ def pursue(
     ordinary: Sequence[str],
     threshold: float,
     settings: PursuitSettings,
-    copies: Looks = lambda mask, prompts=None: (),
+    copies: Looks = no_looks,
     advance: Advance = ignored,
     checkpoint: Path | None = None,
     first: NeuronMask | None = None,

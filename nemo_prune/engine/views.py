@@ -183,9 +183,11 @@ def measure_under(
         log: where the measures are kept as they come.
     """
     betas = predictor.settings.ssim_betas
-    mask = NeuronMask.from_neurons(neurons, predictor.sizes)
-    # What is taken in their place depends on the captions that are held, too.
-    name = f"{mask.digest if log is None else predictor.in_weights(mask).digest} {predictor.scale}"
+    name = None
+    if log is not None:
+        # What is taken in the neurons' place depends on the captions that are held, too.
+        mask = predictor.in_weights(NeuronMask.from_neurons(neurons, predictor.sizes))
+        name = f"{mask.digest} {predictor.scale}"
     known = {record["prompt"]: record for record in log or () if record["mask"] == name}
     places = {prompt: place for place, prompt in enumerate(memorized.prompts)}
     waiting = [prompt for prompt in prompts if prompt not in known]

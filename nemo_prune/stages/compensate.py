@@ -77,15 +77,14 @@ def hold_what_is_left(
         work: where the rounds are kept.
         listener: hears the stage, and what it did.
     """
-    compensation = bar.released.compensation
-    if compensation is None or not compensation.is_combining or not mask.num_neurons:
+    if not bar.released.is_combining or not mask.num_neurons:
         return
     limit = AFFORDED_HELD if plan.max_utility_loss is None else plan.max_utility_loss
     log = LineLog(work.held, {"mask": mask.digest, "limit": limit})
     with listener.stage(Stage.HOLD) as advance:
         first, taken = hold_harder(
             bar.released, bar.corpus, bar.states, mask.neurons, limit, looks, log, bar.log, advance
-        )  # fmt: skip
+        )
     if taken is not first:
         listener.say(
             f"{len(first.left)} prompts were not gone, or copied in images, and are held harder: {len(taken.left)} are "

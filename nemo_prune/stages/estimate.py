@@ -118,8 +118,8 @@ def passes_of_stages(
     # With nothing, everything and the mask suppressed; what the detection predicted is known.
     judging = 3 * (seeds + FRESH_SEEDS) * (num_prompts + WATCHED) - detection
     # What is looked at and judged to see what is to be held harder is known from then on, but for ordinary prompts.
-    holding, is_held = 0, plan.ablation == "compensated" and plan.search == "greedy" and plan.merge != "union"
-    if is_held:
+    holding = 0
+    if plan.ablation == "compensated" and plan.search == "greedy" and plan.merge != "union":
         walk = PursuitSettings().walked * PursuitSettings().points
         known = judging - (seeds + FRESH_SEEDS) * WATCHED
         holding, looks, judging = known + looks + walk, 0, judging - known
