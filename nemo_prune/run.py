@@ -120,7 +120,7 @@ def prune_model(
         versions=versions(),
         base=base,
         licence=licence,
-        mask=_mask_record(mask, plan),
+        mask=_mask_record(mask, scaled, plan),
         prompts=prompt_facts(examined, corpus.num_duplicates, plan.include_unresolved),
         files=ExportReport(),
         measured=measured_by_a_run(plan, localizer, examined, judged.ordinary, {}, cost, False, timed.seconds, spared),
@@ -207,9 +207,10 @@ def localize_model(
     return work.localizations, found
 
 
-def _mask_record(mask: NeuronMask, plan: Plan) -> MaskRecord:
+def _mask_record(mask: NeuronMask, released: NoisePredictor, plan: Plan) -> MaskRecord:
     return MaskRecord.of(
         mask,
+        held=released.compensation.hold if released.is_combining else None,
         scale=plan.scale,
         merge=plan.merge,
         preserve=plan.preserve,

@@ -112,6 +112,8 @@ def test_captions_count_by_their_weights(predictor, mask):
     for name, found in both.items():
         torch.testing.assert_close(found.mean, first[name].mean / 4 + second[name].mean * 3 / 4)
         torch.testing.assert_close(found.products, first[name].products / 4 + second[name].products * 3 / 4)
+        mixed = first[name].mixed_with(second[name], 3 / 4)
+        torch.testing.assert_close((mixed.mean, mixed.products), (found.mean, found.products))
 
 
 def test_moments_are_kept_in_a_file_as_tensors(predictor):

@@ -237,6 +237,28 @@ def test_a_mask_is_completed_as_long_as_other_captions_come_back(tiny):
     assert set(result.rounds[1].mask.neurons) < set(result.best.mask.neurons)
 
 
+def test_a_mask_is_completed_no_further_than_ordinary_captions_afford_it(tiny, monkeypatch):
+    settings = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2)
+    monkeypatch.setattr(pursuit, "search_mask", lambda *given: pytest.fail("another mask was searched"))
+
+    def copies(mask, prompts=None):
+        copying = {"a": mask.num_neurons < 5, "b": True}
+        return [Copy(text, text, 1.0) for text in prompts or copying if copying[text]]
+
+    def pursued(max_change):
+        asked = replace(settings, max_change=max_change)
+        return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, asked, copies, first=first)
+
+    first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
+    result = pursued(1e-6)
+    assert [each.mask.num_neurons for each in result.rounds] == [1] and result.best.mask is first
+    change = result.best.change
+    # The next round changes more: what it would cost is said, and the one before is taken.
+    result = pursued(change + 1e-6)
+    assert [each.mask.num_neurons for each in result.rounds] == [1, 5] and result.best.mask is first
+    assert result.next_step_costs == pytest.approx(result.rounds[1].change - change) and result.next_step_costs > 1e-6
+
+
 def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):
     settings, file, asked = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2), tmp_path / "rounds.jsonl", []
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)

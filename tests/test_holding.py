@@ -69,7 +69,8 @@ def test_who_is_not_gone_is_held_harder_until_all_are_and_the_log_says_the_same_
     # Who goes on judges nothing again, and ends with the same weights.
     again = NoisePredictor(predictor.pipe, SETTINGS, compensation=alike)
     assert hold_harder(again, corpus, states, NEURONS, 1.0, log=LineLog(log)) == (first, taken)
-    assert again.sample_passes == len(taken.weights) * POINTS
+    held = [weight for weight in taken.weights.values() if weight > 1]
+    assert again.sample_passes == len(held) * POINTS < len(taken.weights) * POINTS
     mask = NeuronMask.from_neurons(NEURONS, predictor.sizes)
     assert again.in_weights(mask).digest == predictor.in_weights(mask).digest
     # So does who was stopped after the first round.

@@ -53,6 +53,7 @@ def write_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the files over what `save_pretrained` wrote, which transformers 4 cannot read."""
+    target.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, target / name)
 

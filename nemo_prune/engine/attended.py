@@ -22,12 +22,12 @@ def attended_moments(
 ) -> dict[str, Moments]:
     """Means and products of what attention takes from the neurons of a layer, over places, captions and their ways.
 
-    One sample pass a point.
+    One sample pass a point of a caption that counts. Where a caption's way begins depends on its place alone.
 
     Args:
         predictor: the model; its value projections are searched.
         texts: captions.
-        weights: of the captions in the mean over them; all count the same unless given.
+        weights: of the captions in the mean over them, some above 0; all count the same unless given.
         at_once: captions that go through the U-Net together.
 
     Returns:
@@ -36,9 +36,10 @@ def attended_moments(
     Raises:
         ModelError: the device's memory does not take a single sample.
     """
-    first = predictor.initial_latents(SEED, len(texts))
     shares = torch.ones(len(texts)) if weights is None else torch.tensor(weights)
-    shares = shares / (shares.sum() * POINTS)
+    counting = shares.nonzero().flatten()
+    first, shares = predictor.initial_latents(SEED, len(texts))[counting], shares[counting] / (shares.sum() * POINTS)
+    texts = [texts[place] for place in counting.tolist()]
 
     def walk(part: slice) -> dict[str, Moments]:
         sums = {

@@ -46,6 +46,10 @@ class Moments:
         crossed = torch.outer(mean, centre)
         return self.products.double() - crossed - crossed.T + torch.outer(centre, centre)
 
+    def mixed_with(self, other: "Moments", share: float) -> "Moments":
+        """The moments over these captions and others, the others with a share of the weight, 0 to 1."""
+        return Moments(torch.lerp(self.mean, other.mean, share), torch.lerp(self.products, other.products, share))
+
 
 @dataclass(frozen=True)
 class Compensation:

@@ -86,6 +86,7 @@ def completed_rounds(
     copied: Sequence[Copy],
     looks: Looks,
     most: int,
+    max_change: float,
     log: LineLog | None = None,
 ) -> list[Round]:
     """A mask that is completed until nothing copies, or further neurons help no more.
@@ -100,6 +101,7 @@ def completed_rounds(
         copied: what copied under it.
         looks: draws images under a mask and says what copied.
         most: how often it is completed at most.
+        max_change: on ordinary captions, of a mask that is completed further.
         log: where the rounds are kept as they end.
     """
     rounds = [_kept_round(record, predictor.sizes) for record in log or ()]
@@ -112,7 +114,7 @@ def completed_rounds(
 
     if not rounds:
         end(first, copied, predictor.sample_passes)
-    while rounds[-1].copies and len(rounds) <= most:
+    while rounds[-1].copies and len(rounds) <= most and rounds[-1].change <= max_change:
         passes_before, last = predictor.sample_passes, rounds[-1]
         neurons = complete_for(predictor, states(), seeds, last.mask.neurons, last.copies, looks)
         if len(neurons) == last.mask.num_neurons:

@@ -63,8 +63,8 @@ def hold_harder(
     """Hold captions harder that are not gone under a mask, until all are or ordinary ones change by more than a limit.
 
     The predictor's compensation is replaced by the one that leaves fewest captions, of several by the first. A round
-    takes a sample pass a memorized caption and seed, as many a caption as its moments take, one a point of the ordinary
-    captions' ways, and a look at images.
+    takes a sample pass a memorized caption and seed, as many a caption that is held harder as its moments take, one a
+    point of the ordinary captions' ways, and a look at images.
 
     Args:
         predictor: the model; its compensation combines kept neurons.
@@ -84,8 +84,11 @@ def hold_harder(
     held = dict.fromkeys(corpus.memorized.prompts, 1.0)
 
     def hold(weights: dict[str, float]) -> None:
-        moments = attended_moments(predictor, list(weights), list(weights.values()))
-        predictor.compensation = replace(first, memorized=moments, hold=mean(weights.values()))
+        # What they count more than at first is all that has to be measured.
+        more = attended_moments(predictor, list(weights), [each - 1 for each in weights.values()])
+        times = mean(weights.values())
+        moments = {name: each.mixed_with(more[name], 1 - 1 / times) for name, each in first.memorized.items()}
+        predictor.compensation = replace(first, memorized=moments, hold=times)
 
     def judged_round() -> HeldRound:
         change = mean_change(predictor, states, neurons)

@@ -3,6 +3,7 @@
 Looking at images is not done here: a function draws them and says what copied.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -46,6 +47,8 @@ class PursuitSettings:
         strictness: how much further under its limits a caption must come for each round that it came back in.
         probed: timesteps at which it is looked where something that came back shows, beside the detection's.
         probe_seeds: initial latents that are judged at such a timestep from then on.
+        max_change: on ordinary captions, as a share of what everything suppressed changes; a mask that changes more is
+            completed no further, nor another one searched, and it is the best only if all change more.
     """
 
     search: str = "learned"
@@ -61,6 +64,7 @@ class PursuitSettings:
     strictness: float = 0.1
     probed: tuple[int, ...] = (761, 561, 361)
     probe_seeds: int = 5
+    max_change: float = math.inf
 
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
@@ -78,14 +82,17 @@ class Pursuit:
 
     Attributes:
         rounds: what each round ended with; none where the mask of another search was enough.
+        max_change: on ordinary captions, of a round that can be the best.
     """
 
     rounds: tuple[Round, ...]
+    max_change: float = math.inf
 
     @property
     def best(self) -> Round:
         """The round with the fewest copies, and of these the one that changes ordinary captions least."""
-        return min(self.rounds, key=lambda each: (len(each.real_copies), len(each.copies), each.change))
+        allowed = [each for each in self.rounds if each.change <= self.max_change] or [self.rounds[0]]
+        return min(allowed, key=lambda each: (len(each.real_copies), len(each.copies), each.change))
 
     @property
     def next_step_costs(self) -> float | None:
@@ -133,10 +140,15 @@ def pursue(
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
     rounds: list[Round] = []
     if first is not None:
-        log = rounds_file and LineLog(rounds_file, {"first": first.digest, "copied": to_json(copied)})
-        rounds += completed_rounds(predictor, states, seeds, first, copied, copies, settings.rounds, log)
+        depends_on = {"first": first.digest, "copied": to_json(copied), "limit": settings.max_change}
+        log = rounds_file and LineLog(rounds_file, depends_on)
+        rounds += completed_rounds(
+            predictor, states, seeds, first, copied, copies, settings.rounds, settings.max_change, log
+        )
     strictness = dict.fromkeys(prompts, 0.0)
-    while not rounds or (rounds[-1].real_copies and len(rounds) <= settings.rounds):
+    while not rounds or (
+        rounds[-1].real_copies and len(rounds) <= settings.rounds and rounds[-1].change <= settings.max_change
+    ):
         passes_before = predictor.sample_passes
         if came_back := sorted(set(named(rounds[-1].copies if rounds else ())) & set(prompts)):
             strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}
@@ -147,7 +159,7 @@ def pursue(
         mask = NeuronMask.from_neurons(neurons, predictor.sizes)
         passes = predictor.sample_passes - passes_before
         rounds.append(_look_at(predictor, corpus, states(), mask, copies(mask), passes))
-    return Pursuit(tuple(rounds))
+    return Pursuit(tuple(rounds), settings.max_change)
 
 
 def search_mask(

@@ -47,6 +47,8 @@ class MaskRecord:
         ablation: what they still give: ``zero``; their ``mean`` on ordinary captions, in the biases behind them; or
             ``compensated``: also what kept neurons tell of them, and all are held near their means on memorized
             captions, in the weights behind.
+        held: how much memorized captions count in the mean where they are held near means: 1 where all are held alike,
+            more where some had to be held harder; None where none is held, and for a finished mask.
         merge: how the prompts' neurons became one mask; None for a finished mask.
         preserve: how much the search favoured ordinary captions; None for a finished mask.
         search: how the neurons were searched; None for a finished mask.
@@ -61,6 +63,7 @@ class MaskRecord:
     sizes: Mapping[str, int]
     scale: float = 0.0
     ablation: str = "zero"
+    held: float | None = None
     merge: str | None = None
     preserve: float | None = None
     search: str | None = None

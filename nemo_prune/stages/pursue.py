@@ -1,5 +1,6 @@
 """What is gone under a mask; a mask that is pursued until nothing copies; and what a limit spares."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,7 +94,10 @@ def pursue_mask(
     predictor = bar.released
     if not bar.memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    settings = PursuitSettings(search="learned" if plan.search == "greedy" else plan.search)
+    settings = PursuitSettings(
+        search="learned" if plan.search == "greedy" else plan.search,
+        max_change=math.inf if plan.max_utility_loss is None else plan.max_utility_loss,
+    )
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
             predictor, bar.memorized, bar.ordinary, bar.localizer.threshold, settings, looks, advance, work.learning,
