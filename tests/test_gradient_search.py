@@ -1,5 +1,6 @@
 """Attribution, the search by gradient and the learned gates, on the demo model and on planted answers."""
 
+import shutil
 from dataclasses import astuple, replace
 
 import pytest
@@ -260,7 +261,7 @@ def test_a_mask_is_completed_no_further_than_ordinary_captions_afford_it(tiny, m
 
 
 def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):
-    settings, file, asked = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2), tmp_path / "rounds.jsonl", []
+    settings, work, asked = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2), WorkFiles(tmp_path), []
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
 
     def copies(mask, prompts=None):
@@ -269,7 +270,7 @@ def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):
         return [Copy(text, text, 1.0) for text in prompts or copying if copying[text]]
 
     def pursued():
-        return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, settings, copies, first=first, rounds_file=file)
+        return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, settings, copies, first=first, work=work)
 
     def facts(found):
         return [(each.mask.neurons, each.change, each.copies, each.sample_passes) for each in found.rounds]
@@ -277,11 +278,53 @@ def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):
     whole = facts(pursued())
     passes, _ = tiny.sample_passes, asked.clear()
     assert facts(pursued()) == whole and tiny.sample_passes == passes and asked == [None]
+    file = work.rounds
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + len(whole) == 4
     file.write_text("".join(lines[:-1]))
     assert [neurons for neurons, *_ in facts(pursued())] == [neurons for neurons, *_ in whole]
     assert file.read_text().startswith("".join(lines[:-1])) and tiny.sample_passes > passes
+
+
+@pytest.mark.slow
+def test_a_learned_search_goes_on_where_it_stopped(demo, captions, tmp_path):
+    """One caption comes back in images once, so that a second search is made, more strictly."""
+    settings = PursuitSettings(
+        learning=LearningSettings(steps=3, captions=2, seeds=2, ordinary=2, start=0.2),
+        reopening=ReopeningSettings(seeds=1, ordinary=4), tries=6, more_seeds=2, watched=2, walked=1, points=2,
+        rounds=1, probed=(761,), probe_seeds=2,
+    )  # fmt: skip
+
+    (first, second, _), ordinary = captions
+
+    def pursued(folder):
+        looked_at = []
+
+        def copies(mask, prompts=None):
+            looked_at.append(mask)
+            return [Copy(first, first, 0.5)] if len(looked_at) == 1 else []
+
+        found = pursue(demo, [first, second], ordinary, TAU, settings, copies, work=WorkFiles(folder))
+        return [each.mask.neurons for each in found.rounds]
+
+    whole, kept = pursued(tmp_path / "whole"), {}
+    passes = demo.sample_passes
+    assert pursued(tmp_path / "whole") == whole and len(whole) == 2
+    # Of the rounds alone the change on ordinary captions is looked at again.
+    states = settings.walked * settings.points
+    assert demo.sample_passes - passes == 2 * states + 2 * states
+    for file in sorted((tmp_path / "whole" / "searches").glob("*/*ed.jsonl")):
+        kept[file.name] = kept.get(file.name, 0) + len(file.read_text().splitlines())
+        stopped = tmp_path / f"{file.parent.name} {file.name}"
+        shutil.copytree(tmp_path / "whole", stopped)
+        there = stopped / "searches" / file.parent.name
+        lines = file.read_text().splitlines(keepends=True)
+        (there / file.name).write_text("".join(lines[: len(lines) // 2]))
+        if file.name == "completed.jsonl":
+            (there / "reopened.jsonl").unlink()
+        assert pursued(stopped) == whole
+        assert (there / file.name).read_text() == file.read_text()
+    assert kept.keys() == {"completed.jsonl", "judged.jsonl", "reopened.jsonl"} and min(kept.values()) > 2
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import Corpus, judge
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
 from nemo_prune.engine.settling import by_value
+from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, ignored
 
@@ -37,6 +38,7 @@ def utility_curve(
     neurons: Collection[Neuron],
     points: int = 8,
     advance: Advance = ignored,
+    log: LineLog | None = None,
 ) -> list[CurvePoint]:
     """Let the most costly neurons of a mask act again, step by step, and see which captions that gives up.
 
@@ -48,18 +50,19 @@ def utility_curve(
         points: masks that are looked at, beside the whole one; each costs a sample pass a caption and seed, and one a
             point of ordinary captions' ways.
         advance: called with the points done and their number.
+        log: where the captions' measures are kept as they come.
 
     Returns:
         The whole mask first, the empty one last.
     """
     if not neurons:
-        return [_look_at(predictor, corpus, states, (), None)]
+        return [_look_at(predictor, corpus, states, (), None, log)]
     order = most_costly_first(predictor, states, neurons)
     curve: list[CurvePoint] = []
     for point in range(points + 1):
         kept = order[round(point * len(order) / points) :]
         if not curve or len(kept) < len(curve[-1].neurons):
-            curve.append(_look_at(predictor, corpus, states, kept, curve[0] if curve else None))
+            curve.append(_look_at(predictor, corpus, states, kept, curve[0] if curve else None, log))
         advance(point + 1, points + 1)
     return curve
 
@@ -121,9 +124,10 @@ def _look_at(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     whole: CurvePoint | None,
+    log: LineLog | None,
 ) -> CurvePoint:
     ordered = tuple(neuron for neuron in all_neurons(predictor.sizes) if neuron in set(neurons))
-    gone = tuple(each.prompt for each in judge(predictor, corpus, ordered) if each.is_gone)
+    gone = tuple(each.prompt for each in judge(predictor, corpus, ordered, log) if each.is_gone)
     before = whole.gone if whole else gone
     return CurvePoint(
         neurons=ordered,

@@ -19,8 +19,9 @@ from nemo_prune.engine.reopening import ReopeningSettings, reopen
 from nemo_prune.engine.settling import Jury, complete
 from nemo_prune.engine.views import Seeds
 from nemo_prune.errors import SettingsError
+from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.json_values import to_json
-from nemo_prune.files.work import LineLog
+from nemo_prune.files.work import LineLog, Replay, SearchFiles, WorkFiles
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.progress import Advance, ignored
 
@@ -109,14 +110,13 @@ def pursue(
     settings: PursuitSettings,
     copies: Looks = no_looks,
     advance: Advance = ignored,
-    checkpoint: Path | None = None,
     first: NeuronMask | None = None,
-    rounds_file: Path | None = None,
+    work: WorkFiles | None = None,
     states: Callable[[], OrdinaryStates] | None = None,
 ) -> Pursuit:
     """Find a mask under which memorized captions are gone and ordinary ones change as little as may be.
 
-    The result depends on the arguments alone, however often the learning is stopped and taken up again.
+    The result depends on the arguments alone, however often it is stopped and taken up again.
 
     Args:
         predictor: the model; masks are judged with what it puts in for suppressed neurons.
@@ -126,11 +126,10 @@ def pursue(
         settings: the numbers.
         copies: draws images under a mask and says what copied.
         advance: called with what is done in this round and how much there is.
-        checkpoint: where the learning is kept as it goes on.
         first: the mask of another search. If nothing copies under it there is nothing to pursue, and no round is made.
             Else it is completed for what copied or came close, as long as further neurons help; another one is searched
             only if something copies then.
-        rounds_file: where the rounds are kept in which it is completed.
+        work: where rounds and searches are kept as they go on.
         states: gives the points on ordinary captions' ways, where they are known already.
     """
     copied = () if first is None else copies(first)
@@ -139,9 +138,9 @@ def pursue(
     watched, states = ordinary[: settings.watched], states or cache(lambda: settings.states(predictor, ordinary))
     seeds = Seeds.draw(predictor) + Seeds.draw(predictor, settings.seed, settings.more_seeds)
     rounds: list[Round] = []
+    began_with = {"settings": to_json(settings), "first": first and first.digest, "copied": to_json(copied)}
     if first is not None:
-        depends_on = {"first": first.digest, "copied": to_json(copied), "limit": settings.max_change}
-        log = rounds_file and LineLog(rounds_file, depends_on)
+        log = work and LineLog(work.rounds, began_with)
         rounds += completed_rounds(
             predictor, states, seeds, first, copied, copies, settings.rounds, settings.max_change, log
         )
@@ -150,16 +149,30 @@ def pursue(
         rounds[-1].real_copies and len(rounds) <= settings.rounds and rounds[-1].change <= settings.max_change
     ):
         passes_before = predictor.sample_passes
+        files = work and work.search(_name(began_with, rounds))
         if came_back := sorted(set(named(rounds[-1].copies if rounds else ())) & set(prompts)):
             strictness |= {prompt: strictness[prompt] + settings.strictness for prompt in came_back}
             last = rounds[-1].mask
-            seeds += seeds_that_show(predictor, came_back, watched, last, threshold, settings, len(rounds))
-        corpus = gather_corpus(predictor, prompts, watched, seeds, threshold, strictness)
-        neurons = search_mask(predictor, corpus, states(), settings, advance, checkpoint)
+            (timestep,) = Replay(files and LineLog(files.shown))(
+                timestep_that_shows, predictor, came_back, watched, last, threshold, settings, len(rounds)
+            )
+            seeds += _probing_seeds(predictor, settings, len(rounds), timestep)
+        judged = files and LineLog(files.judged)
+        corpus = gather_corpus(
+            predictor, prompts, watched, seeds, threshold, strictness, judged, views_file=files and files.views
+        )
+        neurons = search_mask(predictor, corpus, states(), settings, advance, files)
         mask = NeuronMask.from_neurons(neurons, predictor.sizes)
+        found = copies(mask)
         passes = predictor.sample_passes - passes_before
-        rounds.append(_look_at(predictor, corpus, states(), mask, copies(mask), passes))
+        rounds.append(_look_at(predictor, corpus, states(), mask, found, passes, judged))
     return Pursuit(tuple(rounds), settings.max_change)
+
+
+def _name(began_with: dict, rounds: Sequence[Round]) -> str:
+    """The name of the next search: all that it depends on, beside what the work folder does."""
+    copied = [repr(each.copies) for each in rounds]
+    return f"{len(rounds)}-{text_hash([repr(began_with), *copied])[:16]}"
 
 
 def search_mask(
@@ -168,7 +181,7 @@ def search_mask(
     states: OrdinaryStates,
     settings: PursuitSettings,
     advance: Advance = ignored,
-    checkpoint: Path | None = None,
+    files: SearchFiles | None = None,
 ) -> list[Neuron]:
     """Find neurons under which all captions are gone that can be; what was tried and kept can't be spared.
 
@@ -178,21 +191,21 @@ def search_mask(
         states: points on ordinary captions' ways.
         settings: the numbers.
         advance: called with what is done and how much there is.
-        checkpoint: where the learning is kept as it goes on.
+        files: where the search is kept as it goes on.
     """
     everything, margin = all_neurons(predictor.sizes), settings.reopening.margin
     jury = Jury(predictor, corpus, _beyond_reach(corpus, margin))
     start, reopening = everything, settings.reopening
     if settings.search == "learned":
         learner = GateLearner(predictor, corpus, states, settings.learning)
-        _learn(learner, advance, checkpoint)
+        _learn(learner, advance, files and files.learning)
         closed = [neuron for neuron, each in zip(everything, learner.closings.tolist(), strict=True) if each > 0.5]
-        start = complete(predictor, jury, states, closed, margin)
+        start = complete(predictor, jury, states, closed, margin, files and LineLog(files.completed))
         reopening = replace(reopening, tries=settings.tries)
-    return reopen(predictor, corpus, states, jury, start, reopening, advance)
+    return reopen(predictor, corpus, states, jury, start, reopening, advance, files and LineLog(files.reopened))
 
 
-def seeds_that_show(
+def timestep_that_shows(
     predictor: NoisePredictor,
     prompts: Sequence[str],
     watched: Sequence[str],
@@ -200,8 +213,8 @@ def seeds_that_show(
     threshold: float,
     settings: PursuitSettings,
     round_number: int,
-) -> Seeds:
-    """New seeds, at the timestep at which captions that came back in images are furthest from being gone.
+) -> list[int]:
+    """The timestep at which captions that came back in images are furthest from being gone, alone in a list.
 
     Args:
         predictor: the model.
@@ -212,13 +225,18 @@ def seeds_that_show(
         settings: the timesteps that are tried, and how many seeds are drawn.
         round_number: other seeds are drawn in every round.
     """
-    found: dict[int, tuple[float, Seeds]] = {}
+    lowest: dict[int, float] = {}
     for timestep in (predictor.timestep, *settings.probed):
-        seeds = Seeds.draw(predictor, settings.seed + round_number, settings.probe_seeds, timestep)
+        seeds = _probing_seeds(predictor, settings, round_number, timestep)
         corpus = gather_corpus(predictor, prompts, watched, seeds, threshold)
         margins = [min(each.margins.values()) for each in judge(predictor, corpus, mask.neurons)]
-        found[timestep] = (min(margins), seeds)
-    return min(found.values(), key=lambda each: each[0])[1]
+        lowest[timestep] = min(margins)
+    return [min(lowest, key=lowest.__getitem__)]
+
+
+def _probing_seeds(predictor: NoisePredictor, settings: PursuitSettings, round_number: int, timestep: int) -> Seeds:
+    """New seeds at a timestep, others in every round."""
+    return Seeds.draw(predictor, settings.seed + round_number, settings.probe_seeds, timestep)
 
 
 def _beyond_reach(corpus: Corpus, margin: float) -> set[str]:
@@ -246,12 +264,15 @@ def _look_at(
     mask: NeuronMask,
     copies: Sequence[Copy],
     sample_passes: int,
+    log: LineLog | None,
 ) -> Round:
+    memorized = judge(predictor, corpus, mask.neurons, log)
+    ordinary = judge_ordinary(predictor, corpus, mask.neurons, log)
     return Round(
         mask=mask,
         change=mean_change(predictor, states, mask.neurons),
-        not_gone=tuple(each for each in judge(predictor, corpus, mask.neurons) if not each.is_gone),
-        called_up=tuple(each for each in judge_ordinary(predictor, corpus, mask.neurons) if not each.is_gone),
+        not_gone=tuple(each for each in memorized if not each.is_gone),
+        called_up=tuple(each for each in ordinary if not each.is_gone),
         copies=tuple(copies),
         sample_passes=sample_passes,
     )

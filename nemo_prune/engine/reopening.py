@@ -18,6 +18,7 @@ from nemo_prune.engine.memory import in_parts
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.settling import Jury
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
+from nemo_prune.files.work import LineLog, Replay
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, ignored
 
@@ -60,6 +61,7 @@ def reopen(
     neurons: Collection[Neuron],
     settings: ReopeningSettings,
     advance: Advance = ignored,
+    log: LineLog | None = None,
 ) -> list[Neuron]:
     """Open gates as long as all captions stay gone; what remains was tried one by one, unless tries are limited.
 
@@ -71,19 +73,26 @@ def reopen(
         neurons: what is suppressed at first; all captions that the jury asks about are gone under it.
         settings: the numbers.
         advance: called with the neurons that were decided and their number.
+        log: where orders and tries are kept.
     """
+    decided = Replay(log)
     kept, needed, turn, share, tried = set(neurons), set(), 0, settings.share, 0
     order: list[Neuron] = []
     opened = 0
+
+    def are_gone(neurons: Collection[Neuron]) -> list[bool]:
+        return [jury.all_gone(neurons, settings.margin)]
+
     while (waiting := kept - needed) and (settings.tries is None or tried < settings.tries):
         if not order or opened > settings.outdated * len(kept):
-            generator = torch.Generator().manual_seed(settings.seed * 100_003 + turn)
-            order = _best_first(predictor, corpus, states, jury, kept, waiting, settings, generator)
+            seed = settings.seed * 100_003 + turn
+            best = decided(_best_first, predictor, corpus, states, jury, kept, waiting, settings, seed)
+            order = [Neuron(*each) for each in best]
             turn, opened = turn + 1, 0
         order = [neuron for neuron in order if neuron in waiting]
         number = max(1, round(share * len(order)))
         tried += 1
-        while not jury.all_gone(kept.difference(order[:number]), settings.margin):
+        while not all(decided(are_gone, kept.difference(order[:number]))):
             tried += 1
             if number == 1:
                 needed.add(order[0])
@@ -106,9 +115,10 @@ def _best_first(
     kept: Collection[Neuron],
     waiting: Collection[Neuron],
     settings: ReopeningSettings,
-    generator: torch.Generator,
+    seed: int,
 ) -> list[Neuron]:
     """The waiting neurons, those first that ordinary captions miss most and memorized ones least."""
+    generator = torch.Generator().manual_seed(seed)
     factors = closed_gates(list(kept), predictor.sizes).to(predictor.device)
     with frozen_weights(predictor):
         harm = _harm(predictor, corpus, jury, factors, settings, generator)

@@ -1,6 +1,7 @@
 """Whether captions are gone under a mask, asked the hardest first; and a proposal completed until they are."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import Corpus, Verdict, verdict
 from nemo_prune.engine.ordinary import OrdinaryStates
 from nemo_prune.engine.views import Views, differences_of, measure_one
+from nemo_prune.files.work import LineLog, Replay
 from nemo_prune.mask import Neuron
 
 # Points on ordinary captions' ways whose gradients are taken.
@@ -44,10 +46,14 @@ class Jury:
         """The position of a caption that is not gone under a mask, None where all are."""
         for position in self._order:
             if not self.is_gone(position, neurons, margin):
-                self._order.remove(position)
-                self._order.insert(0, position)
+                self.ask_first(position)
                 return position
         return None
+
+    def ask_first(self, position: int) -> None:
+        """Ask about a caption first from now on."""
+        self._order.remove(position)
+        self._order.insert(0, position)
 
     def is_gone(self, position: int, neurons: Collection[Neuron], margin: float = 0.0) -> bool:
         """Whether one caption is gone, with room to spare."""
@@ -68,6 +74,7 @@ def complete(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     margin: float = 0.0,
+    log: LineLog | None = None,
 ) -> list[Neuron]:
     """Add neurons until all captions are gone that the jury asks about: for each that is not, those that do most.
 
@@ -81,20 +88,26 @@ def complete(
         states: points on ordinary captions' ways.
         neurons: the proposal.
         margin: by how much captions must be gone.
+        log: where what is added for each caption is kept.
     """
-    suppressed, cost = list(dict.fromkeys(neurons)), costs_of_completing(predictor, states)
-    while (position := jury.first_not_gone(suppressed, margin)) is not None:
+    suppressed, decided = list(dict.fromkeys(neurons)), Replay(log)
+    cost = cache(lambda: costs_of_completing(predictor, states))
+
+    def next_caption() -> list:
+        """A caption that is not gone, the neurons that it needs, and whether it would take more; or nothing."""
+        position = jury.first_not_gone(suppressed, margin)
+        if position is None:
+            return []
         resembled = _resembled(jury, position, suppressed)
-        waiting = most_worth(predictor, jury.corpus.memorized, position, resembled, suppressed, cost)
+        waiting = most_worth(predictor, jury.corpus.memorized, position, resembled, suppressed, cost())
+        needed = first_enough(waiting, lambda more: jury.is_gone(position, [*suppressed, *more], margin))
+        return [position, needed, len(needed) == len(waiting)]
 
-        def are_enough(
-            more: Sequence[Neuron], position: int = position, suppressed: Sequence[Neuron] = suppressed
-        ) -> bool:
-            return jury.is_gone(position, [*suppressed, *more], margin)
-
-        needed = first_enough(waiting, are_enough)
-        suppressed = [*suppressed, *needed]
-        if len(needed) == len(waiting):
+    while found := decided(next_caption):
+        position, needed, is_beyond = found
+        jury.ask_first(position)
+        suppressed += [Neuron(*each) for each in needed]
+        if is_beyond:
             break
     return suppressed
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -149,10 +149,52 @@ class WorkFiles:
         """The secret key of the references to prompts."""
         return self.path / "prompt_key"
 
+    def search(self, name: str) -> "SearchFiles":
+        """Where one search for a mask of the whole corpus lies; its name tells it from others of this work folder."""
+        return SearchFiles(self.path / "searches" / name)
+
+
+class SearchFiles:
+    """Where everything of one search for a mask of the whole corpus lies.
+
+    Args:
+        path: the folder; created if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def shown(self) -> Path:
+        """The timestep at which what came back shows."""
+        return self.path / "shown.jsonl"
+
+    @property
+    def views(self) -> Path:
+        """What is predicted for the captions that its masks are judged on."""
+        return self.path / "views.safetensors"
+
+    @property
+    def judged(self) -> Path:
+        """How captions measure under masks, one line per mask and caption."""
+        return self.path / "judged.jsonl"
+
     @property
     def learning(self) -> Path:
         """Where the learning of gates stands."""
         return self.path / "learning.pt"
+
+    @property
+    def completed(self) -> Path:
+        """What the learned mask was completed by, one line per caption."""
+        return self.path / "completed.jsonl"
+
+    @property
+    def reopened(self) -> Path:
+        """The orders in which neurons were tried to act again, and what came of each try."""
+        return self.path / "reopened.jsonl"
 
 
 class WorkFolder(WorkFiles):
@@ -246,6 +288,26 @@ class LineLog:
             file.flush()
             if synced:
                 os.fsync(file.fileno())
+
+
+class Replay:
+    """Makes decisions in their order and keeps them; those that were kept before a stop are given again.
+
+    Args:
+        log: of the decisions; None keeps nothing.
+    """
+
+    def __init__(self, log: LineLog | None) -> None:
+        self._log, self._known = log, iter(list(log or ()))
+
+    def __call__(self, decide: Callable[..., list], *given: object) -> list:
+        """The next decision, as JSON values: what the function returns for what it is given."""
+        for known in self._known:
+            return known
+        decision = decide(*given)
+        if self._log is not None:
+            self._log.append(decision)
+        return decision
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -100,8 +100,8 @@ def pursue_mask(
     )
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
-            predictor, bar.memorized, bar.ordinary, bar.localizer.threshold, settings, looks, advance, work.learning,
-            first, work.rounds, lambda: bar.states,
+            predictor, bar.memorized, bar.ordinary, bar.localizer.threshold, settings, looks, advance, first, work,
+            lambda: bar.states,
         )  # fmt: skip
     if first is not None and not pursuit.rounds:
         return first, localizations
@@ -136,7 +136,7 @@ def spare_ordinary(
     if max_utility_loss is None or not mask.num_neurons or not bar.memorized:
         return mask, ()
     with listener.stage(Stage.SPARE) as advance:
-        curve = utility_curve(bar.released, bar.corpus, bar.states, mask.neurons, advance=advance)
+        curve = utility_curve(bar.released, bar.corpus, bar.states, mask.neurons, advance=advance, log=bar.log)
     return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, bar.released.sizes), curve
 
 
