@@ -311,7 +311,7 @@ class GateLearner:
     @torch.no_grad()
     def _nearest_others(self, differences: Tensor, columns: Tensor) -> Tensor:
         """Which memorized caption each sample resembles most, by the correlation of their noise differences."""
-        return correlation(differences, self.corpus.memorized.differences[:, columns]).argmax(dim=0).cpu()
+        return correlation(differences, self.corpus.memorized, columns).argmax(dim=0).cpu()
 
     def _changes(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """Change at points on ordinary captions' ways, [points]."""

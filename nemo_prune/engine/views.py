@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ class Views:
     prompt_embeds: Tensor
     seeds: "Seeds"
     differences: Tensor
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """Norms of the noise differences around their means, [P, S]."""
+        # A caption at a time, because centring takes their memory again.
+        flat = self.differences.flatten(2)
+        return torch.stack([(each - each.mean(dim=1, keepdim=True)).norm(dim=1) for each in flat])
 
 
 @dataclass(frozen=True)
@@ -226,18 +234,26 @@ def _nearest(differences: Tensor, memorized: Views, betas: Sequence[float]) -> t
     Similarities are taken with those alone whose noise differences correlate most: a corpus of 500 would else cost
     500 of them a seed.
     """
-    likely = correlation(differences, memorized.differences).topk(min(_LIKELY, len(memorized.prompts)), dim=0).indices
+    likely = correlation(differences, memorized, slice(None)).topk(min(_LIKELY, len(memorized.prompts)), dim=0).indices
     columns = torch.arange(len(differences), device=differences.device)
     compared = torch.stack([_compare(differences, memorized.differences[row, columns], betas) for row in likely])
     highest = compared.max(dim=0)
     return highest.values, likely.cpu()[highest.indices, torch.arange(len(differences))]
 
 
-def correlation(differences: Tensor, originals: Tensor) -> Tensor:
-    """Correlation of noise differences [S, ...] with those of captions on the same seeds [P, S, ...], [P, S]."""
-    a, b = differences.flatten(1), originals.flatten(2)
-    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=2, keepdim=True)
-    return (a * b).sum(dim=2) / (a.norm(dim=1) * b.norm(dim=2)).clamp_min(1e-12)
+def correlation(differences: Tensor, views: Views, seeds: slice | Tensor) -> Tensor:
+    """Correlation of noise differences [N, ...] with those of captions on the same seeds, [P, N].
+
+    Args:
+        differences: of any captions, one a seed.
+        views: P captions.
+        seeds: columns of the N seeds.
+    """
+    centred = differences.flatten(1)
+    centred = centred - centred.mean(dim=1, keepdim=True)
+    # What is centred on one side need not be on the other: what a corpus keeps is not copied.
+    products = torch.einsum("nd,pnd->pn", centred, views.differences[:, seeds].flatten(2))
+    return products / (centred.norm(dim=1) * views.norms[:, seeds]).clamp_min(1e-12)
 
 
 def _compare(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
