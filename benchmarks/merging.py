@@ -286,7 +286,7 @@ class Comparison:
         seeds = Seeds.draw(released) + Seeds.draw(released, settings.seed, FRESH_SEEDS)
         corpus = gather_corpus(self.predictor, self.prompts, self.ordinary[:WATCHED], seeds, self.calibration.threshold)
         states = settings.states(released, self.ordinary)
-        hold_harder(released, corpus, states, mask.neurons, AFFORDED_HELD, looks)
+        hold_harder(released, corpus, states, mask.neurons, AFFORDED_HELD, copies=looks)
 
     def scaled_rows(self) -> dict[str, Tensor]:
         """Rows scaled from -.5 to 1 instead of zeroed: gates that are learned and never rounded."""

@@ -99,7 +99,35 @@ def test_what_copies_and_what_it_copies_is_held_harder_although_it_is_gone(groun
         seen.append(predictor.compensation.hold)
         return [Copy(copying, source, 0.5), Copy("an ordinary caption", source, 1.0)] if len(seen) < 3 else []
 
-    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, copies)
+    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, copies=copies)
     assert not first.not_gone and first.left == {copying, source}
     assert taken.weights == {copying: HARDER**2, source: HARDER**2} | dict.fromkeys(others, 1.0)
     assert seen[0] == 1 < seen[1] < seen[2] == predictor.compensation.hold and not taken.left
+
+
+@pytest.mark.slow
+def test_beyond_the_limit_is_held_what_really_copies_and_nothing_else(ground, predictor, monkeypatch):
+    monkeypatch.setattr(compensation, "GIVEN", 0.1)
+    _, corpus, states, _ = ground
+    prompt, *_ = corpus.memorized.prompts
+    limit = mean_change(predictor, states, NEURONS) + 1e-4
+
+    def hold(*looks, most=1.0):
+        """With what each round's look sees, the last one ever again."""
+        predictor.compensation = Compensation(*ground[3])
+        seen = iter(looks)
+
+        def copies(mask, prompts=None):
+            return next(seen, looks[-1])
+
+        return hold_harder(predictor, corpus, states, NEURONS, limit, most, copies)
+
+    copy, close = [Copy(prompt, prompt, 0.5)], [Copy(prompt, prompt, 0.5, is_close=True)]
+    first, taken = hold(close)
+    assert taken is first and first.left == {prompt}
+    first, taken = hold(copy, copy, close, [])
+    # What only comes close costs no more than the limit: that nothing copies any longer is enough.
+    assert taken.weights[prompt] == HARDER**2 and taken.change > limit and not taken.num_copies and taken.left
+    assert predictor.compensation.hold > 1
+    first, taken = hold(copy, copy, [], most=limit)
+    assert taken is first and predictor.compensation.hold == 1

@@ -5,6 +5,7 @@ is held the less the more there are. Most need less than their share. So those c
 whose images copy, and those that are copied; round after round, as in boosting. The others stay as they are.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
@@ -30,13 +31,15 @@ class HeldRound:
         weights: memorized caption -> how much more than at first it counts.
         change: on ordinary captions, as a share of what everything suppressed changes.
         not_gone: memorized captions that are not gone, by their predictions.
-        copying: memorized captions whose images copy, and those that are copied.
+        copying: memorized captions whose images copy or come close to that, and those that are copied.
+        num_copies: captions whose images really copy, memorized or ordinary.
     """
 
     weights: dict[str, float]
     change: float
     not_gone: tuple[str, ...]
     copying: tuple[str, ...]
+    num_copies: int
 
     @property
     def left(self) -> frozenset[str]:
@@ -55,6 +58,7 @@ def hold_harder(
     states: OrdinaryStates,
     neurons: Collection[Neuron],
     limit: float,
+    most: float = math.inf,
     copies: Looks = no_looks,
     log: LineLog | None = None,
     judged: LineLog | None = None,
@@ -62,9 +66,12 @@ def hold_harder(
 ) -> tuple[HeldRound, HeldRound]:
     """Hold captions harder that are not gone under a mask, until all are or ordinary ones change by more than a limit.
 
-    The predictor's compensation is replaced by the one that leaves fewest captions, of several by the first. A round
-    takes a sample pass a memorized caption and seed, as many a caption that is held harder as its moments take, one a
-    point of the ordinary captions' ways, and a look at images.
+    Beyond the limit it goes on only where images really copy: to complete the mask for these would cost more. The
+    predictor's compensation is replaced by that of the round with the fewest copies; of several by that within the
+    limit, the one that leaves fewest captions, the first.
+
+    A round takes a sample pass a memorized caption and seed, as many a caption that is held harder as its moments take,
+    one a point of the ordinary captions' ways, and a look at images.
 
     Args:
         predictor: the model; its compensation combines kept neurons.
@@ -72,6 +79,7 @@ def hold_harder(
         states: points on ordinary captions' ways.
         neurons: the mask.
         limit: share of what everything suppressed changes, 0 to 1.
+        most: the same where images really copy.
         copies: draws images under a mask and says what copied.
         log: where the rounds are kept as they end.
         judged: where the measures of the captions are kept.
@@ -92,13 +100,18 @@ def hold_harder(
 
     def judged_round() -> HeldRound:
         change = mean_change(predictor, states, neurons)
-        if rounds and change > limit:
+        if rounds and change > bound():
             return replace(rounds[-1], weights=held, change=change)
         not_gone = [each.prompt for each in judge(predictor, corpus, neurons, judged) if not each.is_gone]
-        concerned = named(copies(mask))
-        return HeldRound(held, change, tuple(not_gone), tuple(prompt for prompt in held if prompt in concerned))
+        seen = copies(mask)
+        copying = tuple(prompt for prompt in held if prompt in named(seen))
+        return HeldRound(held, change, tuple(not_gone), copying, sum(not each.is_close for each in seen))
 
-    while not rounds or (rounds[-1].left and rounds[-1].change <= limit and len(rounds) <= ROUNDS):
+    def bound() -> float:
+        """What ordinary captions may change by in the next round."""
+        return most if rounds[-1].num_copies else limit
+
+    while not rounds or (rounds[-1].left and rounds[-1].change <= bound() and len(rounds) <= ROUNDS):
         if rounds:
             held = rounds[-1].harder
             hold(held)
@@ -106,7 +119,11 @@ def hold_harder(
         if log is not None:
             log.append(asdict(rounds[-1]))
         advance(len(rounds), ROUNDS + 1)
-    best = min((each for each in rounds if each.change <= limit), key=lambda each: len(each.left), default=rounds[0])
+    best = min(
+        (each for each in rounds if each.change <= most),
+        key=lambda each: (each.num_copies, each.change > limit, len(each.left)),
+        default=rounds[0],
+    )
     if best.weights != held:
         predictor.compensation = first
         if best is not rounds[0]:

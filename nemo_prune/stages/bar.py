@@ -19,7 +19,7 @@ _JUDGE_SEED = 4001
 FRESH_SEEDS, WATCHED = 5, 16
 # What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
 AFFORDED = 0.15
-# The same with what is still left held harder.
+# The same with what is still left held harder; more where its images copy.
 AFFORDED_HELD = 0.2
 
 

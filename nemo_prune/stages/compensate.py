@@ -1,5 +1,6 @@
 """What neurons still give: measured on ordinary captions before the search, on memorized ones after it."""
 
+import math
 from collections.abc import Sequence
 
 from nemo_prune.compute.local import LocalSession
@@ -79,11 +80,13 @@ def hold_what_is_left(
     """
     if not bar.released.is_combining or not mask.num_neurons:
         return
-    limit = AFFORDED_HELD if plan.max_utility_loss is None else plan.max_utility_loss
-    log = LineLog(work.held, {"mask": mask.digest, "limit": limit})
+    limit, most = AFFORDED_HELD, math.inf
+    if plan.max_utility_loss is not None:
+        limit = most = plan.max_utility_loss
+    log = LineLog(work.held, {"mask": mask.digest, "limit": limit, "most": most})
     with listener.stage(Stage.HOLD) as advance:
         first, taken = hold_harder(
-            bar.released, bar.corpus, bar.states, mask.neurons, limit, looks, log, bar.log, advance
+            bar.released, bar.corpus, bar.states, mask.neurons, limit, most, looks, log, bar.log, advance
         )
     if taken is not first:
         listener.say(
