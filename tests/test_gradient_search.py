@@ -20,7 +20,7 @@ from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.learned import GateLearner, LearningSettings
 from nemo_prune.engine.ordinary import change_by_timestep, mean_change, walk_ordinary
-from nemo_prune.engine.pursuit import PursuitSettings, pursue
+from nemo_prune.engine.pursuit import Pursuit, PursuitSettings, pursue
 from nemo_prune.engine.reopening import ReopeningSettings
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.settling import Jury, rank_neurons, without_costly
@@ -258,6 +258,31 @@ def test_a_mask_is_completed_no_further_than_ordinary_captions_afford_it(tiny, m
     result = pursued(change + 1e-6)
     assert [each.mask.num_neurons for each in result.rounds] == [1, 5] and result.best.mask is first
     assert result.next_step_costs == pytest.approx(result.rounds[1].change - change) and result.next_step_costs > 1e-6
+
+
+def test_a_mask_is_completed_for_what_comes_close_only_as_far_as_that_is_afforded(tiny, monkeypatch):
+    settings = PursuitSettings(more_seeds=2, watched=1, walked=1, points=2)
+
+    def copies(mask, prompts=None):
+        """One caption copies, another one comes close, which takes as many neurons again."""
+        left = {"a": mask.num_neurons < 5, "b": mask.num_neurons < 9}
+        return [Copy(text, text, 1.0, is_close=text == "b") for text in prompts or left if left[text]]
+
+    def pursued(afforded):
+        asked = replace(settings, afforded=afforded)
+        return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, asked, copies, first=first)
+
+    first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
+    result = pursued(1e-6)
+    assert [each.mask.num_neurons for each in result.rounds] == [1, 5] and result.best is result.rounds[1]
+    assert result.best.copies and not result.best.real_copies
+    result = pursued(1.0)
+    assert [each.mask.num_neurons for each in result.rounds] == [1, 9] and not result.best.copies
+    # What cost more than is afforded is not the best for that alone.
+    assert Pursuit(result.rounds[::-1]).best is result.rounds[1]
+    close = replace(result.rounds[0], copies=(Copy("b", "b", 1.0, is_close=True),))
+    assert Pursuit((close, result.rounds[1])).best is result.rounds[1]
+    assert Pursuit((close, result.rounds[1]), afforded=close.change + 1e-6).best is close
 
 
 def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):

@@ -77,6 +77,10 @@ class Round:
         """What copied in images, without what only comes close."""
         return [copy for copy in self.copies if not copy.is_close]
 
+    def to_mend(self, afforded: float) -> Sequence[Copy]:
+        """What copied; and what only comes close, unless ordinary captions change by more than is afforded for that."""
+        return self.copies if self.change <= afforded else self.real_copies
+
 
 def completed_rounds(
     predictor: NoisePredictor,
@@ -87,6 +91,7 @@ def completed_rounds(
     looks: Looks,
     most: int,
     max_change: float,
+    afforded: float,
     log: LineLog | None = None,
 ) -> list[Round]:
     """A mask that is completed until nothing copies, or further neurons help no more.
@@ -102,6 +107,7 @@ def completed_rounds(
         looks: draws images under a mask and says what copied.
         most: how often it is completed at most.
         max_change: on ordinary captions, of a mask that is completed further.
+        afforded: the same of one that is completed for what only comes close.
         log: where the rounds are kept as they end.
     """
     rounds = [_kept_round(record, predictor.sizes) for record in log or ()]
@@ -114,9 +120,9 @@ def completed_rounds(
 
     if not rounds:
         end(first, copied, predictor.sample_passes)
-    while rounds[-1].copies and len(rounds) <= most and rounds[-1].change <= max_change:
+    while len(rounds) <= most and rounds[-1].change <= max_change and (waiting := rounds[-1].to_mend(afforded)):
         passes_before, last = predictor.sample_passes, rounds[-1]
-        neurons = complete_for(predictor, states(), seeds, last.mask.neurons, last.copies, looks)
+        neurons = complete_for(predictor, states(), seeds, last.mask.neurons, waiting, looks)
         if len(neurons) == last.mask.num_neurons:
             break
         mask = NeuronMask.from_neurons(neurons, predictor.sizes)

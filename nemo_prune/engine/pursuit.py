@@ -50,6 +50,7 @@ class PursuitSettings:
         probe_seeds: initial latents that are judged at such a timestep from then on.
         max_change: on ordinary captions, as a share of what everything suppressed changes; a mask that changes more is
             completed no further, nor another one searched, and it is the best only if all change more.
+        afforded: the same where images only come close to copying.
     """
 
     search: str = "learned"
@@ -66,6 +67,7 @@ class PursuitSettings:
     probed: tuple[int, ...] = (761, 561, 361)
     probe_seeds: int = 5
     max_change: float = math.inf
+    afforded: float = math.inf
 
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
@@ -84,16 +86,21 @@ class Pursuit:
     Attributes:
         rounds: what each round ended with; none where the mask of another search was enough.
         max_change: on ordinary captions, of a round that can be the best.
+        afforded: the same of one that is better because fewer images only come close.
     """
 
     rounds: tuple[Round, ...]
     max_change: float = math.inf
+    afforded: float = math.inf
 
     @property
     def best(self) -> Round:
-        """The round with the fewest copies, and of these the one that changes ordinary captions least."""
+        """The round with the fewest copies, and of these one that is afforded, with the fewest that come close."""
         allowed = [each for each in self.rounds if each.change <= self.max_change] or [self.rounds[0]]
-        return min(allowed, key=lambda each: (len(each.real_copies), len(each.copies), each.change))
+        return min(
+            allowed,
+            key=lambda each: (len(each.real_copies), each.change > self.afforded, len(each.copies), each.change),
+        )
 
     @property
     def next_step_costs(self) -> float | None:
@@ -142,7 +149,16 @@ def pursue(
     if first is not None:
         log = work and LineLog(work.rounds, began_with)
         rounds += completed_rounds(
-            predictor, states, seeds, first, copied, copies, settings.rounds, settings.max_change, log
+            predictor,
+            states,
+            seeds,
+            first,
+            copied,
+            copies,
+            settings.rounds,
+            settings.max_change,
+            settings.afforded,
+            log,
         )
     strictness = dict.fromkeys(prompts, 0.0)
     while not rounds or (
@@ -166,7 +182,7 @@ def pursue(
         found = copies(mask)
         passes = predictor.sample_passes - passes_before
         rounds.append(_look_at(predictor, corpus, states(), mask, found, passes, judged))
-    return Pursuit(tuple(rounds), settings.max_change)
+    return Pursuit(tuple(rounds), settings.max_change, settings.afforded)
 
 
 def _name(began_with: dict, rounds: Sequence[Round]) -> str:

@@ -1,5 +1,6 @@
 """What the masks of a run are judged against, measured once, when it is asked for."""
 
+import math
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
@@ -19,8 +20,17 @@ _JUDGE_SEED = 4001
 FRESH_SEEDS, WATCHED = 5, 16
 # What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
 AFFORDED = 0.15
-# The same with what is still left held harder; more where its images copy.
+# The same with more done for captions that such a mask leaves; still more where their images really copy.
 AFFORDED_HELD = 0.2
+
+
+def afforded(max_utility_loss: float | None) -> tuple[float, float]:
+    """What ordinary captions may lose by what is done for captions that a mask leaves, and for those that really copy.
+
+    Args:
+        max_utility_loss: the limit for both that a user names; None where there is none.
+    """
+    return (AFFORDED_HELD, math.inf) if max_utility_loss is None else (max_utility_loss, max_utility_loss)
 
 
 class Bar:

@@ -1,6 +1,5 @@
 """What neurons still give: measured on ordinary captions before the search, on memorized ones after it."""
 
-import math
 from collections.abc import Sequence
 
 from nemo_prune.compute.local import LocalSession
@@ -14,7 +13,7 @@ from nemo_prune.files.work import LineLog, WorkFiles
 from nemo_prune.mask import NeuronMask
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.settings import Plan
-from nemo_prune.stages.bar import AFFORDED_HELD, Bar
+from nemo_prune.stages.bar import Bar, afforded
 
 # Ordinary prompts that it is measured on.
 USUAL_PROMPTS = 96
@@ -80,9 +79,7 @@ def hold_what_is_left(
     """
     if not bar.released.is_combining or not mask.num_neurons:
         return
-    limit, most = AFFORDED_HELD, math.inf
-    if plan.max_utility_loss is not None:
-        limit = most = plan.max_utility_loss
+    limit, most = afforded(plan.max_utility_loss)
     log = LineLog(work.held, {"mask": mask.digest, "limit": limit, "most": most})
     with listener.stage(Stage.HOLD) as advance:
         first, taken = hold_harder(

@@ -1,6 +1,5 @@
 """What is gone under a mask; a mask that is pursued until nothing copies; and what a limit spares."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +24,7 @@ from nemo_prune.proof.drawing import Drawing, captions_at_once, draw_captions
 from nemo_prune.proof.images import Likeness, as_compared
 from nemo_prune.proof.sampling import stratified
 from nemo_prune.settings import Plan, VerificationSettings
-from nemo_prune.stages.bar import Bar
+from nemo_prune.stages.bar import Bar, afforded
 
 # Seeds of images that the final proof does not draw.
 _LOOP_SEED_STEP = 1000
@@ -94,9 +93,9 @@ def pursue_mask(
     predictor = bar.released
     if not bar.memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
+    limit, most = afforded(plan.max_utility_loss)
     settings = PursuitSettings(
-        search="learned" if plan.search == "greedy" else plan.search,
-        max_change=math.inf if plan.max_utility_loss is None else plan.max_utility_loss,
+        search="learned" if plan.search == "greedy" else plan.search, max_change=most, afforded=limit
     )
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
