@@ -58,7 +58,7 @@ from nemo_prune.models.source import load_pipeline
 from nemo_prune.proof.cost import full_mask, matched_random_mask
 from nemo_prune.proof.images import Likeness, as_compared, draw_images, image_similarities
 from nemo_prune.settings import ABLATIONS, PROJECTIONS, LocalizationSettings, VerificationSettings
-from nemo_prune.stages.bar import AFFORDED, AFFORDED_HELD, FRESH_SEEDS
+from nemo_prune.stages.bar import AFFORDED, FRESH_SEEDS, afforded
 from nemo_prune.stages.compensate import usual_moments
 from nemo_prune.stages.localize import WEIGHING_PROMPTS
 from nemo_prune.stages.pursue import CopyLooks
@@ -263,7 +263,7 @@ class Comparison:
 
     def pursued(self, search: str, first: Way | None = None) -> Way:
         """The search for what is gone, with the loop over images; from a mask on, if one is given."""
-        settings, mask = PursuitSettings(search=search), first and first.mask
+        settings, mask = PursuitSettings(search=search, limits=afforded()), first and first.mask
         released = self.released()
         with TemporaryDirectory() as folder:
             looks: Looks = no_looks
@@ -286,7 +286,7 @@ class Comparison:
         seeds = Seeds.draw(released) + Seeds.draw(released, settings.seed, FRESH_SEEDS)
         corpus = gather_corpus(self.predictor, self.prompts, self.ordinary[:WATCHED], seeds, self.calibration.threshold)
         states = settings.states(released, self.ordinary)
-        hold_harder(released, corpus, states, mask.neurons, AFFORDED_HELD, copies=looks)
+        hold_harder(released, corpus, states, mask.neurons, afforded(), looks)
 
     def scaled_rows(self) -> dict[str, Tensor]:
         """Rows scaled from -.5 to 1 instead of zeroed: gates that are learned and never rounded."""

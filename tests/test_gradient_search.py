@@ -14,7 +14,7 @@ from nemo_prune.engine.attribution import Attribution, benefits, costs
 from nemo_prune.engine.budget import most_costly_first, thinned, utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
 from nemo_prune.engine.compensation import Compensation
-from nemo_prune.engine.completing import Copy, complete_for
+from nemo_prune.engine.completing import Copy, Limits, complete_for
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import gather_corpus, judge
@@ -247,7 +247,7 @@ def test_a_mask_is_completed_no_further_than_ordinary_captions_afford_it(tiny, m
         return [Copy(text, text, 1.0) for text in prompts or copying if copying[text]]
 
     def pursued(max_change):
-        asked = replace(settings, max_change=max_change)
+        asked = replace(settings, limits=Limits(max_change, max_change))
         return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, asked, copies, first=first)
 
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
@@ -269,7 +269,7 @@ def test_a_mask_is_completed_for_what_comes_close_only_as_far_as_that_is_afforde
         return [Copy(text, text, 1.0, is_close=text == "b") for text in prompts or left if left[text]]
 
     def pursued(afforded):
-        asked = replace(settings, afforded=afforded)
+        asked = replace(settings, limits=Limits(afforded))
         return pursue(tiny, ["a", "b"], ["c", "d"], 0.5, asked, copies, first=first)
 
     first = NeuronMask.from_neurons(all_neurons(tiny.sizes)[:1], tiny.sizes)
@@ -282,7 +282,7 @@ def test_a_mask_is_completed_for_what_comes_close_only_as_far_as_that_is_afforde
     assert Pursuit(result.rounds[::-1]).best is result.rounds[1]
     close = replace(result.rounds[0], copies=(Copy("b", "b", 1.0, is_close=True),))
     assert Pursuit((close, result.rounds[1])).best is result.rounds[1]
-    assert Pursuit((close, result.rounds[1]), afforded=close.change + 1e-6).best is close
+    assert Pursuit((close, result.rounds[1]), Limits(close.change + 1e-6)).best is close
 
 
 def test_rounds_that_ended_before_a_stop_are_not_made_again(tiny, tmp_path):

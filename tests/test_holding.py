@@ -1,5 +1,7 @@
 """Captions that are not gone are held harder: on the demo model, with all of them held too little at first."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from nemo_prune.engine import compensation
 from nemo_prune.engine.attended import POINTS, attended_moments
 from nemo_prune.engine.calibration import calibrate
 from nemo_prune.engine.compensation import Compensation
-from nemo_prune.engine.completing import Copy
+from nemo_prune.engine.completing import Copy, Limits
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import gather_corpus, judge
 from nemo_prune.engine.holding import HARDER, hold_harder
@@ -25,6 +27,7 @@ SETTINGS = LocalizationSettings(num_samples=4)
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 # What it prunes does hardly anything by itself.
 NEURONS = (Neuron(MID, 0),)
+ANY = Limits()
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +64,14 @@ def test_who_is_not_gone_is_held_harder_until_all_are_and_the_log_says_the_same_
     _, corpus, states, _ = ground
     alike = predictor.compensation
     log = tmp_path / "held.jsonl"
-    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, log=LineLog(log))
+    first, taken = hold_harder(predictor, corpus, states, NEURONS, ANY, log=LineLog(log))
     assert len(first.left) > len(taken.left) and set(first.weights.values()) == {1.0}
     assert left_under(predictor, corpus) == taken.not_gone
     assert first.change < taken.change == pytest.approx(mean_change(predictor, states, NEURONS))
     assert all(taken.weights[prompt] >= HARDER for prompt in first.left)
     # Who goes on judges nothing again, and ends with the same weights.
     again = NoisePredictor(predictor.pipe, SETTINGS, compensation=alike)
-    assert hold_harder(again, corpus, states, NEURONS, 1.0, log=LineLog(log)) == (first, taken)
+    assert hold_harder(again, corpus, states, NEURONS, ANY, log=LineLog(log)) == (first, taken)
     held = [weight for weight in taken.weights.values() if weight > 1]
     assert again.sample_passes == len(held) * POINTS < len(taken.weights) * POINTS
     mask = NeuronMask.from_neurons(NEURONS, predictor.sizes)
@@ -76,14 +79,14 @@ def test_who_is_not_gone_is_held_harder_until_all_are_and_the_log_says_the_same_
     # So does who was stopped after the first round.
     log.write_text(log.read_text().splitlines(keepends=True)[0])
     again.compensation = alike
-    assert hold_harder(again, corpus, states, NEURONS, 1.0, log=LineLog(log)) == (first, taken)
+    assert hold_harder(again, corpus, states, NEURONS, ANY, log=LineLog(log)) == (first, taken)
 
 
 @pytest.mark.slow
 def test_what_ordinary_captions_can_not_afford_is_not_done(ground, predictor):
     _, corpus, states, _ = ground
     alike, limit = predictor.compensation, mean_change(predictor, states, NEURONS) + 1e-4
-    first, taken = hold_harder(predictor, corpus, states, NEURONS, limit)
+    first, taken = hold_harder(predictor, corpus, states, NEURONS, Limits(limit, limit))
     assert first.left and taken is first
     assert predictor.compensation is alike
 
@@ -99,7 +102,7 @@ def test_what_copies_and_what_it_copies_is_held_harder_although_it_is_gone(groun
         seen.append(predictor.compensation.hold)
         return [Copy(copying, source, 0.5), Copy("an ordinary caption", source, 1.0)] if len(seen) < 3 else []
 
-    first, taken = hold_harder(predictor, corpus, states, NEURONS, 1.0, copies=copies)
+    first, taken = hold_harder(predictor, corpus, states, NEURONS, ANY, copies)
     assert not first.not_gone and first.left == {copying, source}
     assert taken.weights == {copying: HARDER**2, source: HARDER**2} | dict.fromkeys(others, 1.0)
     assert seen[0] == 1 < seen[1] < seen[2] == predictor.compensation.hold and not taken.left
@@ -112,7 +115,7 @@ def test_beyond_the_limit_is_held_what_really_copies_and_nothing_else(ground, pr
     prompt, *_ = corpus.memorized.prompts
     limit = mean_change(predictor, states, NEURONS) + 1e-4
 
-    def hold(*looks, most=1.0):
+    def hold(*looks, most=math.inf):
         """With what each round's look sees, the last one ever again."""
         predictor.compensation = Compensation(*ground[3])
         seen = iter(looks)
@@ -120,7 +123,7 @@ def test_beyond_the_limit_is_held_what_really_copies_and_nothing_else(ground, pr
         def copies(mask, prompts=None):
             return next(seen, looks[-1])
 
-        return hold_harder(predictor, corpus, states, NEURONS, limit, most, copies)
+        return hold_harder(predictor, corpus, states, NEURONS, Limits(limit, most), copies)
 
     copy, close = [Copy(prompt, prompt, 0.5)], [Copy(prompt, prompt, 0.5, is_close=True)]
     first, taken = hold(close)

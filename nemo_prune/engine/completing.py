@@ -3,6 +3,7 @@
 Looking at images is not done here: a function draws them and says what copied.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,6 +47,19 @@ class Looks(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What ordinary captions may change by, as shares of what everything suppressed changes.
+
+    Attributes:
+        left: by what is done for captions that are not gone, or whose images only come close to copying.
+        copying: by what is done where images really copy.
+    """
+
+    left: float = math.inf
+    copying: float = math.inf
+
+
 def no_looks(mask: NeuronMask, prompts: Sequence[str] | None = None) -> Sequence[Copy]:
     """Where no images are drawn, nothing is seen to copy."""
     return ()
@@ -77,9 +91,11 @@ class Round:
         """What copied in images, without what only comes close."""
         return [copy for copy in self.copies if not copy.is_close]
 
-    def to_mend(self, afforded: float) -> Sequence[Copy]:
-        """What copied; and what only comes close, unless ordinary captions change by more than is afforded for that."""
-        return self.copies if self.change <= afforded else self.real_copies
+    def to_mend(self, limits: Limits) -> Sequence[Copy]:
+        """What copied, or came close to that, as far as ordinary captions may change for it."""
+        if self.change > limits.copying:
+            return ()
+        return self.copies if self.change <= limits.left else self.real_copies
 
 
 def completed_rounds(
@@ -90,8 +106,7 @@ def completed_rounds(
     copied: Sequence[Copy],
     looks: Looks,
     most: int,
-    max_change: float,
-    afforded: float,
+    limits: Limits,
     log: LineLog | None = None,
 ) -> list[Round]:
     """A mask that is completed until nothing copies, or further neurons help no more.
@@ -106,8 +121,7 @@ def completed_rounds(
         copied: what copied under it.
         looks: draws images under a mask and says what copied.
         most: how often it is completed at most.
-        max_change: on ordinary captions, of a mask that is completed further.
-        afforded: the same of one that is completed for what only comes close.
+        limits: of the change on ordinary captions; a mask that changes more is completed no further.
         log: where the rounds are kept as they end.
     """
     rounds = [_kept_round(record, predictor.sizes) for record in log or ()]
@@ -120,7 +134,7 @@ def completed_rounds(
 
     if not rounds:
         end(first, copied, predictor.sample_passes)
-    while len(rounds) <= most and rounds[-1].change <= max_change and (waiting := rounds[-1].to_mend(afforded)):
+    while len(rounds) <= most and (waiting := rounds[-1].to_mend(limits)):
         passes_before, last = predictor.sample_passes, rounds[-1]
         neurons = complete_for(predictor, states(), seeds, last.mask.neurons, waiting, looks)
         if len(neurons) == last.mask.num_neurons:

@@ -5,13 +5,12 @@ is held the less the more there are. Most need less than their share. So those c
 whose images copy, and those that are copied; round after round, as in boosting. The others stay as they are.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
 from nemo_prune.engine.attended import attended_moments
-from nemo_prune.engine.completing import Looks, named, no_looks
+from nemo_prune.engine.completing import Limits, Looks, named, no_looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import Corpus, judge
 from nemo_prune.engine.ordinary import OrdinaryStates, mean_change
@@ -57,8 +56,7 @@ def hold_harder(
     corpus: Corpus,
     states: OrdinaryStates,
     neurons: Collection[Neuron],
-    limit: float,
-    most: float = math.inf,
+    limits: Limits,
     copies: Looks = no_looks,
     log: LineLog | None = None,
     judged: LineLog | None = None,
@@ -66,7 +64,7 @@ def hold_harder(
 ) -> tuple[HeldRound, HeldRound]:
     """Hold captions harder that are not gone under a mask, until all are or ordinary ones change by more than a limit.
 
-    Beyond the limit it goes on only where images really copy: to complete the mask for these would cost more. The
+    Where images really copy the limit is another one, because to complete the mask for these would cost more. The
     predictor's compensation is replaced by that of the round with the fewest copies; of several by that within the
     limit, the one that leaves fewest captions, the first.
 
@@ -78,8 +76,7 @@ def hold_harder(
         corpus: what captions are judged against.
         states: points on ordinary captions' ways.
         neurons: the mask.
-        limit: share of what everything suppressed changes, 0 to 1.
-        most: the same where images really copy.
+        limits: of the change on ordinary captions.
         copies: draws images under a mask and says what copied.
         log: where the rounds are kept as they end.
         judged: where the measures of the captions are kept.
@@ -100,18 +97,18 @@ def hold_harder(
 
     def judged_round() -> HeldRound:
         change = mean_change(predictor, states, neurons)
-        if rounds and change > bound():
+        if rounds and change > limit():
             return replace(rounds[-1], weights=held, change=change)
         not_gone = [each.prompt for each in judge(predictor, corpus, neurons, judged) if not each.is_gone]
         seen = copies(mask)
         copying = tuple(prompt for prompt in held if prompt in named(seen))
         return HeldRound(held, change, tuple(not_gone), copying, sum(not each.is_close for each in seen))
 
-    def bound() -> float:
+    def limit() -> float:
         """What ordinary captions may change by in the next round."""
-        return most if rounds[-1].num_copies else limit
+        return limits.copying if rounds[-1].num_copies else limits.left
 
-    while not rounds or (rounds[-1].left and rounds[-1].change <= bound() and len(rounds) <= ROUNDS):
+    while not rounds or (rounds[-1].left and rounds[-1].change <= limit() and len(rounds) <= ROUNDS):
         if rounds:
             held = rounds[-1].harder
             hold(held)
@@ -120,8 +117,8 @@ def hold_harder(
             log.append(asdict(rounds[-1]))
         advance(len(rounds), ROUNDS + 1)
     best = min(
-        (each for each in rounds if each.change <= most),
-        key=lambda each: (each.num_copies, each.change > limit, len(each.left)),
+        (each for each in rounds if each.change <= limits.copying),
+        key=lambda each: (each.num_copies, each.change > limits.left, len(each.left)),
         default=rounds[0],
     )
     if best.weights != held:

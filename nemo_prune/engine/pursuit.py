@@ -3,13 +3,12 @@
 Looking at images is not done here: a function draws them and says what copied.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from nemo_prune.engine.completing import Copy, Looks, Round, completed_rounds, named, no_looks
+from nemo_prune.engine.completing import Copy, Limits, Looks, Round, completed_rounds, named, no_looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, judged_by
@@ -48,9 +47,7 @@ class PursuitSettings:
         strictness: how much further under its limits a caption must come for each round that it came back in.
         probed: timesteps at which it is looked where something that came back shows, beside the detection's.
         probe_seeds: initial latents that are judged at such a timestep from then on.
-        max_change: on ordinary captions, as a share of what everything suppressed changes; a mask that changes more is
-            completed no further, nor another one searched, and it is the best only if all change more.
-        afforded: the same where images only come close to copying.
+        limits: of the change on ordinary captions; beyond them a mask is neither completed nor another one searched.
     """
 
     search: str = "learned"
@@ -66,8 +63,7 @@ class PursuitSettings:
     strictness: float = 0.1
     probed: tuple[int, ...] = (761, 561, 361)
     probe_seeds: int = 5
-    max_change: float = math.inf
-    afforded: float = math.inf
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
@@ -85,21 +81,19 @@ class Pursuit:
 
     Attributes:
         rounds: what each round ended with; none where the mask of another search was enough.
-        max_change: on ordinary captions, of a round that can be the best.
-        afforded: the same of one that is better because fewer images only come close.
+        limits: of the change on ordinary captions.
     """
 
     rounds: tuple[Round, ...]
-    max_change: float = math.inf
-    afforded: float = math.inf
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def best(self) -> Round:
-        """The round with the fewest copies, and of these one that is afforded, with the fewest that come close."""
-        allowed = [each for each in self.rounds if each.change <= self.max_change] or [self.rounds[0]]
+        """The round within the limits with the fewest copies; of several that with the fewest that come close."""
         return min(
-            allowed,
-            key=lambda each: (len(each.real_copies), each.change > self.afforded, len(each.copies), each.change),
+            (each for each in self.rounds if each.change <= self.limits.copying),
+            key=lambda each: (len(each.real_copies), each.change > self.limits.left, len(each.copies), each.change),
+            default=self.rounds[0],
         )
 
     @property
@@ -149,20 +143,11 @@ def pursue(
     if first is not None:
         log = work and LineLog(work.rounds, began_with)
         rounds += completed_rounds(
-            predictor,
-            states,
-            seeds,
-            first,
-            copied,
-            copies,
-            settings.rounds,
-            settings.max_change,
-            settings.afforded,
-            log,
+            predictor, states, seeds, first, copied, copies, settings.rounds, settings.limits, log
         )
     strictness = dict.fromkeys(prompts, 0.0)
     while not rounds or (
-        rounds[-1].real_copies and len(rounds) <= settings.rounds and rounds[-1].change <= settings.max_change
+        rounds[-1].real_copies and len(rounds) <= settings.rounds and rounds[-1].change <= settings.limits.copying
     ):
         passes_before = predictor.sample_passes
         files = work and work.search(_name(began_with, rounds))
@@ -182,7 +167,7 @@ def pursue(
         found = copies(mask)
         passes = predictor.sample_passes - passes_before
         rounds.append(_look_at(predictor, corpus, states(), mask, found, passes, judged))
-    return Pursuit(tuple(rounds), settings.max_change, settings.afforded)
+    return Pursuit(tuple(rounds), settings.limits)
 
 
 def _name(began_with: dict, rounds: Sequence[Round]) -> str:

@@ -1,10 +1,10 @@
 """What the masks of a run are judged against, measured once, when it is asked for."""
 
-import math
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
 from nemo_prune.engine.budget import thinned
+from nemo_prune.engine.completing import Limits
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import Corpus, gather_corpus
 from nemo_prune.engine.localize import Localizer
@@ -20,17 +20,17 @@ _JUDGE_SEED = 4001
 FRESH_SEEDS, WATCHED = 5, 16
 # What ordinary captions may lose by a thinned mask, as a share of what everything suppressed changes.
 AFFORDED = 0.15
-# The same with more done for captions that such a mask leaves; still more where their images really copy.
-AFFORDED_HELD = 0.2
+# The same with more done for captions that such a mask leaves, unless their images really copy.
+_AFFORDED_LEFT = 0.2
 
 
-def afforded(max_utility_loss: float | None) -> tuple[float, float]:
-    """What ordinary captions may lose by what is done for captions that a mask leaves, and for those that really copy.
+def afforded(max_utility_loss: float | None = None) -> Limits:
+    """What ordinary captions may lose by what is done for captions that a thinned mask leaves.
 
     Args:
-        max_utility_loss: the limit for both that a user names; None where there is none.
+        max_utility_loss: the limit that a user names; None where there is none.
     """
-    return (AFFORDED_HELD, math.inf) if max_utility_loss is None else (max_utility_loss, max_utility_loss)
+    return Limits(_AFFORDED_LEFT) if max_utility_loss is None else Limits(max_utility_loss, max_utility_loss)
 
 
 class Bar:

@@ -8,6 +8,7 @@ from nemo_prune.engine.compensation import Moments
 from nemo_prune.engine.completing import Looks
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.holding import hold_harder
+from nemo_prune.files.json_values import to_json
 from nemo_prune.files.kept_tensors import kept_tensors
 from nemo_prune.files.work import LineLog, WorkFiles
 from nemo_prune.mask import NeuronMask
@@ -79,11 +80,11 @@ def hold_what_is_left(
     """
     if not bar.released.is_combining or not mask.num_neurons:
         return
-    limit, most = afforded(plan.max_utility_loss)
-    log = LineLog(work.held, {"mask": mask.digest, "limit": limit, "most": most})
+    limits = afforded(plan.max_utility_loss)
+    log = LineLog(work.held, {"mask": mask.digest, "limits": to_json(limits)})
     with listener.stage(Stage.HOLD) as advance:
         first, taken = hold_harder(
-            bar.released, bar.corpus, bar.states, mask.neurons, limit, most, looks, log, bar.log, advance
+            bar.released, bar.corpus, bar.states, mask.neurons, limits, looks, log, bar.log, advance
         )
     if taken is not first:
         listener.say(

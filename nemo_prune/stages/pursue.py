@@ -93,10 +93,8 @@ def pursue_mask(
     predictor = bar.released
     if not bar.memorized:
         return first or NeuronMask.from_neurons((), predictor.sizes), localizations
-    limit, most = afforded(plan.max_utility_loss)
-    settings = PursuitSettings(
-        search="learned" if plan.search == "greedy" else plan.search, max_change=most, afforded=limit
-    )
+    search = "learned" if plan.search == "greedy" else plan.search
+    settings = PursuitSettings(search=search, limits=afforded(plan.max_utility_loss))
     with listener.stage(Stage.PURSUE) as advance:
         pursuit = pursue(
             predictor, bar.memorized, bar.ordinary, bar.localizer.threshold, settings, looks, advance, first, work,
