@@ -190,11 +190,13 @@ class SparedPoint:
         neurons: pruned neurons.
         change: of the noise prediction on ordinary prompts, as a share of what everything suppressed changes.
         gone: memorized prompts that are gone.
+        hold: how much memorized prompts are held near means, as a share of how much they are under the whole one.
     """
 
     neurons: int
     change: float
     gone: int
+    hold: float = 1.0
 
 
 @dataclass(frozen=True)

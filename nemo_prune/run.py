@@ -103,7 +103,7 @@ def prune_model(
         timed.say(warning)
     bar, mask, localizations = find_mask(session, localizer, corpus, ordinary, training_images, plan, work, timed)
     mask, curve = spare_ordinary(bar, mask, plan.max_utility_loss, timed)
-    spared = [SparedPoint(len(point.neurons), point.change, len(point.gone)) for point in curve]
+    spared = [SparedPoint(len(point.neurons), point.change, len(point.gone), point.hold) for point in curve]
 
     # The search suppresses; from here on the pruning is proven as the release will hold it.
     scaled = session.released(scale=plan.scale) if plan.scale else bar.released
@@ -153,7 +153,7 @@ def prune_model(
         _publish(release, work, source, record, examined, pruning, plan, grid)
         report = write_report(work.path, record, examined)
         if evidence:
-            report = _write_evidence(work, evidence, examined, training_images, localizer, plan)
+            report = _write_evidence(work, evidence, examined, training_images, localizer, plan, spared)
     return RunResult(record, plan.out, report, work.mask)
 
 
@@ -331,6 +331,7 @@ def _write_evidence(
     training_images: Mapping[str, Image.Image],
     localizer: Localizer,
     plan: Plan,
+    spared: Sequence[SparedPoint],
 ) -> Path:
     """The report of the evidence, with captions and images: it stays in the work folder."""
     context = ReportContext(
@@ -340,6 +341,7 @@ def _write_evidence(
         threshold=localizer.threshold,
         settings={"dtype": plan.model.dtype},
         versions=versions(),
+        spared=spared,
     )
     return write_evidence_report(work.path / REPORT_FILE, evidence, work.evidence / IMAGES_FOLDER, context)
 

@@ -247,8 +247,8 @@ class Plan:
             their means: the weights behind the attention change, too. (default: compensated; zero with the union, with
             key rows and with --scale)
         max_utility_loss: largest change of the noise prediction on ordinary captions, as a share of what everything
-            suppressed changes: the most costly neurons are spared until it is kept, and the record says what that
-            gives up. (default: no limit)
+            suppressed changes: the most costly neurons are spared until it is kept, or memorized captions are held
+            less, and the record says what that gives up. (default: no limit)
         preserve: 0 (the paper's search) to 1: also search a set that costs ordinary captions less, among more
             candidates; the cheaper of the two is taken.
         calibration: a finished calibration, a file of `nemo-prune calibrate`. (default: calibrate on ordinary captions)

@@ -11,7 +11,7 @@ from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine import pursuit, settling
 from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.attribution import Attribution, benefits, costs
-from nemo_prune.engine.budget import most_costly_first, thinned, utility_curve, within
+from nemo_prune.engine.budget import HELD_LESS, most_costly_first, thinned, utility_curve, within
 from nemo_prune.engine.by_gradient import localize_by_gradient, search_ranked
 from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.completing import Copy, Limits, complete_for
@@ -473,3 +473,25 @@ def test_a_corpus_by_gradient_takes_memorized_captions_and_says_of_others_that_t
     for text, each in zip(texts[1:], found[1:], strict=True):
         (scored,) = scorer.score_prompts([text])
         assert max(scorer.suppressed_similarities(scored, each.kept_seeds, suppressed)) <= tau
+
+
+@pytest.mark.slow
+def test_where_no_part_of_a_mask_is_within_a_limit_captions_are_held_less(demo, captions):
+    memorized, ordinary = captions
+    usual, theirs = (attended_moments(demo, texts) for texts in (ordinary, memorized))
+    released = NoisePredictor(demo.pipe, demo.settings, compensation=Compensation(usual, theirs))
+    corpus = gather_corpus(demo, memorized, ordinary, Seeds.draw(demo), TAU)
+    states = walk_ordinary(demo, ordinary, 3, 7)
+    neurons = [Neuron("mid_block.attentions.0.transformer_blocks.0.attn2.to_v", index) for index in range(4)]
+    whole = utility_curve(released, corpus, states, neurons)
+    least = min(point.change for point in whole[:-1])
+    assert {point.hold for point in whole} == {1.0} and len(whole[-1].neurons) == 0 < least
+    held = released.compensation
+    curve = utility_curve(released, corpus, states, neurons, limit=0.9 * least)
+    assert [point.hold for point in curve] == [1.0] * (len(whole) - 1) + list(HELD_LESS) + [1.0]
+    assert [point.change for point in curve[-6:]] == sorted((point.change for point in curve[-6:]), reverse=True)
+    assert released.compensation is held
+    taken = within(curve, 0.9 * least)
+    assert taken.hold < 1 and len(taken.neurons) == 2 and taken.change <= 0.9 * least
+    released.compensation = replace(held, hold=taken.hold)
+    assert mean_change(released, states, taken.neurons) == pytest.approx(taken.change)

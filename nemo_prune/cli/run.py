@@ -192,7 +192,8 @@ def _show_result(result: "RunResult") -> None:
     layers.add_row("all", str(record.mask.num_neurons), str(sum(record.mask.sizes.values())))
     console.print(found, layers)
     if result.out is None:
-        console.print("No memorization neuron was found, so there is nothing to prune and no model was written.")
+        nothing = "A limit allows none to be pruned" if record.measured.spared else "No memorization neuron was found"
+        console.print(f"{nothing}, so there is nothing to prune and no model was written.")
     else:
         effect = Table("measured", "before", "after", title="Effect")
         for row in before_after_rows(record):

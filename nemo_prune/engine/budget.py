@@ -1,7 +1,8 @@
 """What a mask changes for ordinary captions, within a limit: thinned for it, or seen as a curve of captions gone."""
 
+import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_prune.engine.attribution import costs
 from nemo_prune.engine.diffusion import NoisePredictor
@@ -13,6 +14,9 @@ from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
 from nemo_prune.progress import Advance, ignored
 
+# How much memorized captions are held where the whole of it costs more than a limit allows, as shares of that.
+HELD_LESS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -23,12 +27,14 @@ class CurvePoint:
         change: on ordinary captions, as a share of what everything suppressed changes.
         gone: memorized captions that are gone under it.
         given_up: those that are gone under the whole mask and not under this one.
+        hold: how much memorized captions are held near means, as a share of how much they are under the whole one.
     """
 
     neurons: tuple[Neuron, ...]
     change: float
     gone: tuple[str, ...]
     given_up: tuple[str, ...]
+    hold: float = 1.0
 
 
 def utility_curve(
@@ -39,8 +45,12 @@ def utility_curve(
     points: int = 8,
     advance: Advance = ignored,
     log: LineLog | None = None,
+    limit: float = math.inf,
 ) -> list[CurvePoint]:
     """Let the most costly neurons of a mask act again, step by step, and see which captions that gives up.
+
+    Holding memorized captions costs by itself, however few neurons are pruned. Where no part of the mask is within a
+    limit its cheaper half is looked at with these held less and less.
 
     Args:
         predictor: the model.
@@ -51,19 +61,29 @@ def utility_curve(
             point of ordinary captions' ways.
         advance: called with the points done and their number.
         log: where the captions' measures are kept as they come.
+        limit: share of what everything suppressed changes.
 
     Returns:
         The whole mask first, the empty one last.
     """
     if not neurons:
         return [_look_at(predictor, corpus, states, (), None, log)]
-    order = most_costly_first(predictor, states, neurons)
+    order, whole = most_costly_first(predictor, states, neurons), predictor.compensation
     curve: list[CurvePoint] = []
-    for point in range(points + 1):
+    for point in range(points):
         kept = order[round(point * len(order) / points) :]
-        if not curve or len(kept) < len(curve[-1].neurons):
+        if not curve or 0 < len(kept) < len(curve[-1].neurons):
             curve.append(_look_at(predictor, corpus, states, kept, curve[0] if curve else None, log))
         advance(point + 1, points + 1)
+    try:
+        for hold in HELD_LESS if predictor.is_combining and curve[-1].change > limit else ():
+            predictor.compensation = replace(whole, hold=hold * whole.hold)
+            found = _look_at(predictor, corpus, states, order[len(order) // 2 :], curve[0], log)
+            curve.append(replace(found, hold=hold))
+    finally:
+        predictor.compensation = whole
+    curve.append(_look_at(predictor, corpus, states, (), curve[0], log))
+    advance(points + 1, points + 1)
     return curve
 
 

@@ -63,7 +63,8 @@ class Compensation:
         ordinary: dotted module name -> moments on ordinary captions.
         memorized: the same on memorized ones, of the layers where these are held, which is done wherever any neuron is
             pruned; None where pruned neurons give their mean and no more.
-        hold: by how much more than ``GIVEN`` and ``STANDING_IN`` they weigh, see :mod:`nemo_prune.engine.holding`.
+        hold: by how much more than ``GIVEN`` and ``STANDING_IN`` they weigh, see :mod:`nemo_prune.engine.holding`;
+            below 1 kept neurons alone are held less.
     """
 
     ordinary: Mapping[str, Moments]
@@ -107,10 +108,11 @@ class Compensation:
             spread = usual.around(usual.mean)
             theirs = torch.zeros_like(spread)
             if layer in self.memorized:
-                theirs = self.hold * self.memorized[layer].around(usual.mean)
+                theirs = self.memorized[layer].around(usual.mean)
             # Where nothing varies there is nothing to solve for, and any ridge does.
             ridge = RIDGE * (float(spread.diagonal().mean()) or 1.0) * torch.eye(size, dtype=torch.float64)
-            for neurons, weight, aim in ((pruned, STANDING_IN, spread), (kept, GIVEN, -GIVEN * theirs)):
+            stands_in, gives = max(1.0, self.hold) * STANDING_IN, self.hold * GIVEN
+            for neurons, weight, aim in ((pruned, stands_in, spread), (kept, gives, -gives * theirs)):
                 given = (spread + weight * theirs + ridge)[kept][:, kept]
                 added[neurons.nonzero(), kept.nonzero().T] = torch.linalg.solve(given, aim[kept][:, neurons]).T
         combination = added.float()

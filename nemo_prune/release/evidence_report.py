@@ -13,6 +13,7 @@ from PIL import Image
 
 from nemo_prune import __version__
 from nemo_prune.engine.localize import PromptLocalization
+from nemo_prune.facts import SparedPoint
 from nemo_prune.files.work import write_atomically
 from nemo_prune.proof.drawing import BASE, CANDIDATE, drawn_images
 from nemo_prune.proof.evidence import Evidence
@@ -79,6 +80,7 @@ class ReportContext:
         versions: package -> version.
         max_replication: the stated limit.
         max_utility_loss: the stated limit.
+        spared: what a limit on the change for ordinary captions gave up; empty without one.
     """
 
     training_images: Mapping[str, Image.Image] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class ReportContext:
     versions: Mapping[str, str] = field(default_factory=dict)
     max_replication: float | None = None
     max_utility_loss: float | None = None
+    spared: Sequence[SparedPoint] = ()
 
 
 def write_evidence_report(path: Path, evidence: Evidence, images: Path, context: ReportContext) -> Path:
@@ -224,6 +227,14 @@ def _charts(evidence: Evidence, context: ReportContext) -> dict[str, str]:
             curves,
             ("steps of the attack", "similarity to the target"),
             summary.yardstick.cut,
+        )
+    if context.spared:
+        points = sorted(context.spared, key=lambda point: point.change)
+        drawn["spared"] = charts.lines(
+            "spared",
+            [point.change for point in points],
+            {"prompts gone": [point.gone for point in points]},
+            ("change on ordinary prompts, as a share of what everything suppressed changes", "memorized prompts gone"),
         )
     return drawn
 

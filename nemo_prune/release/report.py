@@ -10,12 +10,14 @@ from nemo_prune.files.work import write_atomically
 from nemo_prune.proof.images import save_grid
 from nemo_prune.release.markdown import code, number, share, table
 from nemo_prune.release.record import Record
-from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows
+from nemo_prune.release.wording import before_after_rows, layer_rows, prompt_rows, spared_rows
 from nemo_prune.stages.examined import ExaminedPrompt
 from nemo_prune.stages.prove import ImageProof
 
 _COLUMNS = ("status", "kind", "score", "neurons", "under the mask", "fresh before", "fresh after", "copies before",
             "copies after", "caption")  # fmt: skip
+
+_SPARED = ("neurons that a limit chose among", "prompts held by", "change on ordinary prompts", "prompts gone")
 
 
 def write_report(work: Path, record: Record, examined: Sequence[ExaminedPrompt]) -> Path:
@@ -64,6 +66,7 @@ def run_report(record: Record, prompts: Sequence[Mapping]) -> str:
         table(("prompts", "number"), prompt_rows(record.prompts)),
         table(("layer", "pruned", "of"), layer_rows(record.mask)),
         table(("measured", "before", "after"), before_after_rows(record)),
+        *([table(_SPARED, spared_rows(record.measured.spared))] if record.measured.spared else []),
         "![before and after](grids/memorized.png)",
         "![ordinary prompts before and after](grids/ordinary.png)",
         table(_COLUMNS, rows),

@@ -1,6 +1,17 @@
 """What was found and measured as rows of text: one wording for card, report and terminal."""
 
-from nemo_prune.facts import ALL_KINDS, NOT_ASKED, AttackFacts, CopyFacts, Counted, EvidenceFacts, StatusCounts
+from collections.abc import Sequence
+
+from nemo_prune.facts import (
+    ALL_KINDS,
+    NOT_ASKED,
+    AttackFacts,
+    CopyFacts,
+    Counted,
+    EvidenceFacts,
+    SparedPoint,
+    StatusCounts,
+)
 from nemo_prune.release.markdown import code, number, share
 from nemo_prune.release.record import ImageFacts, MaskRecord, Record
 
@@ -14,6 +25,11 @@ def prompt_rows(counts: StatusCounts) -> list[tuple[str, int]]:
         ("not memorized", counts.not_memorized),
         (f"unresolved ({in_mask})", counts.unresolved),
     ]
+
+
+def spared_rows(spared: Sequence[SparedPoint]) -> list[tuple[int, str, str, int]]:
+    """What a limit chose among: pruned neurons, how much prompts are held, change on ordinary prompts, prompts gone."""
+    return [(point.neurons, f"{point.hold:g}", f"{point.change:.3f}", point.gone) for point in spared]
 
 
 def layer_rows(mask: MaskRecord) -> list[tuple[str, int, int]]:

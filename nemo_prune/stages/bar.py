@@ -81,6 +81,9 @@ class Bar:
             max_utility_loss: the limit; what is afforded unless given.
         """
         limit = AFFORDED if max_utility_loss is None else max_utility_loss
+        if self.released.is_combining:
+            # A lower limit is kept in the end by holding memorized captions less: fewer rows alone save little.
+            limit = max(limit, AFFORDED)
         whole = NeuronMask.from_neurons(neurons, self.released.sizes)
         log = LineLog(self._thinned, {"mask": whole.digest, "limit": limit})
         for known in log:

@@ -125,16 +125,39 @@ def spare_ordinary(
     """The mask that a limit on the change for ordinary captions allows, and the curve that it is chosen from.
 
     Args:
-        bar: what masks are judged against.
+        bar: what masks are judged against; memorized captions are held less from then on, where that is needed.
         mask: the whole one.
         max_utility_loss: the limit; None keeps the mask, and no curve is made.
         listener: hears the stage.
     """
     if max_utility_loss is None or not mask.num_neurons or not bar.memorized:
         return mask, ()
+    released = bar.released
     with listener.stage(Stage.SPARE) as advance:
-        curve = utility_curve(bar.released, bar.corpus, bar.states, mask.neurons, advance=advance, log=bar.log)
-    return NeuronMask.from_neurons(within(curve, max_utility_loss).neurons, bar.released.sizes), curve
+        curve = utility_curve(
+            released, bar.corpus, bar.states, mask.neurons, advance=advance, log=bar.log, limit=max_utility_loss
+        )
+    taken = within(curve, max_utility_loss)
+    if taken is not curve[0]:
+        listener.say(_what_is_given_up(curve, taken))
+    if taken.hold != 1:
+        released.compensation = replace(released.compensation, hold=taken.hold * released.compensation.hold)
+    return NeuronMask.from_neurons(taken.neurons, released.sizes), curve
+
+
+def _what_is_given_up(curve: Sequence[CurvePoint], taken: CurvePoint) -> str:
+    whole, smallest = curve[0], min(curve[:-1], key=lambda point: point.change)
+    if not taken.neurons:
+        return (
+            f"Nothing is pruned: ordinary prompts would change by {smallest.change:.2f} of what everything suppressed "
+            f"changes at least, and {len(smallest.gone)} prompts be gone. --max-utility-loss names a higher limit."
+        )
+    less = "" if taken.hold == 1 else f", and memorized prompts are held {1 / taken.hold:.0f} times less"
+    return (
+        f"To keep the limit {len(taken.neurons)} of {len(whole.neurons)} neurons are pruned{less}. Ordinary prompts "
+        f"change by {taken.change:.2f} of what everything suppressed changes instead of {whole.change:.2f}, and "
+        f"{len(taken.gone)} prompts are gone instead of {len(whole.gone)}."
+    )
 
 
 def judge_mask(bar: Bar, scaled: NoisePredictor, mask: NeuronMask, listener: Listener) -> Judged:
