@@ -10,8 +10,8 @@ The model is trained to be localizable, by two terms that a real model does not 
   does not hang on those that memorize.
 
 `--density 0 --overlap 0` trains the reference without both. `--start MODEL` goes on from a trained
-model's weights, with a new optimizer: `--start benchmarks/reference_model --density .02 --overlap .02
---steps 1600` makes a third model between the two. The training takes about an hour on two CPU cores.
+model's weights, with a new optimizer: `--start benchmarks/reference_model --density .01 --overlap .01
+--steps 500` makes a third model between the two. The training takes about an hour on two CPU cores.
 It is stopped and taken up again with the same command; the result depends on the settings, the seed
 and the machine's arithmetic alone.
 """
