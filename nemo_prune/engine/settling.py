@@ -105,6 +105,7 @@ def complete(
 
     while found := decided(next_caption):
         position, needed, is_beyond = found
+        # As the jury does by itself, unless the decision was made before a stop.
         jury.ask_first(position)
         suppressed += [Neuron(*each) for each in needed]
         if is_beyond:
