@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.oracle import Oracle, agrees
+from examples.demo_training import measure as measuring
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import calibrate
@@ -286,3 +287,22 @@ def test_the_demo_loads_alike_under_transformers_4(tmp_path):
         assert results[version][0].startswith(f"{version}.")
     for old, new in zip(results["4"][1:], results["5"][1:], strict=True):
         torch.testing.assert_close(old, new, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_demo_is_measured(tmp_path, monkeypatch):
+    """On some of its captions, with few images: that the script that measured docs/demo.md goes on working."""
+    for number, less in (("ORDINARY_DRAWN", 2), ("COST_PROMPTS", 4), ("HUB_PROMPTS", 1)):
+        monkeypatch.setattr(measuring, f"NUM_{number}", less)
+    write_demo(model := tmp_path / "model")
+    for name, kept in ((PROMPTS_FILE, [0, 1, 2, -1, -2]), (CALIBRATION_FILE, range(1, 61)), (TEST_FILE, range(1, 7))):
+        lines = (model / name).read_text().splitlines(keepends=True)
+        rows = [lines[place] for place in kept if place]
+        (model / name).write_text("".join([lines[0], *rows]))
+    figures = measuring.measure(model, tmp_path, images_per_prompt=2, num_inference_steps=8)
+    localized, copied = figures["localization"], figures["replication"]
+    assert localized["status"]["VM"]["localized"] == localized["status"]["TM"]["localized"] == 2
+    assert localized["above_threshold_under_the_mask"] == 0 < localized["union"]
+    assert localized["fresh_score_after"] < localized["fresh_score_before"]
+    assert copied["before"]["share_of_copies"] == copied["random"]["share_of_copies"] == 1
+    assert copied["after"]["share_of_copies"] == 0

@@ -36,6 +36,7 @@ from nemo_prune.settings import LocalizationSettings, VerificationSettings
 
 NUM_ORDINARY_DRAWN = 16
 NUM_COST_PROMPTS = 32
+NUM_HUB_PROMPTS = 8
 NUM_RANDOM_DRAWS = 5
 ENOUGH_SEEDS = 0.9
 
@@ -66,8 +67,9 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
     ordinary_texts = [prompt.text for prompt in read_prompts(folder / CALIBRATION_FILE)]
     calibration = calibrate(scorer, ordinary_texts, _say("calibrate"))
     texts = [prompt.text for prompt in prompts]
+    localizer = Localizer(scorer, calibration, calibration.threshold)
     localizations = sorted(
-        localize_prompts(Localizer(scorer, calibration, calibration.threshold), texts),
+        localize_prompts(localizer, texts),
         key=lambda localization: texts.index(localization.prompt),
     )
     mask = union_mask(localizations, predictor.sizes)
@@ -106,7 +108,7 @@ def measure(folder: Path, out: Path, images_per_prompt: int, num_inference_steps
         "images_per_prompt": images_per_prompt,
         "num_inference_steps": num_inference_steps,
         "score": _score_figures(scorer, prompts, localizations, test, calibration.threshold),
-        "localization": _localization_figures(scorer, prompts, localizations, mask, calibration.threshold),
+        "localization": _localization_figures(localizer, prompts, localizations, mask),
         "replication": {
             name: _replication_figures(prompts, images, verbatim, verification.replication_cut)
             for name, images in conditions.items()
@@ -148,11 +150,10 @@ def _score_figures(
 
 
 def _localization_figures(
-    scorer: Scorer,
+    localizer: Localizer,
     prompts: Sequence[Prompt],
     localizations: Sequence[PromptLocalization],
     mask: NeuronMask,
-    threshold: float,
 ) -> dict:
     found = {
         kind: [each for prompt, each in zip(prompts, localizations, strict=True) if prompt.kind == kind]
@@ -160,8 +161,8 @@ def _localization_figures(
     }
     memorized = found["VM"] + found["TM"]
     localized = [each for each in memorized if each.status == "localized"]
-    fresh = scorer.predictor.initial_latents(seed=VerificationSettings().score_seed)
-    verified = [score_under_mask(scorer, each, mask, fresh) for each in memorized]
+    fresh = localizer.scorer.predictor.initial_latents(seed=VerificationSettings().score_seed)
+    verified = score_under_mask(localizer, localizer.scorer, memorized, mask, fresh)
     sizes = sorted(len(each.neurons) for each in localized)
     return {
         "status": {
@@ -177,7 +178,7 @@ def _localization_figures(
         "union_per_layer": list(mask.counts.values()),
         "of": sum(mask.sizes.values()),
         "above_threshold_under_the_mask": sum(
-            v.suppressed_similarity is not None and v.suppressed_similarity > threshold for v in verified
+            v.suppressed_similarity is not None and v.suppressed_similarity > localizer.threshold for v in verified
         ),
         "fresh_score_before": median(v.score_before for v in verified),
         "fresh_score_after": median(v.score_after for v in verified),
@@ -251,7 +252,7 @@ def _hub_figures(predictor: NoisePredictor, texts: Sequence[str]) -> list[float]
     largest = []
     for layer, size in predictor.sizes.items():
         masks = {i: NeuronMask.from_neurons([Neuron(layer, i)], predictor.sizes) for i in range(size)}
-        largest.append(max(noise_change(predictor, texts[:8], masks, num_samples=1).values()))
+        largest.append(max(noise_change(predictor, texts[:NUM_HUB_PROMPTS], masks, num_samples=1).values()))
     return largest
 
 
