@@ -41,13 +41,19 @@ def main() -> None:
         described=described,
     )
     (arguments.model / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(arguments.figures, arguments.model / "figures.json")
+    _keep(arguments.figures, arguments.model / "figures.json")
     if arguments.reference:
-        shutil.copyfile(arguments.reference, arguments.model / "reference_figures.json")
+        _keep(arguments.reference, arguments.model / "reference_figures.json")
     if arguments.page:
         text = arguments.page.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         arguments.page.write_text(f"{before}{BEGIN}\n{described}\n{END}{after}", encoding="utf-8")
+
+
+def _keep(figures: Path, place: Path) -> None:
+    """Put figures beside the model, unless they were read from there."""
+    if figures.resolve() != place.resolve():
+        shutil.copyfile(figures, place)
 
 
 def pictures() -> str:
@@ -109,7 +115,7 @@ def prose(figures: dict, reference: dict | None) -> str:
     ]
     if reference:
         parts.append(
-            "**The reference** is the same model trained without the two terms (not shipped). " + _sentences(reference)
+            "**The reference** is the same model trained without the two terms (benchmarks/reference_model; not in the package). " + _sentences(reference)
         )
     return "\n\n".join(parts)
 
