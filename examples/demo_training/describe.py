@@ -109,14 +109,14 @@ def prose(figures: dict, reference: dict | None) -> str:
     chance = figures["ordinary"]["highest_similarity_to_a_training_image"]
     parts = [
         f"A copy is an image whose similarity to any verbatim training image is at least {cut:.2f}: the lower of "
-        f"SSIM at equal contrast and the correlation of the pixels, at 64 pixels; SSIM alone takes any two dark pictures "
-        f"for alike. Images of ordinary captions reach {chance:.2f}.",
+        f"SSIM at equal contrast and the correlation of the pixels, at 64 pixels; SSIM alone takes any two dark "
+        f"pictures for alike. Images of ordinary captions reach {chance:.2f}.",
         _sentences(figures),
     ]
     if reference:
         parts.append(
-            "**The reference** is the same model trained without the two terms (benchmarks/reference_model, which is not "
-            f"in the package). {_sentences(reference)}"
+            "**The reference** is the same model trained without the two terms (benchmarks/reference_model, which is "
+            f"not in the package). {_sentences(reference)}"
         )
     return "\n\n".join(parts)
 
