@@ -68,20 +68,21 @@ def utility_curve(
     """
     if not neurons:
         return [_look_at(predictor, corpus, states, (), None, log)]
-    order, whole = most_costly_first(predictor, states, neurons), predictor.compensation
-    curve: list[CurvePoint] = []
-    for point in range(points):
+    order, compensation = most_costly_first(predictor, states, neurons), predictor.compensation
+    curve = [_look_at(predictor, corpus, states, order, None, log)]
+    advance(1, points + 1)
+    for point in range(1, points):
         kept = order[round(point * len(order) / points) :]
-        if not curve or 0 < len(kept) < len(curve[-1].neurons):
-            curve.append(_look_at(predictor, corpus, states, kept, curve[0] if curve else None, log))
+        if 0 < len(kept) < len(curve[-1].neurons):
+            curve.append(_look_at(predictor, corpus, states, kept, curve[0], log))
         advance(point + 1, points + 1)
     try:
         for hold in HELD_LESS if predictor.is_combining and curve[-1].change > limit else ():
-            predictor.compensation = replace(whole, hold=hold * whole.hold)
+            predictor.compensation = compensation.held_by(hold)
             found = _look_at(predictor, corpus, states, order[len(order) // 2 :], curve[0], log)
             curve.append(replace(found, hold=hold))
     finally:
-        predictor.compensation = whole
+        predictor.compensation = compensation
     curve.append(_look_at(predictor, corpus, states, (), curve[0], log))
     advance(points + 1, points + 1)
     return curve

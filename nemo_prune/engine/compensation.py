@@ -77,6 +77,10 @@ class Compensation:
         """Whether kept neurons tell more than means."""
         return self.memorized is not None
 
+    def held_by(self, share: float) -> "Compensation":
+        """The same with memorized captions held by a share of how much they are."""
+        return replace(self, hold=share * self.hold)
+
     @property
     def means(self) -> dict[str, Tensor]:
         """Dotted module name -> the mean of every neuron, [out_features]."""

@@ -300,7 +300,7 @@ class Replay:
     def __init__(self, log: LineLog | None) -> None:
         self._log, self._known = log, iter(list(log or ()))
 
-    def __call__(self, decide: Callable[..., list], *given: object) -> list:
+    def __call__(self, decide: Callable[..., Any], *given: object) -> Any:
         """The next decision, as JSON values: what the function returns for what it is given."""
         for known in self._known:
             return known

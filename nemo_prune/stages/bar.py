@@ -12,7 +12,7 @@ from nemo_prune.engine.ordinary import OrdinaryStates
 from nemo_prune.engine.pursuit import PursuitSettings
 from nemo_prune.engine.views import Seeds
 from nemo_prune.files.hashing import text_hash
-from nemo_prune.files.work import LineLog, WorkFolder
+from nemo_prune.files.work import LineLog, Replay, WorkFolder
 from nemo_prune.mask import Neuron, NeuronMask
 
 # Seeds of what the final proof must not have seen.
@@ -86,8 +86,5 @@ class Bar:
             limit = max(limit, AFFORDED)
         whole = NeuronMask.from_neurons(neurons, self.released.sizes)
         log = LineLog(self._thinned, {"mask": whole.digest, "limit": limit})
-        for known in log:
-            return [Neuron(*each) for each in known["neurons"]]
-        found = thinned(self.released, self.states, neurons, limit)
-        log.append({"neurons": found})
-        return found
+        kept = Replay(log)(lambda: {"neurons": thinned(self.released, self.states, neurons, limit)})
+        return [Neuron(*each) for each in kept["neurons"]]

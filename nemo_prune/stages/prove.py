@@ -16,7 +16,7 @@ from nemo_prune.facts import Cost
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.images import ImageFolder
 from nemo_prune.files.json_values import from_json, to_json
-from nemo_prune.files.work import LineLog
+from nemo_prune.files.work import LineLog, Replay
 from nemo_prune.mask import Pruning
 from nemo_prune.progress import Listener, Stage
 from nemo_prune.proof.cost import full_mask, matched_random_mask, noise_change
@@ -93,13 +93,13 @@ def measure_cost(
         log_file: where the cost is kept.
     """
     log = LineLog(log_file, {"mask": pruning.mask.digest, "scale": pruning.scale, "prompts": text_hash(texts)})
-    for known in log:
-        return from_json(Cost, known)
-    random = matched_random_mask(pruning.mask, calibration.statistics.mean, predictor.settings.seed)
-    everything = noise_change(predictor, texts, {"everything": full_mask(predictor.sizes)})
-    cost = Cost(**noise_change(scaled, texts, {"mask": pruning.mask, "random": random}), **everything)
-    log.append(to_json(cost))
-    return cost
+
+    def measured() -> dict:
+        random = matched_random_mask(pruning.mask, calibration.statistics.mean, predictor.settings.seed)
+        everything = noise_change(predictor, texts, {"everything": full_mask(predictor.sizes)})
+        return to_json(Cost(**noise_change(scaled, texts, {"mask": pruning.mask, "random": random}), **everything))
+
+    return from_json(Cost, Replay(log)(measured))
 
 
 class ImageProof:

@@ -141,7 +141,7 @@ def spare_ordinary(
     if taken is not curve[0]:
         listener.say(_what_is_given_up(curve, taken))
     if taken.hold != 1:
-        released.compensation = replace(released.compensation, hold=taken.hold * released.compensation.hold)
+        released.compensation = released.compensation.held_by(taken.hold)
     return NeuronMask.from_neurons(taken.neurons, released.sizes), curve
 
 
