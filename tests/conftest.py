@@ -13,7 +13,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import nemo_prune.cli
-from nemo_prune.settings import VerificationSettings
+from nemo_prune.corpus.prompts import read_prompts
+from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.models.demo import CALIBRATION_FILE, PROMPTS_FILE, demo_folder
+from nemo_prune.models.source import load_pipeline
+from nemo_prune.settings import LocalizationSettings, VerificationSettings
 
 TEXT_WIDTH = 16
 
@@ -32,8 +36,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Files that take longest, on the demo model or in processes of their own. They begin, so that no process of
 # pytest-xdist is alone at the end.
 LONGEST = (
-    "test_demo", "test_cli", "test_gradient_search", "test_docs", "test_evidence_demo", "test_memory", "test_push",
-    "test_evidence", "test_known_models", "test_screen", "test_ray", "test_reference",
+    "test_demo", "test_cli", "test_gradient_search", "test_pursuit", "test_docs", "test_evidence_demo", "test_memory",
+    "test_push", "test_evidence", "test_known_models", "test_screen", "test_ray", "test_reference",
 )  # fmt: skip
 
 
@@ -108,6 +112,26 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> StableDiffu
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """A tiny pipeline; tests must leave it as they found it."""
     return tiny_pipeline(tmp_path_factory.mktemp("pipe")).to(DEVICE)
+
+
+@pytest.fixture
+def tiny(pipe: StableDiffusionPipeline) -> NoisePredictor:
+    """The tiny pipeline on three seeds."""
+    return NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+
+
+@pytest.fixture(scope="module")
+def demo() -> NoisePredictor:
+    """The demo model on three seeds."""
+    pipe = load_pipeline(demo_folder(), "cpu", torch.float32)
+    return NoisePredictor(pipe, LocalizationSettings(num_samples=3))
+
+
+@pytest.fixture(scope="module")
+def captions() -> tuple[list[str], list[str]]:
+    """Three memorized captions of the demo model and some ordinary ones."""
+    memorized = [prompt.text for prompt in read_prompts(demo_folder() / PROMPTS_FILE)]
+    return memorized[:3], [prompt.text for prompt in read_prompts(demo_folder() / CALIBRATION_FILE)][:8]
 
 
 @pytest.fixture(scope="session")
