@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks.oracle import Oracle, agrees
 from examples.demo_training import measure as measuring
+from examples.demo_training import picture
 from nemo_prune.cli import app
 from nemo_prune.corpus.prompts import read_prompts
 from nemo_prune.engine.calibration import calibrate
@@ -27,6 +28,7 @@ from nemo_prune.models.known import DEMO
 from nemo_prune.models.source import load_pipeline, resolve_model
 from nemo_prune.progress import Stage
 from nemo_prune.proof.cost import matched_random_mask
+from nemo_prune.proof.drawing import Drawing
 from nemo_prune.proof.images import copy_similarities, draw_images
 from nemo_prune.settings import LocalizationSettings, Plan, VerificationSettings
 from nemo_prune.stages.estimate import passes_of_stages
@@ -306,3 +308,15 @@ def test_the_demo_is_measured(tmp_path, monkeypatch):
     assert localized["fresh_score_after"] < localized["fresh_score_before"]
     assert copied["before"]["share_of_copies"] == copied["random"]["share_of_copies"] == 1
     assert copied["after"]["share_of_copies"] == 0
+
+
+def test_readmes_picture_is_drawn(tmp_path, monkeypatch):
+    """A row with the training image, four seeds before and, after a gap, four of a model; here of the same one."""
+    monkeypatch.setattr(picture, "SHOWN", ("rocket",))
+    picture.show(demo_folder(), out := tmp_path / "picture.png", Drawing(num_inference_steps=2))
+    with Image.open(out) as drawn:
+        assert drawn.mode == "P"
+        tiles = [drawn.convert("RGB").crop((left, 6, left + 96, 102)) for left in range(6, drawn.width, 102)]
+    blank = [len(set(tile.getdata())) == 1 for tile in tiles]
+    assert blank == [column == 5 for column in range(10)]
+    assert [tile.tobytes() for tile in tiles[1:5]] == [tile.tobytes() for tile in tiles[6:]]
