@@ -159,7 +159,6 @@ class Comparison:
             self.predictor, self.prompts, self.test[:WATCHED], seeds, self.calibration.threshold
         )
         self.states = walk_ordinary(self.predictor, self.test[WATCHED:][:WALKED], POINTS, WALK_SEED)
-        self.before: dict[str, list[Image.Image]] = {}
         self.found: dict[str, Way] = {}
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -343,21 +342,31 @@ class Comparison:
         costly = most_costly_first(self.predictor, self.states, neurons)[:number]
         return [(each.layer, each.index, mean_change(self.predictor, self.states, [each])) for each in costly]
 
+    @cached_property
+    def before(self) -> dict[str, list[Image.Image]]:
+        """What the unpruned model draws for the ordinary captions whose images are compared."""
+        return self.drawn(self.shown)
+
+    @property
+    def shown(self) -> list[str]:
+        """Ordinary captions whose images are compared."""
+        return self.test[: self.arguments.ordinary_images]
+
+    def drawn(self, prompts: Sequence[str]) -> dict[str, list[Image.Image]]:
+        """What the model draws as it is now."""
+        return {prompt: draw_images(self.pipe, prompt, self.drawing) for prompt in prompts}
+
     def images(self, way: Way) -> dict:
         """Copies of any training image on memorized and ordinary captions, and what ordinary images lose."""
         likeness, cut = Likeness([as_compared(each) for each in self.training.values()]), self.drawing.replication_cut
-        shown = self.test[: self.arguments.ordinary_images]
-        after = {}
+        shown, before = self.shown, self.before
         with self.applied(way):
-            for prompt in [*self.prompts, *shown]:
-                after[prompt] = draw_images(self.pipe, prompt, self.drawing)
-        if not self.before:
-            self.before = after
+            after = self.drawn([*self.prompts, *shown])
         copied = {
             prompt: float((likeness.nearest([as_compared(each) for each in images])[0] >= cut).float().mean())
             for prompt, images in after.items()
         }
-        same = [1 - float(image_similarities(self.before[each], after[each]).diagonal().mean()) for each in shown]
+        same = [1 - float(image_similarities(before[each], after[each]).diagonal().mean()) for each in shown]
         found = {
             "copies_memorized": mean(copied[prompt] for prompt in self.prompts),
             "captions_that_copy": [prompt for prompt in self.prompts if copied[prompt]],
@@ -367,7 +376,7 @@ class Comparison:
         if self.drawing.images_per_prompt == 1:
             return found
         return found | {
-            "image_change_two_seeds": mean(_diversity(self.before[prompt]) for prompt in shown),
+            "image_change_two_seeds": mean(_diversity(before[prompt]) for prompt in shown),
             "diversity_memorized": mean(_diversity(after[prompt]) for prompt in self.prompts),
             "diversity_ordinary": mean(_diversity(after[prompt]) for prompt in shown),
         }

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks import merging
 from benchmarks.oracle import Oracle, agrees
 from examples.demo_training import measure as measuring
 from examples.demo_training import picture
@@ -291,16 +293,22 @@ def test_the_demo_loads_alike_under_transformers_4(tmp_path):
         torch.testing.assert_close(old, new, rtol=1e-3, atol=1e-4)
 
 
+def demo_of_few_captions(folder: Path, num_test: int) -> Path:
+    """The demo with two memorized captions of each kind, 60 ordinary ones and some that serve no search."""
+    write_demo(folder)
+    kept = {PROMPTS_FILE: [1, 2, -1, -2], CALIBRATION_FILE: range(1, 61), TEST_FILE: range(1, num_test + 1)}
+    for name, places in kept.items():
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join([lines[0], *(lines[place] for place in places)]))
+    return folder
+
+
 @pytest.mark.slow
 def test_the_demo_is_measured(tmp_path, monkeypatch):
     """On some of its captions, with few images: that the script that measured docs/demo.md goes on working."""
     for number, less in (("ORDINARY_DRAWN", 2), ("COST_PROMPTS", 4), ("HUB_PROMPTS", 1)):
         monkeypatch.setattr(measuring, f"NUM_{number}", less)
-    write_demo(model := tmp_path / "model")
-    for name, kept in ((PROMPTS_FILE, [0, 1, 2, -1, -2]), (CALIBRATION_FILE, range(1, 61)), (TEST_FILE, range(1, 7))):
-        lines = (model / name).read_text().splitlines(keepends=True)
-        rows = [lines[place] for place in kept if place]
-        (model / name).write_text("".join([lines[0], *rows]))
+    model = demo_of_few_captions(tmp_path / "model", num_test=6)
     figures = measuring.measure(model, tmp_path, images_per_prompt=2, num_inference_steps=8)
     localized, copied = figures["localization"], figures["replication"]
     assert localized["status"]["VM"]["localized"] == localized["status"]["TM"]["localized"] == 2
@@ -308,6 +316,19 @@ def test_the_demo_is_measured(tmp_path, monkeypatch):
     assert localized["fresh_score_after"] < localized["fresh_score_before"]
     assert copied["before"]["share_of_copies"] == copied["random"]["share_of_copies"] == 1
     assert copied["after"]["share_of_copies"] == 0
+
+
+@pytest.mark.slow
+def test_masks_are_compared_with_the_unpruned_model_in_any_order(tmp_path, monkeypatch, capsys):
+    """The images, too: that nothing but `everything` was asked for once made it the yardstick of itself."""
+    model, out = demo_of_few_captions(tmp_path / "model", num_test=20), tmp_path / "figures.json"
+    options = ["--images", "1", "--ordinary-images", "2", "--num-inference-steps", "4", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["merging", "--model", str(model), "--ways", "everything", "unpruned", *options])
+    merging.main()
+    (found,) = json.loads(out.read_text()).values()
+    assert found["unpruned"]["image_change"] == pytest.approx(0, abs=1e-6)
+    assert found["everything"]["image_change"] > 0.1 < found["everything"]["change"]
+    assert "1 - SSIM of ordinary images" in capsys.readouterr().out
 
 
 def test_readmes_picture_is_drawn(tmp_path, monkeypatch):
