@@ -9,7 +9,7 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, verdict
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.views import Seeds, Views, measure
+from nemo_prune.engine.views import Seeds, Views, measure, measure_one, most_alike, observe
 from nemo_prune.settings import LocalizationSettings
 
 BETAS = (0.33, 0.33, 0.33)
@@ -152,12 +152,44 @@ def test_what_the_detection_predicted_is_not_predicted_again(pipe):
     detected = scorer.score_prompts(prompts)
     seeds, passes = Seeds.draw(predictor) + Seeds.draw(predictor, 7, 2), []
     found = []
-    for given in ((), detected):
+    scored = {each.prompt: each for each in detected}
+    for given in (None, lambda texts: [scored[text] for text in texts]):
         before = predictor.sample_passes
         found.append(gather_corpus(predictor, prompts, ordinary, seeds, 0.5, detected=given))
         passes.append(predictor.sample_passes - before)
     assert passes == [2 * 4 * 5, 2 * 4 * 5 - 2 * 3]
     torch.testing.assert_close(found[1].memorized.differences, found[0].memorized.differences)
+
+
+def test_what_a_corpus_is_judged_against_is_kept_as_it_comes(pipe, tmp_path, monkeypatch):
+    predictor, prompts = NoisePredictor(pipe, LocalizationSettings(num_samples=2), batch_size=2), list("abcde")
+    seeds, predict = Seeds.draw(predictor), NoisePredictor.predict_each
+
+    def stopped(self, *args, **kwargs):
+        # Two captions at a time; the first four are predicted.
+        if self.sample_passes == 2 * 4:
+            raise KeyboardInterrupt
+        return predict(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(NoisePredictor, "predict_each", stopped)
+        observe(predictor, prompts, seeds, folder=tmp_path)
+    again = observe(predictor, prompts, seeds, folder=tmp_path)
+    assert predictor.sample_passes == 2 * 5
+    whole = observe(predictor, prompts, seeds)
+    assert torch.equal(again.differences, whole.differences) and torch.equal(again.prompt_embeds, whole.prompt_embeds)
+
+
+def test_the_nearest_of_many_captions_is_among_those_that_are_most_alike():
+    many = views_of(*(picture(seed) for seed in range(100)))
+    torch.manual_seed(0)
+    for number in (0, 40, 99):
+        blurred = 0.7 * picture(number) + 0.3 * torch.rand(SEEDS, 4, 16, 16)
+        assert most_alike(blurred, many, torch.arange(SEEDS), 3).shape == (3, SEEDS)
+        assert most_alike(blurred, many, torch.arange(SEEDS), 1).tolist() == [[number] * SEEDS]
+        found = measure_one(number, blurred, many, BETAS)
+        assert found.nearest.tolist() == [[number] * SEEDS]
+        torch.testing.assert_close(found.resemblance, found.own)
 
 
 def test_tau_of_another_timestep_comes_from_ordinary_captions(pipe):

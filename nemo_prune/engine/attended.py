@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_prune.engine.compensation import Moments
-from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.diffusion import NoisePredictor, draw_latents
 from nemo_prune.engine.layers import projection_behind
 from nemo_prune.engine.memory import in_parts
 from nemo_prune.engine.ordinary import points_of_ways
@@ -38,32 +38,38 @@ def attended_moments(
     """
     shares = torch.ones(len(texts)) if weights is None else torch.tensor(weights)
     counting = shares.nonzero().flatten()
-    first, shares = predictor.initial_latents(SEED, len(texts))[counting], shares[counting] / (shares.sum() * POINTS)
-    texts = [texts[place] for place in counting.tolist()]
+    # All captions' latents are not kept for good.
+    first = draw_latents(predictor.pipe.unet, len(texts), SEED)
+    weighing = shares[counting] / (shares.sum() * POINTS)
 
     def walk(part: slice) -> dict[str, Moments]:
-        sums = {
-            name: Moments(torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
-            for name, size in predictor.sizes.items()
-        }
+        places, weights, sums = counting[part], weighing[part], _nothing(predictor.sizes)
 
         def add(name: str, attended: Tensor) -> None:
             values = attended.float()
-            weighted = values * (shares[part] / values.shape[1]).to(values.device)[:, None, None]
+            weighted = values * (weights / values.shape[1]).to(values.device)[:, None, None]
             sums[name].mean.add_(weighted.sum(dim=(0, 1)).cpu())
             sums[name].products.add_(torch.einsum("bpi,bpj->ij", weighted, values).cpu())
 
         with seeing_attended(predictor, add):
-            for _ in points_of_ways(predictor, predictor.encode(texts[part]), first[part], POINTS):
+            encoded = predictor.encode([texts[place] for place in places.tolist()])
+            for _ in points_of_ways(predictor, encoded, first[places], POINTS):
                 pass
         return sums
 
-    parts = in_parts(walk, len(texts), at_once, "the model and one sample")
+    total = _nothing(predictor.sizes)
+    for sums in in_parts(walk, len(counting), at_once, "the model and one sample"):
+        for name, each in sums.items():
+            total[name].mean.add_(each.mean)
+            total[name].products.add_(each.products)
+    return {name: Moments(each.mean.float(), each.products.float()) for name, each in total.items()}
+
+
+def _nothing(sizes: Mapping[str, int]) -> dict[str, Moments]:
+    """Sums that nothing was added to yet, in float64."""
     return {
-        name: Moments(
-            sum(part[name].mean for part in parts).float(), sum(part[name].products for part in parts).float()
-        )
-        for name in predictor.sizes
+        name: Moments(torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
+        for name, size in sizes.items()
     }
 
 

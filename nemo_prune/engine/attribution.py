@@ -63,7 +63,7 @@ def benefits(
         latents = seeds.latents[part].to(factors.device)
         prompt_embeds = memorized.prompt_embeds[position].expand(len(latents), -1, -1)
         noise_pred = predict_gated(predictor, latents, prompt_embeds, factors, seeds.timesteps[part])
-        return soft_similarity(soft_noise_difference(noise_pred, latents), originals[part], betas)
+        return soft_similarity(soft_noise_difference(noise_pred, latents), originals[part].to(factors.device), betas)
 
     return _integrate(predictor, similarity_under, len(seeds), points, closed=closed)
 

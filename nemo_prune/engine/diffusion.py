@@ -17,6 +17,9 @@ from nemo_prune.errors import MaskError
 from nemo_prune.mask import Neuron, NeuronMask
 from nemo_prune.settings import LocalizationSettings
 
+# Texts that are encoded at once.
+_TEXTS_AT_ONCE = 64
+
 
 @contextmanager
 def suppress(
@@ -183,7 +186,7 @@ class NoisePredictor:
             parts = [texts[start : start + size] for start in range(0, len(texts), size)]
             return torch.cat([self._encode(part) for part in parts])
 
-        return with_less_at_once(encode, len(texts), "encoding a text")[0]
+        return with_less_at_once(encode, min(len(texts), _TEXTS_AT_ONCE), "encoding a text")[0]
 
     def _encode(self, texts: list[str]) -> Tensor:
         with full_float32():

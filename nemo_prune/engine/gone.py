@@ -1,6 +1,6 @@
 """When a memorized caption is gone, and not only silent; and when an ordinary one is called up."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,7 @@ from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.similarity import memorization_scores
-from nemo_prune.engine.views import Measures, Seeds, Views, differences_of, measure, measure_under
-from nemo_prune.files.kept_tensors import kept_tensors
+from nemo_prune.engine.views import Measures, Seeds, Views, measure, measure_under, observe
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
 
@@ -184,8 +183,8 @@ def gather_corpus(
     threshold: float,
     strictness: Mapping[str, float] | None = None,
     log: LineLog | None = None,
-    detected: Sequence[ScoredPrompt] = (),
-    views_file: Path | None = None,
+    detected: Callable[[Sequence[str]], Sequence[ScoredPrompt]] | None = None,
+    folder: Path | None = None,
 ) -> Corpus:
     """Predict what masks are judged against: two sample passes a caption and seed.
 
@@ -197,15 +196,17 @@ def gather_corpus(
         threshold: tau at the predictor's own timestep.
         strictness: memorized caption -> how far under its limits it must stay; 0 unless given.
         log: where measures are kept as they come.
-        detected: the memorized captions as they were scored on the first of the seeds: that is not predicted again.
-        views_file: where is kept what is predicted with nothing suppressed.
+        detected: gives memorized captions as they were scored on the first of the seeds: that is not predicted again.
+        folder: where is kept what is predicted with nothing suppressed.
     """
     everything, betas = all_neurons(predictor.sizes), predictor.settings.ssim_betas
-    memorized, usual = _unsuppressed(predictor, prompts, ordinary, seeds, detected, views_file)
+    memorized = observe(predictor, prompts, seeds, detected=detected, folder=folder and folder / "memorized")
+    usual = observe(predictor, ordinary, seeds, folder=folder and folder / "ordinary")
     thresholds = torch.full((len(seeds),), threshold)
     for timestep in set(seeds.timesteps.tolist()) - {predictor.timestep}:
         there = seeds.timesteps == timestep
-        pairs = torch.cat([each.values for each in memorization_scores(usual.differences[:, there], betas)])
+        seen = usual.differences[:, there].to(usual.device)
+        pairs = torch.cat([each.values for each in memorization_scores(seen, betas)])
         thresholds[there] = float(pairs.mean() + predictor.settings.threshold_num_std * pairs.std())
     return Corpus(
         memorized=memorized,
@@ -217,33 +218,6 @@ def gather_corpus(
         timestep=predictor.timestep,
         strictness=torch.tensor([(strictness or {}).get(prompt, 0.0) for prompt in prompts]),
         betas=betas,
-    )
-
-
-def _unsuppressed(
-    predictor: NoisePredictor,
-    prompts: Sequence[str],
-    ordinary: Sequence[str],
-    seeds: Seeds,
-    detected: Sequence[ScoredPrompt],
-    file: Path | None,
-) -> tuple[Views, Views]:
-    """Memorized and ordinary captions with nothing suppressed; what is known of them takes no pass."""
-    known = [each.noise_differences for each in detected]
-    fresh = seeds[len(known[0]) :] if known else seeds
-    memorized, usual = predictor.encode(prompts), predictor.encode(ordinary)
-
-    def predict() -> dict[str, Tensor]:
-        return {
-            "memorized": differences_of(predictor, memorized, fresh),
-            "ordinary": differences_of(predictor, usual, seeds),
-        }
-
-    kept = kept_tensors(file, predict)
-    theirs = torch.cat([torch.stack(known), kept["memorized"]], dim=1) if known else kept["memorized"]
-    return (
-        Views(tuple(prompts), memorized, seeds, theirs.to(predictor.device)),
-        Views(tuple(ordinary), usual, seeds, kept["ordinary"].to(predictor.device)),
     )
 
 

@@ -38,7 +38,7 @@ from nemo_prune.engine.gone import Corpus
 from nemo_prune.engine.memory import with_less_at_once
 from nemo_prune.engine.ordinary import OrdinaryStates, share_of_everything
 from nemo_prune.engine.soft_similarity import soft_noise_difference, soft_similarity
-from nemo_prune.engine.views import correlation
+from nemo_prune.engine.views import most_alike
 from nemo_prune.errors import SettingsError
 from nemo_prune.files.staging import staged_file
 
@@ -243,7 +243,7 @@ class GateLearner:
     def _began_with(self) -> str:
         """A digest of all that the learning depends on."""
         corpus = self.corpus
-        parts = [corpus.memorized.differences, self._limits, self.states.latents, self.states.noise_pred]
+        parts = [*corpus.memorized.differences, self._limits, self.states.latents, self.states.noise_pred]
         digest = sha256(repr(self.settings).encode())
         for part in parts:
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
@@ -281,9 +281,11 @@ class GateLearner:
         drawn = self._gates(len(rows), generator)
         noise_pred = predict_gated(self.predictor, latents, views.prompt_embeds[rows], 1 - drawn, timesteps)
         differences = soft_noise_difference(noise_pred, latents)
-        own = soft_similarity(differences, views.differences[rows, columns], corpus.betas)
-        others = self._nearest_others(differences.detach(), columns)
-        resemblance = soft_similarity(differences, views.differences[others, columns], corpus.betas)
+        before = views.differences[rows, columns].to(differences.device)
+        own = soft_similarity(differences, before, corpus.betas)
+        (nearest,) = most_alike(differences.detach(), views, columns, 1)
+        others = views.differences[nearest, columns].to(differences.device)
+        resemblance = soft_similarity(differences, others, corpus.betas)
         left, right = torch.triu_indices(number, number, offset=1)
         grouped = differences.unflatten(0, (len(captions), number))
         pairs = soft_similarity(grouped[:, left].flatten(0, 1), grouped[:, right].flatten(0, 1), corpus.betas)
@@ -307,11 +309,6 @@ class GateLearner:
 
     def _above(self, values: Tensor, limits: Tensor) -> Tensor:
         return relu(values - (limits.to(values.device) - self.settings.margin))
-
-    @torch.no_grad()
-    def _nearest_others(self, differences: Tensor, columns: Tensor) -> Tensor:
-        """Which memorized caption each sample resembles most, by the correlation of their noise differences."""
-        return correlation(differences, self.corpus.memorized, columns).argmax(dim=0).cpu()
 
     def _changes(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """Change at points on ordinary captions' ways, [points]."""

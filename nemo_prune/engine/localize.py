@@ -22,7 +22,7 @@ from nemo_prune.mask import Neuron
 from nemo_prune.settings import LocalizationSettings
 
 Status = Literal["localized", "not_memorized", "unresolved"]
-# Prompts that are searched side by side at most: their tensors are in memory, a megabyte each for SD v1-4.
+# Prompts that are searched side by side at most: tensors and sets are in memory, two megabytes each for SD v1-4.
 _MOST_RUNNING = 512
 
 
@@ -140,9 +140,19 @@ class Localizer:
                     self.memo.keep(detected)
         return [known[prompt] for prompt in prompts]
 
-    def pool(self) -> Pool:
-        """For searches side by side."""
-        return Pool(self.answer, lambda: self.scorer.sample_passes)
+    def pool(self, suppressed: frozenset[Neuron] = frozenset()) -> Pool:
+        """For searches side by side.
+
+        Args:
+            suppressed: what is suppressed beside what they ask about.
+        """
+
+        def answer(asked: Sequence[Asked]) -> list[float]:
+            # Here, because a batch's sets are few: a corpus' mask in all that are asked about would fill the memory.
+            joined = {neurons: neurons | suppressed for neurons in {trial.neurons for _, trial in asked}}
+            return self.answer([(scored, trial._replace(neurons=joined[trial.neurons])) for scored, trial in asked])
+
+        return Pool(answer if suppressed else self.answer, lambda: self.scorer.sample_passes)
 
 
 def count_statuses(localizations: Sequence[PromptLocalization]) -> dict[str, int]:
@@ -221,7 +231,9 @@ def localize_prompts(
         ModelError: the model predicts NaN or infinity.
     """
     waiting, suppressed = list(prompts)[::-1], frozenset(suppressed)
-    pool: Pool[Detected, SearchResult] = localizer.pool()
+    pool: Pool[Detected, SearchResult] = localizer.pool(suppressed)
+    # One set for all prompts.
+    everything = localizer.everything - suppressed
     while waiting or len(pool):
         while waiting and len(pool) < _MOST_RUNNING:
             group = [waiting.pop() for _ in range(min(len(waiting), localizer.scorer.prompts_at_once))]
@@ -231,7 +243,7 @@ def localize_prompts(
                     continue
                 if suppressed:
                     detected = replace(detected, sample_passes=0, seconds=0.0)
-                pool.add(detected, questions_of(localizer, detected, suppressed))
+                pool.add(detected, questions_of(localizer, detected, everything, suppressed))
         if len(pool):
             pool.step(localizer.batch_size)
         yield from map(localization_of, pool.finished())
@@ -266,14 +278,15 @@ def not_memorized(detected: Detected) -> PromptLocalization:
 
 
 def questions_of(
-    localizer: Localizer, detected: Detected, suppressed: frozenset[Neuron] = frozenset()
+    localizer: Localizer, detected: Detected, everything: frozenset[Neuron], suppressed: frozenset[Neuron]
 ) -> Questions[SearchResult]:
     """The search for a prompt's neurons, as questions that name the prompt.
 
     Args:
         localizer: what is usual, and how to search.
         detected: the prompt.
-        suppressed: what stays suppressed throughout.
+        everything: all that can be suppressed.
+        suppressed: what stays suppressed throughout, and is in no set that is asked about.
     """
     predictor, preserve, scored = localizer.scorer.predictor, localizer.preserve, detected.scored
     search = search_neurons(
@@ -286,7 +299,7 @@ def questions_of(
         SearchOptions(
             costs=preserve.costs if preserve and preserve.strength else None,
             widening=preserve.strength if preserve else 0.0,
-            everything=localizer.everything - suppressed,
+            everything=everything,
             refine_unresolved=localizer.refine_unresolved,
             check_way=localizer.check_way,
             reach=localizer.reach,
@@ -298,9 +311,7 @@ def questions_of(
             trials = search.send(answers)
         except StopIteration as finished:
             return finished.value
-        # One set for all seeds that are asked about it.
-        joined = {neurons: neurons | suppressed for neurons in {trial.neurons for trial in trials}}
-        answers = yield [(scored, trial._replace(neurons=joined[trial.neurons])) for trial in trials]
+        answers = yield [(scored, trial) for trial in trials]
 
 
 def localization_of(finished: Finished[Detected, SearchResult]) -> PromptLocalization:

@@ -66,7 +66,7 @@ def with_less_at_once(do: Callable[[int], Result], size: int, what: str) -> tupl
         size //= 2
 
 
-def in_parts(do: Callable[[slice], Result], number: int, at_once: int, what: str) -> list[Result]:
+def in_parts(do: Callable[[slice], Result], number: int, at_once: int, what: str) -> Iterator[Result]:
     """Do something for all samples, as many at once as memory takes.
 
     Args:
@@ -75,13 +75,12 @@ def in_parts(do: Callable[[slice], Result], number: int, at_once: int, what: str
         at_once: how many are tried first.
         what: what is done, for the error.
 
-    Returns:
+    Yields:
         The results of the parts, in their order.
 
     Raises:
         ModelError: memory does not take a single one.
     """
-    results: list[Result] = []
     done = 0
 
     def take(size: int) -> Result:
@@ -89,9 +88,8 @@ def in_parts(do: Callable[[slice], Result], number: int, at_once: int, what: str
 
     while done < number:
         result, at_once = with_less_at_once(take, min(at_once, number - done), what)
-        results.append(result)
+        yield result
         done += at_once
-    return results
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def pursue(
             seeds += _probing_seeds(predictor, settings, len(rounds), timestep)
         judged = files and LineLog(files.judged)
         corpus = gather_corpus(
-            predictor, prompts, watched, seeds, threshold, strictness, judged, views_file=files and files.views
+            predictor, prompts, watched, seeds, threshold, strictness, judged, folder=files and files.views
         )
         neurons = search_mask(predictor, corpus, states(), settings, advance, files)
         mask = NeuronMask.from_neurons(neurons, predictor.sizes)

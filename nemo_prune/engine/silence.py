@@ -36,11 +36,12 @@ class Silence:
         """Those of some prompts that are not silent under a set, in their order; under none all are awake."""
         if not neurons:
             return list(prompts)
-        awake: set[str] = set()
+        # One set for all prompts.
+        awake, neurons = set(), frozenset(neurons)
         for start in range(0, len(prompts), _AT_ONCE):
             pool: Pool[str, bool] = self._localizer.pool()
             for detected in self._localizer.detect(prompts[start : start + _AT_ONCE]):
-                pool.add(detected.scored.prompt, self._is_awake(detected, frozenset(neurons)))
+                pool.add(detected.scored.prompt, self._is_awake(detected, neurons))
             for finished in pool.finish(lambda: self._localizer.batch_size):
                 self.passes[finished.key] += finished.sample_passes
                 if finished.result:

@@ -112,7 +112,7 @@ class WorkFiles:
     @property
     def views(self) -> Path:
         """What is predicted for the captions that masks are judged on, on fresh seeds."""
-        return self.path / "views.safetensors"
+        return self.path / "views"
 
     @property
     def cost(self) -> Path:
@@ -174,7 +174,7 @@ class SearchFiles:
     @property
     def views(self) -> Path:
         """What is predicted for the captions that its masks are judged on."""
-        return self.path / "views.safetensors"
+        return self.path / "views"
 
     @property
     def judged(self) -> Path:

@@ -10,6 +10,7 @@ from nemo_prune.engine.gone import Corpus, gather_corpus
 from nemo_prune.engine.localize import Localizer
 from nemo_prune.engine.ordinary import OrdinaryStates
 from nemo_prune.engine.pursuit import PursuitSettings
+from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.views import Seeds
 from nemo_prune.files.hashing import text_hash
 from nemo_prune.files.work import LineLog, Replay, WorkFolder
@@ -55,17 +56,20 @@ class Bar:
         self.localizer, self.released, self.memorized, self.ordinary = localizer, released, memorized, ordinary
         captions = [*memorized, "", *ordinary[:WATCHED]]
         self.log = LineLog(work.judged, {"captions": text_hash(captions), "seeds": [_JUDGE_SEED, FRESH_SEEDS]})
-        self._views_file, self._thinned = work.views, work.thinned
+        self._views, self._thinned = work.views, work.thinned
 
     @cached_property
     def corpus(self) -> Corpus:
         """The captions on the seeds of the detection and on fresh ones."""
         predictor = self.localizer.scorer.predictor
         seeds = Seeds.draw(predictor) + Seeds.draw(predictor, _JUDGE_SEED, FRESH_SEEDS)
-        detected = [each.scored for each in self.localizer.detect(self.memorized)]
+
+        def detected(prompts: Sequence[str]) -> list[ScoredPrompt]:
+            return [each.scored for each in self.localizer.detect(prompts)]
+
         return gather_corpus(
             predictor, self.memorized, self.ordinary[:WATCHED], seeds, self.localizer.threshold, log=self.log,
-            detected=detected, views_file=self._views_file,
+            detected=detected, folder=self._views,
         )  # fmt: skip
 
     @cached_property
