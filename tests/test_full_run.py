@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from random import Random
 
 import pytest
 
 from benchmarks.full_run import measure
-from benchmarks.simulated import read_prompts
-from nemo_prune.engine.released_code import SD_V1_LAYERS
+from benchmarks.simulated import SimulatedScorer, read_prompts
+from nemo_prune.engine.calibration import Calibration
+from nemo_prune.engine.localize import Localizer, localize_prompts
+from nemo_prune.engine.released_code import RELEASED_CODE_THRESHOLD, SD_V1_LAYERS
+from nemo_prune.engine.silence import Silence
 
 NUM_PROMPTS = 40
 LAYERS = list(SD_V1_LAYERS)
@@ -78,6 +82,50 @@ def test_what_thinning_wakes_is_silenced_again(ways):
     thinned = ways["thinned"]
     assert thinned["silent"] == thinned["statuses"]["localized"] == ways["minimal"]["silent"]
     assert thinned["neurons"] >= ways["minimal"]["neurons"]
+
+
+@pytest.fixture
+def localizer(corpus):
+    scorer = SimulatedScorer(corpus)
+    return Localizer(scorer, Calibration(0.358, 0.07, 1.0, scorer.statistics), RELEASED_CODE_THRESHOLD)
+
+
+@pytest.fixture
+def large_mask(localizer, corpus):
+    """Nearly all neurons, none that a prompt needs."""
+    return localizer.everything.difference(*(each.candidates for each in corpus))
+
+
+def most_traced(do):
+    """The most memory in MB that Python takes while something is done."""
+    tracemalloc.start()
+    try:
+        do()
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_search_on_top_of_a_large_mask_does_not_keep_it_in_every_set(localizer, corpus, large_mask):
+    texts, sizes = [each.text for each in corpus], []
+
+    def seen(asked, batch_size=None, answer=localizer.scorer.answer):
+        sizes.extend(len(trial.neurons) for _, trial in asked)
+        return answer(asked)
+
+    localizer.scorer.answer = seen
+    alone = most_traced(lambda: list(localize_prompts(localizer, texts)))
+    assert min(sizes) < 100
+    sizes.clear()
+    on_top = most_traced(lambda: list(localize_prompts(localizer, texts, large_mask)))
+    # It is suppressed in all that is asked, and a set of it has half a megabyte.
+    assert min(sizes) > len(large_mask) > 2000
+    assert max(alone, on_top) < 25
+
+
+def test_what_is_known_of_silent_prompts_is_small(localizer, corpus, large_mask):
+    silence = Silence(localizer, {each.text: each.seeds for each in corpus})
+    assert most_traced(lambda: silence.awake(list(silence.prompts), set(large_mask))) < 4
 
 
 @pytest.mark.slow

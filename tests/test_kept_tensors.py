@@ -1,9 +1,12 @@
 """Rows that are larger than memory: kept as they come, gone on with after a stop, mapped from their file."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.corpus_memory import anonymous_memory
 from nemo_prune.errors import OutputError
 from nemo_prune.files.kept_tensors import kept_rows
 
@@ -65,3 +68,18 @@ def test_a_damaged_file_or_another_corpus_is_made_anew(tmp_path, damage):
 def test_what_can_t_be_written_is_a_named_error(tmp_path):
     with pytest.raises(OutputError, match="can't be written"):
         kept_rows(tmp_path / "missing" / "rows.npy", 10, Maker())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what memory a process has")
+def test_rows_are_not_in_memory(tmp_path):
+    before, most = anonymous_memory(), []
+
+    def make(done):
+        for _ in range(done, 300):
+            most.append(anonymous_memory())
+            yield torch.rand(1, 250_000)
+
+    rows = kept_rows(tmp_path / "rows.npy", 300, make)
+    assert float(rows.mean()) == pytest.approx(0.5, abs=0.001)
+    # The file has 300 MB.
+    assert max(*most, anonymous_memory()) - before < 60

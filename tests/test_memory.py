@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.corpus.prompts import read_corpus
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.memory import is_out_of_memory, with_less_at_once
+from nemo_prune.engine.memory import in_parts, is_out_of_memory, with_less_at_once
 from nemo_prune.errors import ModelError
 from nemo_prune.mask import NeuronMask
 from nemo_prune.models.known import OrdinaryCaptions
@@ -89,6 +89,12 @@ def test_what_is_too_much_at_once_is_halved(failure):
     assert with_less_at_once(do, 16, "anything") == (2, 2)
     with pytest.raises(ModelError, match=r"too short for anything.*try another --dtype"):
         with_less_at_once(lambda size: do(size + 2), 16, "anything")
+
+
+def test_parts_are_given_before_the_next_is_made():
+    made = []
+    for number, part in enumerate(in_parts(lambda part: made.append(part) or part, 9, 3, "counting"), start=1):
+        assert made[-1] == part and len(made) == number
 
 
 def test_other_errors_stay_what_they_are():

@@ -74,6 +74,8 @@ class Limit(NamedTuple):
 _CLOSE = 0.1
 # Sets whose bits are at hand; a set of hundreds of neurons takes kilobytes, its bits a hundred.
 _MOST_REMEMBERED = 32
+# Neuron -> its place in the bits of a set. A table a record would fill the memory: a corpus has thousands of these.
+_PLACES: dict[Neuron, int] = {}
 
 
 class Record:
@@ -82,7 +84,8 @@ class Record:
     Similarities are monotone as long as suppressing more never raises them. What a set's similarity on a seed
     must then be on others is only *reckoned*, with a slack for how far scores were seen to be from it.
 
-    Sets are kept as the bits of a whole number, one per neuron: whether one is a part of another is one operation.
+    Sets are kept as the bits of a whole number, one per neuron, the same in all records: whether one is a part of
+    another is one operation.
 
     Args:
         seeds: the seeds; one that refutes a set moves to the front.
@@ -112,7 +115,6 @@ class Record:
         self.careful = True
         self._together = together or dict.fromkeys(seeds, tuple(seeds))
         self._reach = reach
-        self._places: dict[Neuron, int] = {}
         self._bits: dict[frozenset[Neuron], int] = {}
         self._known: dict[Hashable, dict[int, float]] = {seed: {} for seed in seeds}
         self._joint: set[tuple[int, Hashable]] = set()
@@ -265,9 +267,9 @@ class Record:
     def _bits_of(self, neurons: frozenset[Neuron]) -> int:
         bits = self._bits.get(neurons)
         if bits is None:
-            bits, places = 0, self._places
+            bits = 0
             for neuron in neurons:
-                bits |= 1 << places.setdefault(neuron, len(places))
+                bits |= 1 << _PLACES.setdefault(neuron, len(_PLACES))
             if len(self._bits) == _MOST_REMEMBERED:
                 self._bits.clear()
             self._bits[neurons] = bits

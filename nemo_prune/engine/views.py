@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
 from nemo_prune.engine.diffusion import NoisePredictor
+from nemo_prune.engine.memory import in_parts
 from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.similarity import memorization_scores, noise_difference, similarity
 from nemo_prune.files.kept_tensors import kept_rows
@@ -22,7 +23,7 @@ _LIKELY = 16
 # By how much sketches are smaller: they are the coarsest of the multi-scale SSIM's three scales.
 _COARSER = 4
 # Pairs of noise differences that are compared in one go.
-_AT_ONCE = 512
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,8 @@ def _sketched(differences: Tensor) -> Tensor:
 
 def _compare(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
     """Similarity of noise differences [batch, ...] with as many others, [batch], on the CPU."""
-    parts = [
-        similarity(a[start : start + _AT_ONCE], b[start : start + _AT_ONCE], betas)
-        for start in range(0, len(a), _AT_ONCE)
-    ]
-    return torch.cat(parts).cpu()
+
+    def compare(part: slice) -> Tensor:
+        return similarity(a[part], b[part], betas).cpu()
+
+    return torch.cat(list(in_parts(compare, len(a), _AT_ONCE, "comparing the predictions of a caption")))
