@@ -10,6 +10,7 @@ from transformers import CLIPTextModel
 
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.corpus.prompts import read_corpus
+from nemo_prune.engine import views
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.memory import in_parts, is_out_of_memory, with_less_at_once
 from nemo_prune.errors import ModelError
@@ -31,6 +32,7 @@ CALLS = {
     "predicting": (UNet2DConditionModel, "forward"),
     "encoding": (CLIPTextModel, "forward"),
     "drawing": (AutoencoderKL, "decode"),
+    "comparing": (views, "similarity"),
 }
 
 
@@ -61,12 +63,12 @@ def short_above(monkeypatch, owner, name, most, failure):
     """Let calls fail whose batch is larger; returns the sizes that were tried."""
     original, sizes = getattr(owner, name), []
 
-    def call(self, *args, **kwargs):
-        first = args[0] if args else next(iter(kwargs.values()))
+    def call(*args, **kwargs):
+        first = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
         sizes.append(len(first))
         if len(first) > most:
             raise failure
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, call)
     return sizes

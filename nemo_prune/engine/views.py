@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
 from nemo_prune.engine.diffusion import NoisePredictor
-from nemo_prune.engine.memory import in_parts
+from nemo_prune.engine.memory import in_parts, named_shortage
 from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.similarity import memorization_scores, noise_difference, similarity
 from nemo_prune.files.kept_tensors import kept_rows
@@ -24,6 +24,7 @@ _LIKELY = 16
 _COARSER = 4
 # Pairs of noise differences that are compared in one go.
 _AT_ONCE = 64
+_COMPARING = "comparing the predictions of a caption"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Views:
     @cached_property
     def sketches(self) -> Tensor:
         """Small pictures of the noise differences, [S, P, numbers], on the device: all of a corpus' fit there."""
-        # A caption at a time: all of them may be larger than memory.
-        return torch.stack([_sketched(each).to(self.device) for each in self.differences], dim=1)
+        with named_shortage("small pictures of all memorized captions' predictions"):
+            # A caption at a time: all of them may be larger than memory.
+            return torch.stack([_sketched(each).to(self.device) for each in self.differences], dim=1)
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def measure(views: Views, memorized: Views, betas: Sequence[float]) -> Measures:
     )
 
 
+@named_shortage(_COMPARING)
 def measure_one(position: int | None, differences: Tensor, memorized: Views, betas: Sequence[float]) -> Measures:
     """How one caption measures under a mask; the first dimension of all is 1.
 
@@ -308,4 +311,4 @@ def _compare(a: Tensor, b: Tensor, betas: Sequence[float]) -> Tensor:
     def compare(part: slice) -> Tensor:
         return similarity(a[part], b[part], betas).cpu()
 
-    return torch.cat(list(in_parts(compare, len(a), _AT_ONCE, "comparing the predictions of a caption")))
+    return torch.cat(list(in_parts(compare, len(a), _AT_ONCE, _COMPARING)))
