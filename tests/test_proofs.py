@@ -104,6 +104,28 @@ def test_a_gallery_draws_each_image_once_and_counts_its_passes(pipe, tmp_path):
     assert not list((tmp_path / "images").glob("*cat*")) and isinstance(gallery._folder, ImageFolder)
 
 
+def test_a_gallery_draws_what_is_expected_together_and_no_image_twice(pipe, tmp_path):
+    texts, batches = [f"picture {number}" for number in range(12)], []
+    elsewhere = {"base": {texts[1]: draw(pipe, texts[1], FAST, [7, 8])}}
+    gallery = Gallery(tmp_path / "images", {"base": pipe}, FAST, {"weights": "x"}, 2, 7, elsewhere)
+    alone = gallery.images("base", texts[3])
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    try:
+        gallery.expect(texts)
+        # Ten captions fill a batch of 20 images, by guidance one of 40; two of them are there already.
+        images = {text: gallery.images("base", text) for text in texts}
+        gallery.images("base", "not expected")
+    finally:
+        hook.remove()
+    assert batches == [2 * 2 * 8, 2 * 2 * 8, 2 * 2 * 2, 2 * 2 * 2, 4, 4]
+    assert [image.tobytes() for image in images[texts[3]]] == [image.tobytes() for image in alone]
+    assert [image.tobytes() for image in images[texts[1]]] == [each.tobytes() for each in elsewhere["base"][texts[1]]]
+    difference = torch.tensor(list(images[texts[11]][1].tobytes())) - torch.tensor(
+        list(draw(pipe, texts[11], FAST, [8])[0].tobytes())
+    )
+    assert difference.abs().max() <= 1
+
+
 def test_a_ledger_measures_once_and_remembers_what_was_paid(pipe, tmp_path):
     counter, asked = PassCounter(), []
 

@@ -30,6 +30,10 @@ class ImageFolder:
             path.mkdir()
             write_atomically(identity, described)
 
+    def keeps(self, name: str, number: int) -> bool:
+        """Whether so many images are kept under a name."""
+        return all(file.exists() for file in self._files(name, number))
+
     def kept_or_drawn(self, name: str, number: int, draw: Callable[[], Sequence[Image.Image]]) -> list[Image.Image]:
         """Images under a name: the kept ones, or new ones, which are then kept.
 
@@ -50,10 +54,13 @@ class ImageFolder:
             number: how many there are under each.
             draw: makes them, name by name.
         """
-        files = [[self._path / f"{name}_{place}.png" for place in range(number)] for name in names]
-        if not all(file.exists() for of_name in files for file in of_name):
+        files = [self._files(name, number) for name in names]
+        if not all(self.keeps(name, number) for name in names):
             for of_name, images in zip(files, draw(), strict=True):
                 for file, image in zip(of_name, images, strict=True):
                     with staged_file(file) as partial:
                         image.save(partial, format="png")
         return [[Image.open(file).convert("RGB") for file in of_name] for of_name in files]
+
+    def _files(self, name: str, number: int) -> list[Path]:
+        return [self._path / f"{name}_{place}.png" for place in range(number)]

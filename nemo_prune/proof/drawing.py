@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from diffusers import (
@@ -35,6 +37,7 @@ SCHEDULERS = tuple(_SCHEDULERS)
 # Images that are drawn at once; by guidance a batch of the U-Net is twice as large.
 _IMAGES_AT_ONCE = 20
 BASE, CANDIDATE = "base", "candidate"
+Caption = TypeVar("Caption")
 Drawn = Mapping[str, Mapping[str, Sequence[Image.Image]]]
 
 
@@ -131,7 +134,7 @@ def draw_captions(
     return [images[start : start + len(seeds)] for start in range(0, len(images), len(seeds))]
 
 
-def captions_at_once(captions: Sequence[str], images_per_caption: int) -> list[Sequence[str]]:
+def captions_at_once(captions: Sequence[Caption], images_per_caption: int) -> list[Sequence[Caption]]:
     """Captions in groups whose images fill a batch; the groups depend on nothing else, as the images' last bits do."""
     size = max(1, _IMAGES_AT_ONCE // images_per_caption)
     return [captions[start : start + size] for start in range(0, len(captions), size)]
@@ -212,6 +215,7 @@ class Gallery:
     ) -> None:
         self.drawing, self.images_per_round = drawing, images_per_round
         self._pipes, self._seed = dict(pipes), seed
+        self._together: dict[str, Sequence[str]] = {}
         self._drawn = {
             (model, text): images
             for model, of_texts in drawn.items()
@@ -224,6 +228,11 @@ class Gallery:
     def lend(self, model: str, pipe: StableDiffusionPipeline) -> None:
         """Let a further model draw, such as the base under another mask."""
         self._pipes[model] = pipe
+
+    def expect(self, texts: Sequence[str]) -> None:
+        """Draw captions that will be asked for next together, as many as fill a batch."""
+        groups = captions_at_once(texts, self.images_per_round)
+        self._together = {text: group for group in groups for text in group}
 
     @property
     def passes_per_round(self) -> int:
@@ -244,12 +253,18 @@ class Gallery:
         return [image for turn in range(turns) for image in self._round(model, text, turn)]
 
     def _round(self, model: str, text: str, turn: int) -> list[Image.Image]:
-        def drawn() -> Sequence[Image.Image]:
-            known = self._drawn.get((model, text)) if turn == 0 else None
-            return known or draw(self._pipes[model], text, self.drawing, self.seeds(turn))
+        name, number = _round_name(model, text, turn), self.images_per_round
+        if self._is_missing(model, text, turn):
+            texts = [each for each in self._together.get(text, [text]) if self._is_missing(model, each, turn)]
+            names = [_round_name(model, each, turn) for each in texts]
+            make = partial(draw_captions, self._pipes[model], texts, self.drawing, self.seeds(turn))
+            self._folder.kept_or_drawn_together(names, number, make)
+        return self._folder.kept_or_drawn(name, number, lambda: self._drawn[model, text])
 
-        name = f"{_file_name(text)}_{model}_{turn}"
-        return self._folder.kept_or_drawn(name, self.images_per_round, drawn)
+    def _is_missing(self, model: str, text: str, turn: int) -> bool:
+        """Whether images are neither kept nor were drawn elsewhere."""
+        is_known = turn == 0 and (model, text) in self._drawn
+        return not is_known and not self._folder.keeps(_round_name(model, text, turn), self.images_per_round)
 
 
 def drawn_images(folder: Path, model: str, text: str) -> list[Image.Image]:
@@ -267,6 +282,10 @@ def drawn_images(folder: Path, model: str, text: str) -> list[Image.Image]:
 
 def _file_name(text: str) -> str:
     return text_hash([text])[:20]
+
+
+def _round_name(model: str, text: str, turn: int) -> str:
+    return f"{_file_name(text)}_{model}_{turn}"
 
 
 def image_latents(pipe: StableDiffusionPipeline, images: Sequence[Image.Image]) -> Tensor:

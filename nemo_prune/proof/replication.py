@@ -273,14 +273,17 @@ def measure_replication(
     found: dict[int, CaptionReplication] = {}
     drawn = sum(not any(gallery.costs(model, prompt.text) for model in (BASE, CANDIDATE)) for prompt in prompts)
     affordable = max(1, drawn + allowance // (2 * gallery.passes_per_round))
-    for done, (position, turns) in enumerate(_plan(order, found, affordable, bound, most_rounds), start=1):
-        prompt, group = prompts[position], groups[position]
+    done = 0
+    for turns, positions in _plan(order, found, affordable, bound, most_rounds):
+        gallery.expect([prompts[position].text for position in positions])
+        for position in positions:
 
-        def work(prompt: Prompt = prompt, group: int = group, turns: int = turns) -> CaptionReplication:
-            return _judged(gallery, judge, prompt, group, turns, most_rounds)
+            def work(position: int = position, turns: int = turns) -> CaptionReplication:
+                return _judged(gallery, judge, prompts[position], groups[position], turns, most_rounds)
 
-        found[position] = ledger.once(f"{turns}: {prompt.text}", CaptionReplication, work)
-        advance(done, affordable)
+            found[position] = ledger.once(f"{turns}: {prompts[position].text}", CaptionReplication, work)
+            done += 1
+            advance(done, affordable)
     return [found[position] for position in sorted(found)]
 
 
@@ -321,15 +324,13 @@ def summarize_replication(
 
 def _plan(
     order: Sequence[int], found: Mapping[int, CaptionReplication], affordable: int, bound: float, most_rounds: int
-) -> Iterator[tuple[int, int]]:
-    """Captions and the number of rounds that they have then, as long as rounds can be afforded."""
+) -> Iterator[tuple[int, Sequence[int]]]:
+    """Numbers of rounds, and the captions that have so many then, as long as rounds can be afforded."""
     for turns in range(1, most_rounds + 1):
-        for position in order:
-            if affordable == 0:
-                return
-            if turns == 1 or (position in found and len(found[position].seeds) and _is_open(found[position], bound)):
-                affordable -= 1
-                yield position, turns
+        is_open = [turns == 1 or (place in found and _is_open(found[place], bound)) for place in order]
+        positions = [place for place, wanted in zip(order, is_open, strict=True) if wanted][:affordable]
+        affordable -= len(positions)
+        yield turns, positions
 
 
 def _is_open(found: CaptionReplication, bound: float) -> bool:

@@ -20,7 +20,7 @@ from nemo_prune.files.json_values import to_json
 from nemo_prune.progress import Advance, Listener, Stage
 from nemo_prune.proof.changed_rows import ChangedRows, changed_rows
 from nemo_prune.proof.copies import CopyDetector, ImageSimilarity, StructuralSimilarity
-from nemo_prune.proof.drawing import BASE, CANDIDATE, Drawn, Gallery, draw
+from nemo_prune.proof.drawing import BASE, CANDIDATE, Drawn, Gallery, captions_at_once, draw_captions
 from nemo_prune.proof.evidence import (
     SHARES,
     EvidenceSettings,
@@ -206,11 +206,12 @@ class Bench:
 
     def given_back(self, treatment: str, prompts: Sequence[Prompt]) -> Regrown:
         """What the candidate's present weights give back of some captions, one image each."""
-        copies, nearest = 0, []
-        for prompt in prompts:
-            images = draw(self.candidate, prompt.text, self.quick, [self.settings.seed])
-            copies += self.copies(prompt, images)
-            nearest += self.judge.similarity_to(self.target(prompt), images)
+        copies, nearest, seeds = 0, [], [self.settings.seed]
+        for group in captions_at_once(prompts, len(seeds)):
+            drawn = draw_captions(self.candidate, [prompt.text for prompt in group], self.quick, seeds)
+            for prompt, images in zip(group, drawn, strict=True):
+                copies += self.copies(prompt, images)
+                nearest += self.judge.similarity_to(self.target(prompt), images)
         return Regrown(treatment, Rate.of(copies, len(prompts)), max(nearest))
 
 

@@ -47,6 +47,7 @@ def measure_utility(bench: Bench) -> tuple[Utility | None, OrdinaryControl | Non
                 advance(len(changes), total)
         images = []
         bench.gallery.lend(RANDOM, bench.base)
+        bench.gallery.expect(drawn)
         for text in drawn:
 
             def work(text: str = text) -> CaptionImages:
