@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
+from math import inf, log
 
 from nemo_prune.engine.selection import Candidates, Selection
 from nemo_prune.engine.trials import Limit, Record, Search, Why
@@ -70,7 +70,7 @@ def sweep_by_cost(neurons: Sequence[Neuron], costs: Mapping[Neuron, float]) -> S
 
 
 def refine(
-    start: Sweep, selection: Selection, record: Record, check_way: bool = False
+    start: Sweep, selection: Selection, record: Record, slack: float | None = None
 ) -> Search[tuple[Neuron, ...] | None]:
     """The greedy sweep, with runs dropped at once; None where the result can't be proven.
 
@@ -82,8 +82,8 @@ def refine(
         start: where the sweep begins.
         selection: the initial set and the limit.
         record: what is known.
-        check_way: whether the sets that runs jumped over are asked about at the end, on the seed that is the nearest
-            to the limit; one that is refuted shows in the record that scores are not monotone.
+        slack: with it the sets that the released code would have tried on all seeds are asked about at the end, as
+            far as what is known leaves room for an answer above the limit, see :func:`_check_way`.
     """
     limit, sweeps, went_back = selection.limit, [start], False
     while True:
@@ -100,19 +100,32 @@ def refine(
             sweeps = yield from _still_unrefuted(sweeps, selection, record)
             if not sweeps or record.contradicts_monotonicity():
                 return None
-    if check_way:
-        record.why = Why.WAY
-        jumped = [
-            before.without(groups)
-            for before, after in pairwise(sweeps)
-            for groups in range(1, len(before.pending) - len(after.pending))
-            if before.without(groups) > frozenset(after.kept)
-        ]
-        hardest = record.highest_seed(sweeps[-1].without(0))
-        yield from record.ask([(each, hardest) for each in jumped], limit)
+    if slack is not None:
+        yield from _check_way(sweeps, selection.limit, record, slack)
     neurons = sweeps[-1].kept
     spare = yield from spare_neurons(neurons, limit, record)
     return None if spare else neurons
+
+
+def _check_way(sweeps: Sequence[Sweep], limit: Limit, record: Record, slack: float) -> Search[None]:
+    """Ask about the sets that the released code would have tried, and that one seed or none was asked about so far.
+
+    All are larger than what the sweep ended with. On the seed that is the nearest to the limit there, all are asked
+    about, on others those for which a similarity above it would not be further from monotone than was seen, times the
+    slack. One that is refuted shows in the record that scores are not monotone.
+    """
+    record.why, record.careful = Why.WAY, True
+    passed = [
+        before.without(groups)
+        for before, after in pairwise(sweeps)
+        for groups in range(1, len(before.pending) - len(after.pending) + 1)
+        if before.without(groups) >= frozenset(after.kept)
+    ]
+    hardest = record.highest_seed(sweeps[-1].without(0))
+    yield from record.ask([(each, hardest) for each in passed], limit)
+    record.slack = slack * record.largest_violation()
+    yield from record.ask([(each, seed) for each in passed for seed in record.open_seeds(each, limit)], limit)
+    record.slack = inf
 
 
 def _is_enough(sweep: Sweep, start: Sweep, selection: Selection, record: Record) -> Search[bool]:

@@ -71,11 +71,11 @@ class SearchOptions:
             it, 0 to 1: the more candidates there are, the more of the costly ones can be spared.
         everything: all neurons of the layers; with them it is asked first whether they are enough.
         refine_unresolved: whether the set of an unresolved prompt is refined.
-        check_way: whether the refinement asks about the sets that it jumped over too, one trial each: what is not
-            monotone there would have led the released code elsewhere.
+        check_way: whether the refinement asks about the sets that it jumped over too, on every seed that may be above
+            tau: what is not monotone there would have led the released code elsewhere.
         reach: how far below the similarity over all seeds that of a seed alone may be, see
             :class:`~nemo_prune.engine.trials.Record`.
-        slack: how many times further from monotone than was seen scores may be, in a search set by set.
+        slack: how many times further from monotone than was seen scores may be, where a seed is not asked.
     """
 
     costs: Mapping[Neuron, float] | None = None
@@ -196,7 +196,7 @@ def _search_as_the_paper(
         if not selection.resolved and not wanted:
             return _Way(selection)
         start = sweep_by_layers(selection.step, layer_order)
-        neurons = yield from refine(start, selection, record, options.check_way)
+        neurons = yield from refine(start, selection, record, options.slack if options.check_way else None)
         monotone = not record.contradicts_monotonicity()
         rounds += 1
     if neurons is not None and monotone:
