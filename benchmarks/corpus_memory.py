@@ -26,9 +26,10 @@ from nemo_prune.engine.calibration import Calibration
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gone import FRESH_SEED
 from nemo_prune.engine.localize import Localizer
+from nemo_prune.engine.measures import measure_under
 from nemo_prune.engine.memo import Memo
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.views import Seeds, measure_under, observe
+from nemo_prune.engine.views import Seeds, observe
 from nemo_prune.models.demo import demo_folder
 from nemo_prune.settings import LocalizationSettings
 from nemo_prune.stages.bar import FRESH_SEEDS

@@ -8,8 +8,9 @@ import torch
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
 from nemo_prune.engine.gone import Corpus, gather_corpus, judge, judge_ordinary, verdict
+from nemo_prune.engine.measures import measure, measure_one
 from nemo_prune.engine.scorer import Scorer
-from nemo_prune.engine.views import Seeds, Views, measure, measure_one, most_alike, observe
+from nemo_prune.engine.views import Seeds, Views, most_alike, observe
 from nemo_prune.settings import LocalizationSettings
 
 BETAS = (0.33, 0.33, 0.33)

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 
 from nemo_prune.compute.local import LocalSession
 from nemo_prune.corpus.prompts import read_corpus
-from nemo_prune.engine import views
+from nemo_prune.engine import measures
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.memory import in_parts, is_out_of_memory, with_less_at_once
 from nemo_prune.errors import ModelError
@@ -32,7 +32,7 @@ CALLS = {
     "predicting": (UNet2DConditionModel, "forward"),
     "encoding": (CLIPTextModel, "forward"),
     "drawing": (AutoencoderKL, "decode"),
-    "comparing": (views, "similarity"),
+    "comparing": (measures, "similarity"),
 }
 
 

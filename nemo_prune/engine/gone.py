@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons
+from nemo_prune.engine.measures import Measures, measure, measure_under
 from nemo_prune.engine.scorer import ScoredPrompt
 from nemo_prune.engine.similarity import memorization_scores
-from nemo_prune.engine.views import Measures, Seeds, Views, measure, measure_under, observe
+from nemo_prune.engine.views import Seeds, Views, observe
 from nemo_prune.files.work import LineLog
 from nemo_prune.mask import Neuron
 

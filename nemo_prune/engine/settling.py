@@ -9,8 +9,9 @@ from nemo_prune.engine.attribution import benefits, costs
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.gates import all_neurons, closed_gates
 from nemo_prune.engine.gone import Corpus, Verdict, verdict
+from nemo_prune.engine.measures import measure_one
 from nemo_prune.engine.ordinary import OrdinaryStates
-from nemo_prune.engine.views import Views, differences_of, measure_one
+from nemo_prune.engine.views import Views, differences_of
 from nemo_prune.files.work import LineLog, Replay
 from nemo_prune.mask import Neuron
 
