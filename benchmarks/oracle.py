@@ -1,7 +1,8 @@
 """The procedure of the released code, written plainly: the yardstick for results and cost.
 
 One set of neurons at a time, all ten seeds, two passes a score (one with nothing suppressed, one
-with the set). It differs from the released code where that is wrong: a neuron that is a candidate
+with the set), compared by one call of torchmetrics, which takes the range of the data from all that it is given
+unless the settings pin it. It differs from the released code where that is wrong: a neuron that is a candidate
 twice keeps its last place alone, and a channel without variation becomes 0 instead of NaN.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
 
 from nemo_prune.engine.activations import ActivationStatistics, neuron_activations
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.localize import PromptLocalization
-from nemo_prune.engine.similarity import MemorizationScore, memorization_scores, noise_difference, similarity
+from nemo_prune.engine.similarity import MemorizationScore, noise_difference, ssim_window
 from nemo_prune.mask import Neuron, NeuronMask
 
 
@@ -50,7 +53,11 @@ class Oracle:
 
     def detect(self, embeds: Tensor) -> MemorizationScore:
         """How much the seeds agree."""
-        return memorization_scores(self.noise_differences(embeds, ())[None], self.predictor.settings.ssim_betas)[0]
+        differences = self.noise_differences(embeds, ())
+        rows, columns = torch.triu_indices(len(differences), len(differences), offset=1)
+        pairs = torch.full((len(differences), len(differences)), -1.0)
+        pairs[rows, columns] = pairs[columns, rows] = self.compare(differences[rows], differences[columns]).cpu()
+        return MemorizationScore(pairs)
 
     def find(self, embeds: Tensor, kept: list[int]) -> dict:
         """The initial set and the refined set."""
@@ -99,7 +106,16 @@ class Oracle:
         """The highest similarity with and without the neurons over the kept seeds: 2 S passes."""
         unsuppressed = self.noise_differences(embeds, ())
         suppressed = self.noise_differences(embeds, neurons)
-        return float(similarity(suppressed, unsuppressed, self.predictor.settings.ssim_betas)[kept].max())
+        return float(self.compare(suppressed[kept], unsuppressed[kept]).max())
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Similarity of noise differences, [batch]."""
+        settings = self.predictor.settings
+        sigma, kernel_size = ssim_window(*a.shape[-2:])
+        return multiscale_ssim(
+            a, b, sigma=sigma, kernel_size=kernel_size, betas=settings.ssim_betas, normalize="relu", reduction="none",
+            data_range=1.0 if settings.data_range == "one" else None,
+        )  # fmt: skip
 
     def noise_differences(self, embeds: Tensor, neurons: Collection[Neuron]) -> Tensor:
         """Of all seeds, [S, channels, height, width]."""
