@@ -18,6 +18,7 @@ from nemo_prune.checkpoint.ldm_names import ema_name
 from nemo_prune.checkpoint.single_file import check_single_file, patch_single_file, write_single_file
 from nemo_prune.checkpoint.weights import stored_dtypes
 from nemo_prune.cli import app
+from nemo_prune.engine import attended
 from nemo_prune.engine.attended import attended_moments
 from nemo_prune.engine.compensation import Compensation
 from nemo_prune.engine.diffusion import NoisePredictor, apply_mask
@@ -90,6 +91,17 @@ def test_the_mean_is_what_attention_takes_and_looking_changes_nothing(pipe, mome
     for name, found in attended_moments(predictor, ORDINARY, at_once=4).items():
         torch.testing.assert_close(found.mean, moments[0][name].mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.products, moments[0][name].products, rtol=1e-4, atol=1e-5)
+
+
+def test_captions_whose_latents_are_drawn_apart_have_the_same_ways_and_one_may_count_more(pipe, moments, monkeypatch):
+    predictor = NoisePredictor(pipe, SETTINGS)
+    expected = attended_moments(predictor, ORDINARY, weights=[0, 0, 0, 2, 1, 0])
+    monkeypatch.setattr(attended, "_CAPTIONS_DRAWN", 4)
+    apart = [attended_moments(predictor, ORDINARY, weights) for weights in (None, [0, 0, 0, 2, 1, 0])]
+    for whole, found in zip((moments[0], expected), apart, strict=True):
+        for name, each in found.items():
+            torch.testing.assert_close(each.mean, whole[name].mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(each.products, whole[name].products, rtol=1e-4, atol=1e-5)
 
 
 def test_ordinary_captions_lose_less_than_by_zeros(pipe, predictor, mask):

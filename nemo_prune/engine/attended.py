@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from nemo_prune.engine.ordinary import points_of_ways
 
 # Points on the way of each caption from noise to image, and the seed of the ways.
 POINTS, SEED = 8, 3001
+# Captions whose first latents are drawn at once.
+_CAPTIONS_DRAWN = 512
 
 
 @torch.no_grad()
@@ -37,32 +40,40 @@ def attended_moments(
         ModelError: the device's memory does not take a single sample.
     """
     shares = torch.ones(len(texts)) if weights is None else torch.tensor(weights)
-    counting = shares.nonzero().flatten()
-    # All captions' latents are not kept for good.
-    first = draw_latents(predictor.pipe.unet, len(texts), SEED)
-    weighing = shares[counting] / (shares.sum() * POINTS)
-
-    def walk(part: slice) -> dict[str, Moments]:
-        places, weights, sums = counting[part], weighing[part], _nothing(predictor.sizes)
-
-        def add(name: str, attended: Tensor) -> None:
-            values = attended.float()
-            weighted = values * (weights / values.shape[1]).to(values.device)[:, None, None]
-            sums[name].mean.add_(weighted.sum(dim=(0, 1)).cpu())
-            sums[name].products.add_(torch.einsum("bpi,bpj->ij", weighted, values).cpu())
-
-        with seeing_attended(predictor, add):
-            encoded = predictor.encode([texts[place] for place in places.tolist()])
-            for _ in points_of_ways(predictor, encoded, first[places], POINTS):
-                pass
-        return sums
-
-    total = _nothing(predictor.sizes)
-    for sums in in_parts(walk, len(counting), at_once, "the model and one sample"):
-        for name, each in sums.items():
-            total[name].mean.add_(each.mean)
-            total[name].products.add_(each.products)
+    shares = shares / (shares.sum() * POINTS)
+    generator, total = torch.Generator().manual_seed(SEED), _nothing(predictor.sizes)
+    # All captions' latents would not fit into memory.
+    for start in range(0, len(texts), _CAPTIONS_DRAWN):
+        group = slice(start, start + _CAPTIONS_DRAWN)
+        first = draw_latents(predictor.pipe.unet, len(texts[group]), generator)
+        counting = shares[group].nonzero().flatten()
+        walk = partial(
+            _walk, predictor, [texts[start + place] for place in counting.tolist()], first[counting],
+            shares[group][counting],
+        )  # fmt: skip
+        for sums in in_parts(walk, len(counting), at_once, "the model and one sample"):
+            for name, each in sums.items():
+                total[name].mean.add_(each.mean)
+                total[name].products.add_(each.products)
     return {name: Moments(each.mean.float(), each.products.float()) for name, each in total.items()}
+
+
+def _walk(
+    predictor: NoisePredictor, texts: Sequence[str], latents: Tensor, weights: Tensor, part: slice
+) -> dict[str, Moments]:
+    """What some of the captions add to the moments, in float64."""
+    sums = _nothing(predictor.sizes)
+
+    def add(name: str, attended: Tensor) -> None:
+        values = attended.float()
+        weighted = values * (weights[part] / values.shape[1]).to(values.device)[:, None, None]
+        sums[name].mean.add_(weighted.sum(dim=(0, 1)).cpu())
+        sums[name].products.add_(torch.einsum("bpi,bpj->ij", weighted, values).cpu())
+
+    with seeing_attended(predictor, add):
+        for _ in points_of_ways(predictor, predictor.encode(texts[part]), latents[part], POINTS):
+            pass
+    return sums
 
 
 def _nothing(sizes: Mapping[str, int]) -> dict[str, Moments]:

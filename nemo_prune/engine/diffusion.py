@@ -109,11 +109,11 @@ def changed_behind(
             parameters[name].data = values
 
 
-def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int) -> Tensor:
-    """Initial latents [num_samples, channels, height, width], float32, by one generator on the CPU."""
+def draw_latents(unet: UNet2DConditionModel, num_samples: int, seed: int | torch.Generator) -> Tensor:
+    """Initial latents [num_samples, channels, height, width], float32, by one generator on the CPU, which may go on."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed) if isinstance(seed, int) else seed
     return torch.randn((num_samples, unet.config.in_channels, height, width), generator=generator)
 
 
