@@ -1,6 +1,6 @@
-"""How far the three ways of taking the data's range lie apart near tau, on noise differences of SD's size.
+"""How far the three ways of taking the data's range lie apart near tau, on noise differences of SD's size or others.
 
-    python -m benchmarks.ranges
+    python -m benchmarks.ranges [--size 16] [--tau 0.73]
 
 The multi-scale SSIM needs the range of the data. The released code leaves it to torchmetrics, which takes it anew at
 every scale, jointly over all kept seeds of a prompt (`joint`). `pinned` is 1, `pair` is that of each pair alone, and
@@ -12,6 +12,7 @@ white noise and 1/f, mixed until the joint similarity is within .02 of tau.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 
@@ -27,24 +28,37 @@ NEAR = 0.02
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=64, help="of the latents")
+    parser.add_argument("--tau", type=float, default=RELEASED_CODE_THRESHOLD)
+    parser.add_argument("--prompts", type=int, default=100)
+    arguments = parser.parse_args()
+    size, tau = arguments.size, arguments.tau
     generator = torch.Generator().manual_seed(0)
-    print(json.dumps({f"1/f^{power}": measure(power, generator) for power in (0.0, 0.5, 1.0)}, indent=2))
+    figures = {
+        f"1/f^{power}": measure(power, size, tau, generator, arguments.prompts) for power in (0.0, 0.5, 1.0)
+    }  # fmt: skip
+    print(json.dumps(figures, indent=2))
 
 
-def measure(power: float, generator: torch.Generator, num_prompts: int = 100, num_seeds: int = 10) -> dict:
+def measure(
+    power: float, size: int, tau: float, generator: torch.Generator, num_prompts: int, num_seeds: int = 10
+) -> dict:
     """Distances from the joint way, over the seeds whose joint similarity is near tau.
 
     Args:
         power: of the frequency by which the amplitudes of the shared part fall.
+        size: of the latents.
+        tau: the threshold.
         generator: draws.
         num_prompts: how many prompts.
         num_seeds: seeds of each.
     """
     found: dict[str, list[Tensor]] = {"pinned": [], "pair": [], "one seed": []}
     for _ in range(num_prompts):
-        before, after = near_tau(power, num_seeds, generator)
+        before, after = near_tau(power, size, tau, num_seeds, generator)
         joint = by_range(before, after, "joint")
-        near = (joint - RELEASED_CODE_THRESHOLD).abs() < NEAR
+        near = (joint - tau).abs() < NEAR
         for name, distances in found.items():
             distances.append((by_range(before, after, name) - joint)[near])
     return {name: _summary(torch.cat(distances)) for name, distances in found.items()}
@@ -64,9 +78,9 @@ def by_range(before: Tensor, after: Tensor, way: str) -> Tensor:
     return similarity(after, before, BETAS, ranges[way]())
 
 
-def near_tau(power: float, num_seeds: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def near_tau(power: float, size: int, tau: float, num_seeds: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise differences of seeds before and after, mixed until half of the joint similarities are above tau."""
-    shape = (num_seeds, 4, 64, 64)
+    shape = (num_seeds, 4, size, size)
     shared, own, other = (coloured(power, shape, generator) for _ in range(3))
     low, high = 0.0, 1.0
     for _ in range(12):
@@ -75,7 +89,7 @@ def near_tau(power: float, num_seeds: int, generator: torch.Generator) -> tuple[
         weights = (share + torch.linspace(-0.02, 0.02, num_seeds)).clamp(0, 1)[:, None, None, None]
         mixed = [(weights.sqrt() * shared + (1 - weights).sqrt() * each) for each in (own, other)]
         before, after = (noise_difference(each, torch.zeros(1)) for each in mixed)
-        if by_range(before, after, "joint").median() > RELEASED_CODE_THRESHOLD:
+        if by_range(before, after, "joint").median() > tau:
             high = share
         else:
             low = share

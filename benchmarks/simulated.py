@@ -165,8 +165,8 @@ class SimulatedPredictor:
     calls: Counter[int] = field(default_factory=Counter)
 
     def initial_latents(self, seed: int | None = None, num_samples: int | None = None) -> Tensor:
-        """Nothing but the number of seeds."""
-        return torch.zeros(num_samples or self.settings.num_samples, 1, 1, 1)
+        """Nothing but the number of seeds, and SD v1-4's size."""
+        return torch.zeros(num_samples or self.settings.num_samples, 1, 64, 64)
 
     def count(self, samples: int) -> None:
         """Note that samples went through the U-Net together."""

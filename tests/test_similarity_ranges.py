@@ -4,12 +4,13 @@ import pytest
 import torch
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
 
+from benchmarks.ranges import by_range, near_tau
 from nemo_prune.engine.diffusion import NoisePredictor
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.similarity import (
-    JOINT_REACH,
     extremes,
     joint_ranges,
+    joint_reach,
     memorization_scores,
     noise_difference,
     similarity,
@@ -61,7 +62,18 @@ def test_a_seed_alone_is_never_above_all_together_and_not_far_below(before_and_a
     ranges = torch.stack([joint_ranges(suppressed[[s]], unsuppressed) for s in range(6)])
     alone = similarity(after, before, BETAS, ranges)
     assert bool((alone <= joint + 1e-6).all())
-    assert 0 < float((joint - alone).max()) < JOINT_REACH
+    assert 0 < float((joint - alone).max()) < joint_reach(64, 64)
+
+
+@pytest.mark.parametrize("size", [12, 16, 32, 48, 64])
+def test_a_seed_alone_is_within_the_reach_of_its_size(size):
+    generator, furthest = torch.Generator().manual_seed(0), 0.0
+    for _ in range(10):
+        before, after = near_tau(0.0, size, 0.428, 10, generator)
+        joint, alone = (by_range(before, after, way) for way in ("joint", "one seed"))
+        near = (joint - 0.428).abs() < 0.02
+        furthest = max(furthest, float((joint - alone)[near].max()))
+    assert 0.2 * joint_reach(size, size) < furthest < joint_reach(size, size)
 
 
 def test_what_is_asked_beside_a_seed_changes_its_answer_only_where_all_are_asked_at_once(pipe):

@@ -17,7 +17,7 @@ from nemo_prune.engine.preserve import Preserve
 from nemo_prune.engine.scorer import Scorer
 from nemo_prune.engine.search import SearchOptions, SearchResult, search_neurons
 from nemo_prune.engine.selection import Candidates
-from nemo_prune.engine.similarity import JOINT_REACH
+from nemo_prune.engine.similarity import joint_reach
 from nemo_prune.mask import Neuron
 from nemo_prune.settings import LocalizationSettings
 
@@ -105,10 +105,13 @@ class Localizer:
         """Latents that go through the U-Net at once."""
         return self.scorer.predictor.batch_size
 
-    @property
+    @cached_property
     def reach(self) -> float:
         """How far below the similarity over all seeds that of a seed alone may be."""
-        return JOINT_REACH if self.scorer.predictor.settings.data_range == "joint" else 0.0
+        predictor = self.scorer.predictor
+        if predictor.settings.data_range != "joint":
+            return 0.0
+        return joint_reach(*predictor.initial_latents().shape[-2:])
 
     @cached_property
     def everything(self) -> frozenset[Neuron]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,13 +12,31 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from nemo_prune.engine.precision import full_float32
 from nemo_prune.errors import ModelError
 
-# Smallest side in pixels -> Gaussian sigma, and the `kernel_size` that passes torchmetrics' check
-# of the size (the taps follow from sigma alone: 11, 9 and 5). The first row is the paper's.
-_SSIM_WINDOWS = ((44, 1.5, 11), (28, 1.0, 7), (12, 0.5, 3))
 
-# How far the similarity of a seed alone may be below the one with the range of the data taken over all kept seeds:
-# what was measured on noise differences of 64x64 latents near tau, from white noise to 1/f (benchmarks/ranges.py).
-JOINT_REACH = 0.006
+class _Comparison(NamedTuple):
+    """How noise differences of a size are compared.
+
+    Attributes:
+        least: the smallest side in pixels.
+        sigma: of the Gaussian window.
+        kernel_size: passes torchmetrics' check of the size (the taps follow from sigma alone: 11, 9 and 5).
+        reach: how far the similarity of a seed alone may be below the one with the range of the data taken over all
+            kept seeds: the most that was measured near tau, from white noise to 1/f (benchmarks/ranges.py).
+    """
+
+    least: int
+    sigma: float
+    kernel_size: int
+    reach: float
+
+
+# The window of the first two is the paper's.
+_COMPARISONS = (
+    _Comparison(64, 1.5, 11, 0.006),
+    _Comparison(44, 1.5, 11, 0.007),
+    _Comparison(28, 1.0, 7, 0.006),
+    _Comparison(12, 0.5, 3, 0.016),
+)
 
 
 def noise_difference(noise_pred: Tensor, latents: Tensor) -> Tensor:
@@ -56,11 +75,25 @@ def ssim_window(height: int, width: int) -> tuple[float, int]:
     Raises:
         ModelError: the latents are smaller than 12 pixels per side.
     """
-    for least, sigma, kernel_size in _SSIM_WINDOWS:
-        if min(height, width) >= least:
-            return sigma, kernel_size
+    comparison = _comparison(height, width)
+    return comparison.sigma, comparison.kernel_size
+
+
+def joint_reach(height: int, width: int) -> float:
+    """How far a seed's similarity alone may be below the one with the range of the data taken over all kept seeds.
+
+    Raises:
+        ModelError: the latents are smaller than 12 pixels per side.
+    """
+    return _comparison(height, width).reach
+
+
+def _comparison(height: int, width: int) -> _Comparison:
+    for each in _COMPARISONS:
+        if min(height, width) >= each.least:
+            return each
     raise ModelError(
-        f"The latents are {height}x{width}; at least {_SSIM_WINDOWS[-1][0]} per side are needed to "
+        f"The latents are {height}x{width}; at least {_COMPARISONS[-1].least} per side are needed to "
         "compare them at three scales."
     )
 
