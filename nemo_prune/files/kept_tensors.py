@@ -1,6 +1,8 @@
 """Tensors that a run computes once and keeps in its work folder."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -64,8 +66,17 @@ def kept_rows(path: Path | None, number: int, make: Callable[[int], Iterator[Ten
             file.write(values.tobytes())
             file.flush()
             os.fsync(file.fileno())
+        _give_back_memory()
     # Copied where it is written to, which is nowhere: torch has no tensors that can't be.
     return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _give_back_memory() -> None:
+    """Give free memory back to the system: glibc keeps it, some 700 MB after a thousand captions of SD v1-4."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _rows_in(path: Path, number: int) -> int:
