@@ -33,11 +33,11 @@ def main() -> None:
     parser.add_argument("--tau", type=float, default=RELEASED_CODE_THRESHOLD)
     parser.add_argument("--prompts", type=int, default=100)
     arguments = parser.parse_args()
-    size, tau = arguments.size, arguments.tau
     generator = torch.Generator().manual_seed(0)
     figures = {
-        f"1/f^{power}": measure(power, size, tau, generator, arguments.prompts) for power in (0.0, 0.5, 1.0)
-    }  # fmt: skip
+        f"1/f^{power}": measure(power, arguments.size, arguments.tau, generator, arguments.prompts)
+        for power in (0.0, 0.5, 1.0)
+    }
     print(json.dumps(figures, indent=2))
 
 

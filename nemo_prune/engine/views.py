@@ -81,7 +81,8 @@ class Views:
     def sketches(self) -> Tensor:
         """Small pictures of the noise differences, [S, P, numbers], on the device: all of a corpus' fit there."""
         with named_shortage("small pictures of all memorized captions' predictions"):
-            found = _sketched(self.differences[0])[:, None].repeat(1, len(self.prompts), 1).to(self.device)
+            seeds, numbers = _sketched(self.differences[0]).shape
+            found = torch.empty(seeds, len(self.prompts), numbers, device=self.device)
             # A caption at a time: all of them may be larger than memory.
             for place, each in enumerate(self.differences):
                 found[:, place] = _sketched(each)
